@@ -1,0 +1,10 @@
+//! Paged KV storage: physical blocks in a reference-counted pool, and the block tables that point at them.
+//!
+//! One physical block holds keys and values of up to `block_size` consecutive tokens of ONE layer. A request owns one
+//! [`BlockTable`] a layer; several tables may point at the same block. A block whose last reference goes is freed.
+
+mod pool;
+mod table;
+
+pub use pool::{BlockId, BlockPool, BlockShape, Storage};
+pub use table::{BlockTable, Entry, RequestCache, Scale};

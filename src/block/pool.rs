@@ -1,0 +1,212 @@
+//! The pool of physical blocks.
+
+use half::f16;
+use half::slice::HalfFloatSliceExt;
+
+/// Geometry of every block of a pool.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct BlockShape {
+    /// Tokens a full block holds.
+    pub block_size: usize,
+    pub kv_heads: usize,
+    pub head_dim: usize,
+}
+
+impl BlockShape {
+    /// Numbers that one token takes in K (and again in V): `kv_heads * head_dim`.
+    pub fn token_width(&self) -> usize {
+        self.kv_heads * self.head_dim
+    }
+
+    /// Length of a full block as one vector, the paper's r = t*h*d.
+    pub fn block_width(&self) -> usize {
+        self.block_size * self.token_width()
+    }
+}
+
+/// Name of a physical block. Only meaningful in the pool that gave it out.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct BlockId(u32);
+
+#[derive(Debug, Default)]
+struct Slot {
+    references: u32,
+    /// `[tokens, kv_heads, head_dim]`, tokens <= block_size; empty when the slot is free.
+    keys: Vec<f32>,
+    values: Vec<f32>,
+}
+
+/// What a number may keep when it goes into the pool. Arithmetic on the cache is in f32 either way.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Storage {
+    /// All of it: for dumps and for parity with reference implementations.
+    F32,
+    /// Rounded to f16: for rate-distortion rows, so that the 16 bits the ledger charges an element are what the
+    /// number really needs.
+    F16,
+}
+
+impl Storage {
+    fn round(self, numbers: &[f32]) -> Vec<f32> {
+        match self {
+            Storage::F32 => numbers.to_vec(),
+            Storage::F16 => {
+                // Slice conversions use the machine's own instructions; one `from_f32` a number is far slower.
+                let mut half = vec![f16::ZERO; numbers.len()];
+                half.convert_from_f32_slice(numbers);
+                let mut rounded = vec![0.0; numbers.len()];
+                half.convert_to_f32_slice(&mut rounded);
+                rounded
+            }
+        }
+    }
+}
+
+/// Reference-counted physical blocks. Memory of a block goes back to the allocator with its last reference.
+#[derive(Debug)]
+pub struct BlockPool {
+    storage: Storage,
+    shape: BlockShape,
+    slots: Vec<Slot>,
+    free: Vec<u32>,
+}
+
+impl BlockPool {
+    pub fn new(shape: BlockShape, storage: Storage) -> Self {
+        BlockPool { shape, storage, slots: Vec::new(), free: Vec::new() }
+    }
+
+    pub fn shape(&self) -> BlockShape {
+        self.shape
+    }
+
+    /// Stores a block with one reference. Both slices are `[tokens, kv_heads, head_dim]`.
+    ///
+    /// # Panics
+    /// If the lengths differ, are not whole tokens, or exceed a block: a bug of the caller, never of input.
+    pub fn allocate(&mut self, keys: &[f32], values: &[f32]) -> BlockId {
+        assert_eq!(keys.len(), values.len());
+        assert_eq!(keys.len() % self.shape.token_width(), 0);
+        assert!(keys.len() <= self.shape.block_width());
+        let slot = Slot { references: 1, keys: self.storage.round(keys), values: self.storage.round(values) };
+        self.insert(slot)
+    }
+
+    fn insert(&mut self, slot: Slot) -> BlockId {
+        match self.free.pop() {
+            Some(id) => {
+                self.slots[id as usize] = slot;
+                BlockId(id)
+            }
+            None => {
+                self.slots.push(slot);
+                BlockId(self.slots.len() as u32 - 1)
+            }
+        }
+    }
+
+    /// Adds a reference.
+    pub fn retain(&mut self, id: BlockId) {
+        self.slots[id.0 as usize].references += 1;
+    }
+
+    /// Drops a reference; the last one frees the memory.
+    pub fn release(&mut self, id: BlockId) {
+        let slot = &mut self.slots[id.0 as usize];
+        assert!(slot.references > 0, "block released twice");
+        slot.references -= 1;
+        if slot.references == 0 {
+            *slot = Slot::default();
+            self.free.push(id.0);
+        }
+    }
+
+    /// Appends one token to a block, copying it first if others share it. Returns the block to use from now on.
+    pub fn append(&mut self, id: BlockId, key: &[f32], value: &[f32]) -> BlockId {
+        let id = if self.references(id) > 1 {
+            let copy = Slot { references: 1, keys: self.keys(id).to_vec(), values: self.values(id).to_vec() };
+            self.release(id);
+            self.insert(copy)
+        } else {
+            id
+        };
+        assert!(self.tokens(id) < self.shape.block_size, "block is full");
+        let slot = &mut self.slots[id.0 as usize];
+        slot.keys.extend(self.storage.round(key));
+        slot.values.extend(self.storage.round(value));
+        id
+    }
+
+    /// Keys of a block, `[tokens, kv_heads, head_dim]`.
+    pub fn keys(&self, id: BlockId) -> &[f32] {
+        &self.slots[id.0 as usize].keys
+    }
+
+    /// Values of a block, `[tokens, kv_heads, head_dim]`.
+    pub fn values(&self, id: BlockId) -> &[f32] {
+        &self.slots[id.0 as usize].values
+    }
+
+    /// Tokens stored in a block.
+    pub fn tokens(&self, id: BlockId) -> usize {
+        self.keys(id).len() / self.shape.token_width()
+    }
+
+    pub fn references(&self, id: BlockId) -> u32 {
+        self.slots[id.0 as usize].references
+    }
+
+    /// Physical blocks alive.
+    pub fn live_blocks(&self) -> usize {
+        self.slots.len() - self.free.len()
+    }
+
+    /// KV numbers (keys and values) held by all live blocks.
+    pub fn elements(&self) -> u64 {
+        self.slots.iter().map(|s| (s.keys.len() + s.values.len()) as u64).sum()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn pool() -> BlockPool {
+        BlockPool::new(BlockShape { block_size: 2, kv_heads: 1, head_dim: 2 }, Storage::F16)
+    }
+
+    #[test]
+    fn the_last_release_frees_the_memory_and_the_slot_is_used_again() {
+        let mut pool = pool();
+        let a = pool.allocate(&[1.0; 4], &[2.0; 4]);
+        pool.retain(a);
+        pool.release(a);
+        assert_eq!((pool.live_blocks(), pool.elements()), (1, 8));
+        pool.release(a);
+        assert_eq!((pool.live_blocks(), pool.elements()), (0, 0));
+        let b = pool.allocate(&[3.0; 2], &[4.0; 2]);
+        assert_eq!(a, b);
+        assert_eq!(pool.tokens(b), 1);
+    }
+
+    #[test]
+    fn append_to_a_shared_block_copies_it() {
+        let mut pool = pool();
+        let a = pool.allocate(&[1.0, 1.0], &[2.0, 2.0]);
+        pool.retain(a);
+        let b = pool.append(a, &[5.0, 5.0], &[6.0, 6.0]);
+        assert_ne!(a, b);
+        assert_eq!(pool.keys(a), [1.0, 1.0]);
+        assert_eq!(pool.keys(b), [1.0, 1.0, 5.0, 5.0]);
+        assert_eq!((pool.references(a), pool.references(b)), (1, 1));
+        let c = pool.append(a, &[7.0, 7.0], &[8.0, 8.0]);
+        assert_eq!(a, c, "nobody shares it any more");
+    }
+
+    #[test]
+    fn numbers_are_stored_in_sixteen_bits() {
+        let mut pool = pool();
+        let a = pool.allocate(&[0.1, 1.0], &[0.3, 2.0]);
+        assert_eq!(pool.keys(a)[0], f16::from_f32(0.1).to_f32());
+    }
+}

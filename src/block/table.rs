@@ -1,0 +1,139 @@
+//! Block tables: the logical view of one request's cache.
+
+use super::{BlockId, BlockPool};
+
+/// Two factors that turn a shared representative back into one request's block (the paper's restored norms).
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Scale {
+    pub key: f32,
+    pub value: f32,
+}
+
+/// One logical block: where it lies and, if it was fused, its own scales.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Entry {
+    pub block: BlockId,
+    pub scale: Option<Scale>,
+}
+
+impl Entry {
+    /// Factor on the block's keys.
+    pub fn key_scale(&self) -> f32 {
+        self.scale.map_or(1.0, |s| s.key)
+    }
+
+    /// Factor on the block's values.
+    pub fn value_scale(&self) -> f32 {
+        self.scale.map_or(1.0, |s| s.value)
+    }
+}
+
+/// One request's blocks in one layer, in token order. All but the last are full.
+#[derive(Debug, Default, Clone, PartialEq)]
+pub struct BlockTable {
+    pub entries: Vec<Entry>,
+}
+
+impl BlockTable {
+    /// Appends one token's key and value (`[kv_heads, head_dim]` each), opening a block when the last is full.
+    pub fn append(&mut self, pool: &mut BlockPool, key: &[f32], value: &[f32]) {
+        match self.entries.last_mut() {
+            Some(last) if pool.tokens(last.block) < pool.shape().block_size => {
+                debug_assert!(last.scale.is_none(), "a block that grows is never fused");
+                last.block = pool.append(last.block, key, value);
+            }
+            _ => self.push(pool.allocate(key, value)),
+        }
+    }
+
+    /// Adds a block that this table now owns a reference to.
+    pub fn push(&mut self, block: BlockId) {
+        self.entries.push(Entry { block, scale: None });
+    }
+
+    /// Points logical block `index` at `entry` (taking a reference) and lets go of what it pointed at.
+    pub fn replace(&mut self, pool: &mut BlockPool, index: usize, entry: Entry) {
+        pool.retain(entry.block);
+        pool.release(self.entries[index].block);
+        self.entries[index] = entry;
+    }
+
+    /// A second table over the same blocks.
+    pub fn fork(&self, pool: &mut BlockPool) -> BlockTable {
+        for entry in &self.entries {
+            pool.retain(entry.block);
+        }
+        self.clone()
+    }
+
+    /// Gives all blocks back.
+    pub fn release(self, pool: &mut BlockPool) {
+        for entry in self.entries {
+            pool.release(entry.block);
+        }
+    }
+}
+
+/// One request's cache: a block table a layer.
+#[derive(Debug, Clone, PartialEq)]
+pub struct RequestCache {
+    pub layers: Vec<BlockTable>,
+    /// Tokens in the cache; the next token's position.
+    pub tokens: usize,
+}
+
+impl RequestCache {
+    pub fn new(layers: usize) -> Self {
+        RequestCache { layers: vec![BlockTable::default(); layers], tokens: 0 }
+    }
+
+    /// A cache over the same blocks; appending to either copies a shared last block first.
+    pub fn fork(&self, pool: &mut BlockPool) -> RequestCache {
+        RequestCache { layers: self.layers.iter().map(|t| t.fork(pool)).collect(), tokens: self.tokens }
+    }
+
+    /// Gives all blocks back.
+    pub fn release(self, pool: &mut BlockPool) {
+        for table in self.layers {
+            table.release(pool);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::block::{BlockShape, Storage};
+    use proptest::prelude::*;
+
+    proptest! {
+        /// Whatever is appended, forked and released, tables read back what went in and no block outlives them.
+        #[test]
+        fn forks_read_back_their_own_tokens_and_nothing_leaks(
+            shared in 0usize..7, left in 0usize..6, right in 0usize..6, block_size in 1usize..5,
+        ) {
+            let mut pool = BlockPool::new(BlockShape { block_size, kv_heads: 1, head_dim: 1 }, Storage::F32);
+            let mut a = RequestCache::new(1);
+            let append = |cache: &mut RequestCache, pool: &mut BlockPool, x: f32| {
+                cache.layers[0].append(pool, &[x], &[-x]);
+                cache.tokens += 1;
+            };
+            for i in 0..shared { append(&mut a, &mut pool, i as f32); }
+            let mut b = a.fork(&mut pool);
+            for i in 0..left { append(&mut a, &mut pool, 100.0 + i as f32); }
+            for i in 0..right { append(&mut b, &mut pool, 200.0 + i as f32); }
+
+            let read = |cache: &RequestCache| -> Vec<f32> {
+                cache.layers[0].entries.iter().flat_map(|e| pool.keys(e.block).to_vec()).collect()
+            };
+            let expect = |from: f32, n: usize| -> Vec<f32> {
+                (0..shared).map(|i| i as f32).chain((0..n).map(|i| from + i as f32)).collect()
+            };
+            prop_assert_eq!(read(&a), expect(100.0, left));
+            prop_assert_eq!(read(&b), expect(200.0, right));
+            a.release(&mut pool);
+            b.release(&mut pool);
+            prop_assert_eq!((pool.live_blocks(), pool.elements()), (0, 0));
+        }
+    }
+}

@@ -1,0 +1,49 @@
+//! The library's one error type. Every message names the thing at fault and what to do about it, in one line.
+
+use std::path::{Path, PathBuf};
+
+/// What can go wrong in kvfuse. The binary prints it as one line and exits with status 2.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The operating system refused a file operation (missing, not writable, disk full ...).
+    #[error("{}: {source}", path.display())]
+    Io { path: PathBuf, source: std::io::Error },
+    /// A file was read but is not what it should be. `problem` says what to do.
+    #[error("{}: {problem}", path.display())]
+    File { path: PathBuf, problem: String },
+    /// An option or a combination of options makes no sense.
+    #[error("{0}")]
+    Argument(String),
+    /// A model could not be fetched from any source.
+    #[error("{0}")]
+    Fetch(String),
+    /// A figure could not be drawn.
+    #[error("{}: cannot draw: {problem}", path.display())]
+    Plot { path: PathBuf, problem: String },
+    /// Ctrl-C. Everything finished so far is on disk.
+    #[error("interrupted; what was finished is kept, run the same command again to go on")]
+    Interrupted,
+}
+
+pub type Result<T> = std::result::Result<T, Error>;
+
+impl Error {
+    pub fn argument(message: impl Into<String>) -> Self {
+        Error::Argument(message.into())
+    }
+
+    pub fn file(path: impl AsRef<Path>, problem: impl Into<String>) -> Self {
+        Error::File { path: path.as_ref().to_owned(), problem: problem.into() }
+    }
+}
+
+/// Adds the path to an `io::Error`: `fs::read(p).at(p)?`.
+pub trait IoAt<T> {
+    fn at(self, path: impl AsRef<Path>) -> Result<T>;
+}
+
+impl<T> IoAt<T> for std::io::Result<T> {
+    fn at(self, path: impl AsRef<Path>) -> Result<T> {
+        self.map_err(|source| Error::Io { path: path.as_ref().to_owned(), source })
+    }
+}

@@ -1,0 +1,8 @@
+//! Rate-distortion experiments on KV-cache block fusion. See docs/architecture.md for the map.
+
+pub mod block;
+pub mod error;
+pub mod files;
+pub mod interrupt;
+pub mod model;
+pub mod progress;

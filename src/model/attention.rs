@@ -1,0 +1,247 @@
+//! Grouped-query attention that reads keys and values through a block table.
+
+use super::gemm::{View, product};
+use super::kernels::{add_scaled, dot, softmax};
+use crate::block::{BlockPool, BlockTable, Entry};
+use pulp::Arch;
+use rayon::prelude::*;
+
+/// Head geometry of the queries; the pool knows that of the keys.
+#[derive(Debug, Clone, Copy)]
+pub struct Heads {
+    pub heads: usize,
+    pub kv_heads: usize,
+    pub head_dim: usize,
+}
+
+impl Heads {
+    /// Query heads that read one key/value head.
+    fn group(&self) -> usize {
+        self.heads / self.kv_heads
+    }
+
+    fn width(&self) -> usize {
+        self.heads * self.head_dim
+    }
+}
+
+/// The new tokens of one request: their keys and values are already in `table`.
+pub struct Query<'a> {
+    pub table: &'a BlockTable,
+    /// First row of this request in the query and output matrices.
+    pub row: usize,
+    /// New tokens.
+    pub tokens: usize,
+    /// Position of the first new token = tokens in the cache before it.
+    pub start: usize,
+}
+
+/// Query tokens that one task covers; the causal mask lets a task skip the keys after its last token.
+const TASK_TOKENS: usize = 64;
+/// From this many query rows (tokens x heads of a group) on, gathering the blocks and one matrix product beat reading
+/// them in place.
+const GATHER_ROWS: usize = 12;
+
+/// One task: some query tokens of one request against one key/value head.
+struct Task<'a> {
+    table: &'a BlockTable,
+    kv_head: usize,
+    row: usize,
+    tokens: usize,
+    start: usize,
+}
+
+/// Causal attention of all requests' new tokens in one layer.
+///
+/// `queries` is `[rows, stride]`, of which the first `heads * head_dim` numbers of a row are the rotated queries;
+/// the result is `[rows, heads * head_dim]`.
+pub fn attend(
+    pool: &BlockPool,
+    heads: Heads,
+    queries: &[f32],
+    stride: usize,
+    requests: &[Query],
+) -> Vec<f32> {
+    let rows: usize = requests.iter().map(|q| q.tokens).sum();
+    let mut tasks = Vec::new();
+    for request in requests {
+        for kv_head in 0..heads.kv_heads {
+            for first in (0..request.tokens).step_by(TASK_TOKENS) {
+                tasks.push(Task {
+                    table: request.table,
+                    kv_head,
+                    row: request.row + first,
+                    tokens: TASK_TOKENS.min(request.tokens - first),
+                    start: request.start + first,
+                });
+            }
+        }
+    }
+    let run = |task: &Task| {
+        if task.tokens * heads.group() >= GATHER_ROWS {
+            gathered(pool, heads, queries, stride, task)
+        } else {
+            in_place(pool, heads, queries, stride, task)
+        }
+    };
+    let outputs: Vec<Vec<f32>> = tasks.par_iter().map(run).collect();
+
+    let group_width = heads.group() * heads.head_dim;
+    let mut out = vec![0.0; rows * heads.width()];
+    for (task, output) in tasks.iter().zip(outputs) {
+        for (i, row) in output.chunks_exact(group_width).enumerate() {
+            let at = (task.row + i) * heads.width() + task.kv_head * group_width;
+            out[at..at + group_width].copy_from_slice(row);
+        }
+    }
+    out
+}
+
+/// The table's blocks with the number of their tokens that lie before `tokens`.
+fn visible<'a>(
+    pool: &'a BlockPool,
+    table: &'a BlockTable,
+    tokens: usize,
+) -> impl Iterator<Item = (&'a Entry, usize)> {
+    let size = pool.shape().block_size;
+    let blocks = table.entries[..tokens.div_ceil(size)].iter().enumerate();
+    blocks.map(move |(b, entry)| (entry, size.min(tokens - b * size)))
+}
+
+/// Numbers of one key/value head, token by token, out of `[tokens, kv_heads, head_dim]`.
+#[inline(always)]
+fn head_rows<'a>(
+    block: &'a [f32],
+    heads: Heads,
+    kv_head: usize,
+    tokens: usize,
+) -> impl Iterator<Item = &'a [f32]> {
+    let width = heads.kv_heads * heads.head_dim;
+    let at = kv_head * heads.head_dim;
+    block.chunks_exact(width).take(tokens).map(move |row| &row[at..at + heads.head_dim])
+}
+
+/// Few query rows: every block is read once where it lies.
+fn in_place(pool: &BlockPool, heads: Heads, queries: &[f32], stride: usize, task: &Task) -> Vec<f32> {
+    let (d, group) = (heads.head_dim, heads.group());
+    let softmax_scale = 1.0 / (d as f32).sqrt();
+    let total = task.start + task.tokens;
+    let mut scores = vec![0.0; total];
+    let mut out = vec![0.0; task.tokens * group * d];
+    Arch::new().dispatch(|| {
+        for (i, out) in out.chunks_exact_mut(d).enumerate() {
+            let (token, head) = (i / group, task.kv_head * group + i % group);
+            let length = task.start + token + 1;
+            let at = (task.row + token) * stride + head * d;
+            let query = &queries[at..at + d];
+            let mut score = scores[..length].iter_mut();
+            for (entry, n) in visible(pool, task.table, length) {
+                let scale = entry.key_scale() * softmax_scale;
+                let keys = head_rows(pool.keys(entry.block), heads, task.kv_head, n);
+                for (key, score) in keys.zip(score.by_ref()) {
+                    *score = dot(query, key) * scale;
+                }
+            }
+            softmax(&mut scores[..length]);
+            let mut weight = scores[..length].iter();
+            for (entry, n) in visible(pool, task.table, length) {
+                let scale = entry.value_scale();
+                let values = head_rows(pool.values(entry.block), heads, task.kv_head, n);
+                for (value, weight) in values.zip(weight.by_ref()) {
+                    add_scaled(out, weight * scale, value);
+                }
+            }
+        }
+    });
+    out
+}
+
+/// Many query rows: the head's keys and values are copied out once and multiplied as matrices.
+fn gathered(pool: &BlockPool, heads: Heads, queries: &[f32], stride: usize, task: &Task) -> Vec<f32> {
+    let (d, group) = (heads.head_dim, heads.group());
+    let total = task.start + task.tokens;
+    let rows = task.tokens * group;
+    let softmax_scale = 1.0 / (d as f32).sqrt();
+    let mut keys = Vec::with_capacity(total * d);
+    let mut values = Vec::with_capacity(total * d);
+    for (entry, n) in visible(pool, task.table, total) {
+        for row in head_rows(pool.keys(entry.block), heads, task.kv_head, n) {
+            keys.extend(row.iter().map(|x| x * entry.key_scale() * softmax_scale));
+        }
+        for row in head_rows(pool.values(entry.block), heads, task.kv_head, n) {
+            values.extend(row.iter().map(|x| x * entry.value_scale()));
+        }
+    }
+    let mut gathered_queries = Vec::with_capacity(rows * d);
+    for token in 0..task.tokens {
+        let at = (task.row + token) * stride + task.kv_head * group * d;
+        gathered_queries.extend_from_slice(&queries[at..at + group * d]);
+    }
+    let mut scores = vec![0.0; rows * total];
+    let queries = View::row_major(&gathered_queries, rows, d);
+    product(queries, View::row_major(&keys, total, d).transposed(), &mut scores);
+    Arch::new().dispatch(|| {
+        for (i, row) in scores.chunks_exact_mut(total).enumerate() {
+            let (seen, future) = row.split_at_mut(task.start + i / group + 1);
+            softmax(seen);
+            future.fill(0.0);
+        }
+    });
+    let mut out = vec![0.0; rows * d];
+    product(View::row_major(&scores, rows, total), View::row_major(&values, total, d), &mut out);
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::block::{BlockShape, Scale, Storage};
+    use proptest::prelude::*;
+    use rand::{RngExt, SeedableRng};
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(40))]
+        /// Both paths equal attention written out in f64, scales included.
+        #[test]
+        fn equals_the_definition(start in 0usize..40, tokens in 1usize..70, block_size in 1usize..20, seed in 0u64..99) {
+            let heads = Heads { heads: 4, kv_heads: 2, head_dim: 8 };
+            let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(seed);
+            let mut random = |n: usize| -> Vec<f32> { (0..n).map(|_| rng.random_range(-1.0..1.0)).collect() };
+            let mut pool = BlockPool::new(BlockShape { block_size, kv_heads: 2, head_dim: 8 }, Storage::F32);
+            let mut table = BlockTable::default();
+            let total = start + tokens;
+            let (keys, values) = (random(total * 16), random(total * 16));
+            for t in 0..total {
+                table.append(&mut pool, &keys[t * 16..][..16], &values[t * 16..][..16]);
+            }
+            for (i, entry) in table.entries.iter_mut().enumerate() {
+                if i % 2 == 1 { entry.scale = Some(Scale { key: 1.5, value: 0.5 }); }
+            }
+            let stride = 40;
+            let queries = random(tokens * stride);
+            let request = Query { table: &table, row: 0, tokens, start };
+            let got = attend(&pool, heads, &queries, stride, &[request]);
+
+            for token in 0..tokens {
+                for head in 0..4 {
+                    let query = &queries[token * stride + head * 8..][..8];
+                    let kv = head / 2;
+                    let scale = |t: usize, on: f64| if t / block_size % 2 == 1 { on } else { 1.0 };
+                    let weights: Vec<f64> = (0..=start + token).map(|t| {
+                        let key = &keys[t * 16 + kv * 8..][..8];
+                        let s: f64 = query.iter().zip(key).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum();
+                        (s * scale(t, 1.5) / 8f64.sqrt()).exp()
+                    }).collect();
+                    let sum: f64 = weights.iter().sum();
+                    for i in 0..8 {
+                        let expected: f64 = weights.iter().enumerate().map(|(t, w)| {
+                            w / sum * scale(t, 0.5) * f64::from(values[t * 16 + kv * 8 + i])
+                        }).sum();
+                        let got = f64::from(got[token * 32 + head * 8 + i]);
+                        prop_assert!((got - expected).abs() < 1e-5, "{} {}", got, expected);
+                    }
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,73 @@
+//! What a decoder needs to know of a model, read from GGUF metadata or from a HF `config.json`.
+
+use crate::error::{Error, Result};
+use serde::{Deserialize, Serialize};
+use std::path::Path;
+
+/// Rotary position embedding, rotate-half layout.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct RopeConfig {
+    /// Wavelength base (theta).
+    pub base: f64,
+    /// Numbers of a head that are rotated; all of them in the llama architecture.
+    pub dims: usize,
+}
+
+/// Sizes and constants of a `llama` decoder.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct ModelConfig {
+    pub architecture: String,
+    pub layers: usize,
+    pub hidden: usize,
+    pub heads: usize,
+    pub kv_heads: usize,
+    pub head_dim: usize,
+    pub intermediate: usize,
+    pub vocab: usize,
+    /// Longest sequence the model was trained for, in tokens.
+    pub context: usize,
+    pub rms_epsilon: f32,
+    pub rope: RopeConfig,
+}
+
+impl ModelConfig {
+    /// Multiply-accumulates a token costs in the linear layers of the decoder, embeddings and output head apart.
+    pub fn non_embedding_parameters(&self) -> usize {
+        let q = self.heads * self.head_dim;
+        let kv = self.kv_heads * self.head_dim;
+        let attention = self.hidden * (q + 2 * kv) + q * self.hidden;
+        self.layers * (attention + 3 * self.hidden * self.intermediate)
+    }
+
+    /// Refuses sizes no decoder can have.
+    pub fn checked(self, path: &Path) -> Result<Self> {
+        let sizes = [
+            ("layers", self.layers),
+            ("hidden size", self.hidden),
+            ("attention heads", self.heads),
+            ("key/value heads", self.kv_heads),
+            ("head size", self.head_dim),
+            ("intermediate size", self.intermediate),
+            ("vocabulary size", self.vocab),
+        ];
+        if let Some((name, _)) = sizes.iter().find(|(_, n)| *n == 0) {
+            return Err(Error::file(path, format!("{name} is missing or zero; not a usable model")));
+        }
+        if self.heads % self.kv_heads != 0 || self.head_dim % 2 != 0 || self.rope.dims != self.head_dim {
+            let problem = format!(
+                "{} heads over {} key/value heads of size {} with {} rotated are not a llama decoder",
+                self.heads, self.kv_heads, self.head_dim, self.rope.dims
+            );
+            return Err(Error::file(path, problem));
+        }
+        Ok(self)
+    }
+}
+
+/// The one architecture this version decodes.
+pub const ARCHITECTURE: &str = "llama";
+
+pub(super) fn unknown_architecture(path: &Path, name: &str) -> Error {
+    let problem = format!("architecture '{name}' is not supported; use a '{ARCHITECTURE}' model");
+    Error::file(path, problem)
+}

@@ -1,0 +1,218 @@
+//! Matrix products: a safe, thread-count-independent face on the `gemm` crate.
+//!
+//! Every product is cut into tiles that depend on the operands' shapes only; each tile is computed by one thread. So the
+//! same product has the same bits whatever the number of threads.
+
+use gemm::Parallelism;
+use rayon::prelude::*;
+
+/// A read-only matrix view: element (i, j) lies at `data[i * row_stride + j * column_stride]`.
+#[derive(Clone, Copy)]
+pub struct View<'a> {
+    pub data: &'a [f32],
+    pub rows: usize,
+    pub columns: usize,
+    pub row_stride: usize,
+    pub column_stride: usize,
+}
+
+impl<'a> View<'a> {
+    /// `[rows, columns]`, row-major and dense.
+    pub fn row_major(data: &'a [f32], rows: usize, columns: usize) -> Self {
+        assert!(data.len() >= rows * columns);
+        View { data, rows, columns, row_stride: columns, column_stride: 1 }
+    }
+
+    /// The same elements read as `[columns, rows]`.
+    pub fn transposed(self) -> Self {
+        View {
+            rows: self.columns,
+            columns: self.rows,
+            row_stride: self.column_stride,
+            column_stride: self.row_stride,
+            ..self
+        }
+    }
+
+    fn check(&self) {
+        if self.rows > 0 && self.columns > 0 {
+            let last = (self.rows - 1) * self.row_stride + (self.columns - 1) * self.column_stride;
+            assert!(last < self.data.len(), "matrix view reaches past its data");
+        }
+    }
+}
+
+/// `out[m, n] = a[m, k] * b[k, n]`, row-major `out`, on the calling thread.
+pub fn product(a: View, b: View, out: &mut [f32]) {
+    let (m, k, n) = (a.rows, a.columns, b.columns);
+    assert_eq!(k, b.rows);
+    assert!(out.len() >= m * n);
+    a.check();
+    b.check();
+    if m == 0 || n == 0 {
+        return;
+    }
+    // SAFETY: both views were checked to lie within their slices, `out` holds m*n elements, is written through
+    // (row stride n, column stride 1) only, and cannot alias `a` or `b` because it is borrowed mutably.
+    unsafe { product_raw(a, b, out.as_mut_ptr(), n) }
+}
+
+/// # Safety
+/// `a` and `b` are in bounds, and `out` is valid for writes at `i * out_stride + j` for all i < a.rows, j < b.columns.
+unsafe fn product_raw(a: View, b: View, out: *mut f32, out_stride: usize) {
+    unsafe {
+        gemm::gemm(
+            a.rows,
+            b.columns,
+            a.columns,
+            out,
+            1,
+            out_stride as isize,
+            false,
+            a.data.as_ptr(),
+            a.column_stride as isize,
+            a.row_stride as isize,
+            b.data.as_ptr(),
+            b.column_stride as isize,
+            b.row_stride as isize,
+            0.0,
+            1.0,
+            false,
+            false,
+            false,
+            Parallelism::None,
+        )
+    }
+}
+
+/// The weight of a linear layer, cut along its outputs into panels of [`TILE_OUTPUTS`], each `[inputs, panel outputs]`.
+///
+/// A panel is read from one end to the other, output-contiguous: the kernel needs no packing and the memory no seeking,
+/// which is what a decode step of a few sequences spends its time on.
+pub struct Linear {
+    weight: Vec<f32>,
+    inputs: usize,
+    outputs: usize,
+}
+
+/// Outputs that one tile covers. Small enough to share 576 outputs between cores, large enough to keep a tile's
+/// overhead small.
+const TILE_OUTPUTS: usize = 96;
+/// Rows of one tile: more tiles when there are many rows.
+const TILE_ROWS: usize = 256;
+
+struct OutPointer(*mut f32);
+// SAFETY: tiles write disjoint parts of the output; see `Linear::apply`.
+unsafe impl Sync for OutPointer {}
+
+impl OutPointer {
+    fn get(&self) -> *mut f32 {
+        self.0
+    }
+}
+
+impl Linear {
+    /// From `[outputs, inputs]`, the order of model files. Several such matrices are stacked along the outputs.
+    pub fn from_rows(parts: &[&[f32]], inputs: usize) -> Self {
+        let rows: Vec<&[f32]> = parts.iter().flat_map(|p| p.chunks_exact(inputs)).collect();
+        let outputs = rows.len();
+        let mut weight = vec![0.0; inputs * outputs];
+        let panels = weight.chunks_mut(inputs * TILE_OUTPUTS);
+        for (panel, rows) in panels.zip(rows.chunks(TILE_OUTPUTS)) {
+            for (o, row) in rows.iter().enumerate() {
+                for (i, &w) in row.iter().enumerate() {
+                    panel[i * rows.len() + o] = w;
+                }
+            }
+        }
+        Linear { weight, inputs, outputs }
+    }
+
+    pub fn outputs(&self) -> usize {
+        self.outputs
+    }
+
+    /// Number of weights.
+    pub fn parameters(&self) -> usize {
+        self.weight.len()
+    }
+
+    /// `x [rows, inputs]` times the weight: `[rows, outputs]`.
+    pub fn apply(&self, x: &[f32]) -> Vec<f32> {
+        assert_eq!(x.len() % self.inputs, 0);
+        let rows = x.len() / self.inputs;
+        let mut out = vec![0.0; rows * self.outputs];
+        let pointer = OutPointer(out.as_mut_ptr());
+        let row_tiles = rows.div_ceil(TILE_ROWS);
+        let column_tiles = self.outputs.div_ceil(TILE_OUTPUTS);
+        (0..row_tiles * column_tiles).into_par_iter().for_each(|tile| {
+            let row = tile % row_tiles * TILE_ROWS;
+            let column = tile / row_tiles * TILE_OUTPUTS;
+            let tile_rows = TILE_ROWS.min(rows - row);
+            let tile_columns = TILE_OUTPUTS.min(self.outputs - column);
+            let a = View::row_major(&x[row * self.inputs..], tile_rows, self.inputs);
+            let b = View::row_major(&self.weight[column * self.inputs..], self.inputs, tile_columns);
+            a.check();
+            b.check();
+            // SAFETY: the views were checked. Tile (row, column) writes rows row..row+tile_rows and columns
+            // column..column+tile_columns of `out`, which lies inside its rows*outputs elements; no two tiles share
+            // an element and `out` outlives the loop.
+            unsafe {
+                let corner = pointer.get().add(row * self.outputs + column);
+                product_raw(a, b, corner, self.outputs);
+            }
+        });
+        out
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn numbers(n: usize, seed: usize) -> Vec<f32> {
+        (0..n).map(|i| (((i * 31 + seed * 17) % 23) as f32 - 11.0) / 8.0).collect()
+    }
+
+    fn naive(a: &[f32], w: &[f32], rows: usize, inputs: usize, outputs: usize) -> Vec<f32> {
+        let mut out = vec![0.0; rows * outputs];
+        for r in 0..rows {
+            for o in 0..outputs {
+                out[r * outputs + o] = (0..inputs).map(|i| a[r * inputs + i] * w[o * inputs + i]).sum();
+            }
+        }
+        out
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(24))]
+        #[test]
+        fn linear_equals_the_naive_product(rows in 1usize..300, inputs in 1usize..40, outputs in 1usize..420) {
+            let (x, w) = (numbers(rows * inputs, 1), numbers(outputs * inputs, 2));
+            let got = Linear::from_rows(&[&w], inputs).apply(&x);
+            for (g, e) in got.iter().zip(naive(&x, &w, rows, inputs, outputs)) {
+                prop_assert!((g - e).abs() < 1e-3, "{} {}", g, e);
+            }
+        }
+    }
+
+    #[test]
+    fn strided_views_multiply_like_dense_ones() {
+        let (x, w) = (numbers(3 * 4, 1), numbers(5 * 4, 2));
+        let mut out = vec![0.0; 15];
+        product(View::row_major(&x, 3, 4), View::row_major(&w, 5, 4).transposed(), &mut out);
+        assert_eq!(out, naive(&x, &w, 3, 4, 5));
+    }
+
+    #[test]
+    fn one_thread_and_two_give_the_same_bits() {
+        let linear = Linear::from_rows(&[&numbers(500 * 64, 3)], 64);
+        let x = numbers(300 * 64, 4);
+        let on = |threads| {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+            pool.install(|| linear.apply(&x))
+        };
+        assert_eq!(on(1), on(2));
+    }
+}

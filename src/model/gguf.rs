@@ -1,0 +1,231 @@
+//! GGUF files: metadata, tokenizer vocabulary and (de-quantised) tensors, read with candle.
+
+use super::config::{ARCHITECTURE, ModelConfig, RopeConfig, unknown_architecture};
+use super::weights::TensorSource;
+use crate::error::{Error, Result};
+use crate::files;
+use candle_core::Device;
+use candle_core::quantized::gguf_file::{Content, Value};
+use memmap2::Mmap;
+use std::io::Cursor;
+use std::path::{Path, PathBuf};
+
+pub struct Gguf {
+    path: PathBuf,
+    map: Mmap,
+    content: Content,
+    config: ModelConfig,
+}
+
+impl Gguf {
+    /// Opens and checks a file: magic, architecture, and that every tensor lies inside it.
+    pub fn open(path: &Path) -> Result<Self> {
+        let map = files::map(path)?;
+        if !map.starts_with(b"GGUF") {
+            return Err(Error::file(path, "not a GGUF file (it does not begin with 'GGUF')"));
+        }
+        let content = Content::read(&mut Cursor::new(&map[..])).map_err(|e| {
+            let problem =
+                format!("damaged or truncated GGUF header ({}); fetch the file again", one_line(&e));
+            Error::file(path, problem)
+        })?;
+        let config = config(path, &content)?;
+        let end = content.tensor_infos.values().map(|t| {
+            let blocks = t.shape.elem_count() / t.ggml_dtype.block_size();
+            content.tensor_data_offset + t.offset + (blocks * t.ggml_dtype.type_size()) as u64
+        });
+        let (needed, have) = (end.max().unwrap_or(0), map.len() as u64);
+        if have < needed {
+            let problem = format!("truncated: {have} bytes of at least {needed}; fetch the file again");
+            return Err(Error::file(path, problem));
+        }
+        Ok(Gguf { path: path.to_owned(), map, content, config })
+    }
+
+    pub fn config(&self) -> &ModelConfig {
+        &self.config
+    }
+
+    /// A metadata string.
+    pub fn string(&self, key: &str) -> Option<&str> {
+        self.content.metadata.get(key)?.to_string().ok().map(String::as_str)
+    }
+
+    /// A metadata array of strings.
+    pub fn strings(&self, key: &str) -> Option<Vec<String>> {
+        let values = self.content.metadata.get(key)?.to_vec().ok()?;
+        values.iter().map(|v| v.to_string().ok().cloned()).collect()
+    }
+
+    /// A metadata array of integers.
+    pub fn integers(&self, key: &str) -> Option<Vec<i64>> {
+        let values = self.content.metadata.get(key)?.to_vec().ok()?;
+        values.iter().map(|v| v.to_i32().ok().map(i64::from)).collect()
+    }
+
+    /// A metadata flag.
+    pub fn boolean(&self, key: &str) -> Option<bool> {
+        self.content.metadata.get(key)?.to_bool().ok()
+    }
+
+    /// A metadata integer of any width.
+    pub fn integer(&self, key: &str) -> Option<u64> {
+        integer(&self.content, key)
+    }
+}
+
+impl TensorSource for Gguf {
+    fn path(&self) -> &Path {
+        &self.path
+    }
+
+    fn has(&self, name: &str) -> bool {
+        gguf_name(name).is_some_and(|n| self.content.tensor_infos.contains_key(&n))
+    }
+
+    fn tensor(&self, name: &str) -> Result<(Vec<usize>, Vec<f32>)> {
+        let missing = || Error::file(&self.path, format!("tensor {name} is missing"));
+        let stored = gguf_name(name).filter(|n| self.content.tensor_infos.contains_key(n));
+        let stored = stored.ok_or_else(missing)?;
+        let read = || -> candle_core::Result<(Vec<usize>, Vec<f32>)> {
+            let tensor = self.content.tensor(&mut Cursor::new(&self.map[..]), &stored, &Device::Cpu)?;
+            let tensor = tensor.dequantize(&Device::Cpu)?;
+            Ok((tensor.dims().to_vec(), tensor.flatten_all()?.to_vec1()?))
+        };
+        let (shape, mut data) = read().map_err(|e| {
+            Error::file(&self.path, format!("tensor {stored} cannot be read: {}", one_line(&e)))
+        })?;
+        let c = &self.config;
+        if name.ends_with("q_proj.weight") && shape == [c.heads * c.head_dim, c.hidden] {
+            data = rotate_half_rows(&data, c.heads, c.hidden);
+        } else if name.ends_with("k_proj.weight") && shape == [c.kv_heads * c.head_dim, c.hidden] {
+            data = rotate_half_rows(&data, c.kv_heads, c.hidden);
+        }
+        Ok((shape, data))
+    }
+}
+
+/// llama GGUF files interleave the two halves of every query and key head (row 2i+j holds row j*d/2+i of the Hugging
+/// Face layout); this puts the rows back.
+fn rotate_half_rows(rows: &[f32], heads: usize, inputs: usize) -> Vec<f32> {
+    let head_dim = rows.len() / inputs / heads;
+    let half = head_dim / 2;
+    let mut out = Vec::with_capacity(rows.len());
+    for head in rows.chunks_exact(head_dim * inputs) {
+        for j in 0..2 {
+            for i in 0..half {
+                let row = 2 * i + j;
+                out.extend_from_slice(&head[row * inputs..(row + 1) * inputs]);
+            }
+        }
+    }
+    out
+}
+
+fn config(path: &Path, content: &Content) -> Result<ModelConfig> {
+    let architecture = content.metadata.get("general.architecture");
+    let architecture = architecture.and_then(|v| v.to_string().ok()).map_or("", String::as_str);
+    if architecture != ARCHITECTURE {
+        return Err(unknown_architecture(path, architecture));
+    }
+    let key = |name: &str| format!("{ARCHITECTURE}.{name}");
+    let size = |name: &str| integer(content, &key(name)).unwrap_or(0) as usize;
+    let float = |name: &str| content.metadata.get(&key(name)).and_then(|v| v.to_f32().ok());
+    if content.metadata.contains_key(&key("rope.scaling.type"))
+        || content.tensor_infos.contains_key("rope_freqs.weight")
+    {
+        return Err(Error::file(path, "RoPE scaling is not supported; use a model without it"));
+    }
+    let heads = size("attention.head_count");
+    let head_dim = match size("attention.key_length") {
+        0 => size("embedding_length") / heads.max(1),
+        n => n,
+    };
+    let vocab = content.tensor_infos.get("token_embd.weight").map_or(0, |t| t.shape.dims()[0]);
+    ModelConfig {
+        architecture: architecture.to_owned(),
+        layers: size("block_count"),
+        hidden: size("embedding_length"),
+        heads,
+        kv_heads: match size("attention.head_count_kv") {
+            0 => heads,
+            n => n,
+        },
+        head_dim,
+        intermediate: size("feed_forward_length"),
+        vocab,
+        context: size("context_length"),
+        rms_epsilon: float("attention.layer_norm_rms_epsilon").unwrap_or(1e-5),
+        rope: RopeConfig {
+            base: float("rope.freq_base").map_or(10_000.0, f64::from),
+            dims: match size("rope.dimension_count") {
+                0 => head_dim,
+                n => n,
+            },
+        },
+    }
+    .checked(path)
+}
+
+fn integer(content: &Content, key: &str) -> Option<u64> {
+    match content.metadata.get(key)? {
+        Value::U8(n) => Some(u64::from(*n)),
+        Value::U16(n) => Some(u64::from(*n)),
+        Value::U32(n) => Some(u64::from(*n)),
+        Value::U64(n) => Some(*n),
+        Value::I32(n) => u64::try_from(*n).ok(),
+        Value::I64(n) => u64::try_from(*n).ok(),
+        _ => None,
+    }
+}
+
+/// The GGUF name of a Hugging Face llama tensor.
+fn gguf_name(name: &str) -> Option<String> {
+    let top = match name {
+        "model.embed_tokens.weight" => Some("token_embd.weight"),
+        "model.norm.weight" => Some("output_norm.weight"),
+        "lm_head.weight" => Some("output.weight"),
+        _ => None,
+    };
+    if let Some(top) = top {
+        return Some(top.to_owned());
+    }
+    let (layer, rest) = name.strip_prefix("model.layers.")?.split_once('.')?;
+    let part = match rest.strip_suffix(".weight")? {
+        "input_layernorm" => "attn_norm",
+        "self_attn.q_proj" => "attn_q",
+        "self_attn.k_proj" => "attn_k",
+        "self_attn.v_proj" => "attn_v",
+        "self_attn.o_proj" => "attn_output",
+        "post_attention_layernorm" => "ffn_norm",
+        "mlp.gate_proj" => "ffn_gate",
+        "mlp.up_proj" => "ffn_up",
+        "mlp.down_proj" => "ffn_down",
+        _ => return None,
+    };
+    Some(format!("blk.{layer}.{part}.weight"))
+}
+
+/// candle's errors can carry a backtrace; only their first line is for people.
+fn one_line(error: &candle_core::Error) -> String {
+    error.to_string().lines().next().unwrap_or_default().to_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn interleaved_rows_become_halves() {
+        // Two heads of four rows of one input; row r of the HF layout holds the number r.
+        let gguf = [0.0, 2.0, 1.0, 3.0, 4.0, 6.0, 5.0, 7.0];
+        assert_eq!(rotate_half_rows(&gguf, 2, 1), [0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0]);
+    }
+
+    #[test]
+    fn names_are_mapped() {
+        assert_eq!(gguf_name("model.layers.12.mlp.up_proj.weight").unwrap(), "blk.12.ffn_up.weight");
+        assert_eq!(gguf_name("lm_head.weight").unwrap(), "output.weight");
+        assert_eq!(gguf_name("model.layers.1.self_attn.q_proj.bias"), None);
+    }
+}

@@ -1,0 +1,151 @@
+//! The small vector kernels of a decoder: compiled once per instruction set, chosen at run time (pulp).
+
+use pulp::Arch;
+
+/// Lanes that partial sums are kept in: one AVX-512 register of f32.
+const LANES: usize = 16;
+
+/// Inner product in a fixed order of summation.
+#[inline(always)]
+pub fn dot(a: &[f32], b: &[f32]) -> f32 {
+    let mut sums = [0.0f32; LANES];
+    let (a_lanes, a_rest) = a.as_chunks::<LANES>();
+    let (b_lanes, b_rest) = b.as_chunks::<LANES>();
+    for (x, y) in a_lanes.iter().zip(b_lanes) {
+        for i in 0..LANES {
+            sums[i] = x[i].mul_add(y[i], sums[i]);
+        }
+    }
+    let mut width = LANES;
+    while width > 1 {
+        width /= 2;
+        for i in 0..width {
+            sums[i] += sums[i + width];
+        }
+    }
+    let rest: f32 = a_rest.iter().zip(b_rest).map(|(x, y)| x * y).sum();
+    sums[0] + rest
+}
+
+/// `out += factor * x`.
+#[inline(always)]
+pub fn add_scaled(out: &mut [f32], factor: f32, x: &[f32]) {
+    for (o, &x) in out.iter_mut().zip(x) {
+        *o = factor.mul_add(x, *o);
+    }
+}
+
+/// e^x to about 2e-7 relative, without a branch: 2^n * e^r with |r| <= ln(2)/2 and a degree-6 Taylor polynomial.
+/// Inputs below -87 give about 1.6e-38, above 88 about 1.7e38.
+#[inline(always)]
+fn exp(x: f32) -> f32 {
+    // Adding 1.5 * 2^23 leaves the integer nearest to x/ln(2) in the low bits of the sum.
+    const SHIFTER: f32 = 12_582_912.0;
+    const LN2_HIGH: f32 = 0.693_359_4;
+    const LN2_LOW: f32 = -2.121_944_4e-4;
+    let x = x.clamp(-87.0, 88.0);
+    let shifted = x.mul_add(std::f32::consts::LOG2_E, SHIFTER);
+    let n = shifted - SHIFTER;
+    let r = n.mul_add(-LN2_LOW, n.mul_add(-LN2_HIGH, x));
+    let mut p = 1.0 / 720.0;
+    for c in [1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0, 1.0] {
+        p = r.mul_add(p, c);
+    }
+    f32::from_bits(p.to_bits().wrapping_add(shifted.to_bits() << 23))
+}
+
+/// Softmax of `scores`, in place.
+#[inline(always)]
+pub fn softmax(scores: &mut [f32]) {
+    let mut maxima = [f32::NEG_INFINITY; LANES];
+    let (lanes, rest) = scores.as_chunks::<LANES>();
+    for chunk in lanes {
+        for i in 0..LANES {
+            maxima[i] = maxima[i].max(chunk[i]);
+        }
+    }
+    let max = maxima.iter().chain(rest).copied().fold(f32::NEG_INFINITY, f32::max);
+    let mut sums = [0.0f32; LANES];
+    let (lanes, rest) = scores.as_chunks_mut::<LANES>();
+    for chunk in lanes {
+        for i in 0..LANES {
+            chunk[i] = exp(chunk[i] - max);
+            sums[i] += chunk[i];
+        }
+    }
+    let mut sum: f32 = sums.iter().sum();
+    for x in rest {
+        *x = exp(*x - max);
+        sum += *x;
+    }
+    let inverse = 1.0 / sum;
+    for x in scores {
+        *x *= inverse;
+    }
+}
+
+/// Root-mean-square norm of every row of `x` (`[rows, gain.len()]`).
+pub fn rms_norm(x: &[f32], gain: &[f32], epsilon: f32) -> Vec<f32> {
+    let mut out = vec![0.0; x.len()];
+    Arch::new().dispatch(|| {
+        for (row, out) in x.chunks_exact(gain.len()).zip(out.chunks_exact_mut(gain.len())) {
+            let mean_square = dot(row, row) / gain.len() as f32;
+            let factor = 1.0 / (mean_square + epsilon).sqrt();
+            for ((o, &x), &g) in out.iter_mut().zip(row).zip(gain) {
+                *o = x * factor * g;
+            }
+        }
+    });
+    out
+}
+
+/// SwiGLU: for each row `[gate, up]` of `gate_up`, `silu(gate) * up`.
+pub fn silu_product(gate_up: &[f32], width: usize) -> Vec<f32> {
+    let mut out = vec![0.0; gate_up.len() / 2];
+    Arch::new().dispatch(|| {
+        for (row, out) in gate_up.chunks_exact(2 * width).zip(out.chunks_exact_mut(width)) {
+            let (gate, up) = row.split_at(width);
+            for ((o, &g), &u) in out.iter_mut().zip(gate).zip(up) {
+                *o = g / (1.0 + exp(-g)) * u;
+            }
+        }
+    });
+    out
+}
+
+/// `x += y`.
+pub fn add(x: &mut [f32], y: &[f32]) {
+    for (x, y) in x.iter_mut().zip(y) {
+        *x += y;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn exp_is_accurate(x in -86.0f32..87.0) {
+            let exact = f64::from(x).exp();
+            prop_assert!((f64::from(exp(x)) / exact - 1.0).abs() < 4e-7);
+        }
+
+        #[test]
+        fn softmax_sums_to_one_and_keeps_order(mut x in prop::collection::vec(-30.0f32..30.0, 1..70)) {
+            let before = x.clone();
+            softmax(&mut x);
+            prop_assert!((x.iter().sum::<f32>() - 1.0).abs() < 1e-5);
+            for i in 1..x.len() {
+                prop_assert!((before[i] > before[i - 1]) <= (x[i] >= x[i - 1]));
+            }
+        }
+
+        #[test]
+        fn dot_equals_the_plain_sum(a in prop::collection::vec(-2.0f32..2.0, 0..70)) {
+            let exact: f64 = a.iter().map(|&x| f64::from(x) * f64::from(x)).sum();
+            prop_assert!((f64::from(dot(&a, &a)) - exact).abs() < 1e-4);
+        }
+    }
+}

@@ -1,0 +1,78 @@
+//! Language models: files, tokenizer and a decoder whose KV cache lives outside of it.
+
+pub mod attention;
+mod config;
+mod decoder;
+mod fetch;
+pub mod gemm;
+mod gguf;
+mod hf;
+pub mod kernels;
+mod probe;
+pub mod registry;
+mod rope;
+mod tokenizer;
+mod weights;
+
+pub use config::{ModelConfig, RopeConfig};
+pub use decoder::{Decoder, Segment};
+pub use gguf::Gguf;
+pub use hf::{HfFolder, to_f32};
+pub use probe::{Probe, argmax, log_sum_exp, probe};
+pub use tokenizer::Tokenizer;
+pub use weights::{TensorSource, Weights};
+
+use crate::error::{Error, Result};
+use crate::files;
+use std::path::Path;
+
+/// A model ready to run.
+pub struct Model {
+    pub decoder: Decoder,
+    pub tokenizer: Tokenizer,
+    /// SHA-256 of the GGUF file; for a folder, of its files' checksums in order.
+    pub sha256: String,
+}
+
+impl Model {
+    /// Opens what `--model` means: a built-in name (fetched on first use), a GGUF file or a HF folder.
+    pub fn load(spec: &str) -> Result<Self> {
+        let path = registry::resolve(spec)?;
+        let model = Self::open(&path)?;
+        match registry::builtin(spec) {
+            Some(builtin) if builtin.sha256 != model.sha256 => {
+                let problem = format!("is not the {spec} that was fetched; delete it to fetch it again");
+                Err(Error::file(path, problem))
+            }
+            _ => Ok(model),
+        }
+    }
+
+    /// Opens a GGUF file or a HF folder.
+    pub fn open(path: &Path) -> Result<Self> {
+        if !path.exists() {
+            return Err(Error::file(path, "no such model file or folder"));
+        }
+        if path.is_dir() {
+            let folder = HfFolder::open(path)?;
+            let tokenizer = Tokenizer::from_file(&folder.tokenizer_path())?;
+            let sums: Vec<String> = folder.files().iter().map(|f| files::sha256(f)).collect::<Result<_>>()?;
+            let sha256 = files::sha256_bytes(sums.concat().as_bytes());
+            Self::assemble(folder.config().clone(), &folder, tokenizer, sha256)
+        } else {
+            let gguf = Gguf::open(path)?;
+            let tokenizer = Tokenizer::from_gguf(&gguf, path)?;
+            Self::assemble(gguf.config().clone(), &gguf, tokenizer, files::sha256(path)?)
+        }
+    }
+
+    fn assemble(
+        config: ModelConfig,
+        source: &dyn TensorSource,
+        tokenizer: Tokenizer,
+        sha256: String,
+    ) -> Result<Self> {
+        let weights = Weights::load(&config, source)?;
+        Ok(Model { decoder: Decoder::new(config, weights), tokenizer, sha256 })
+    }
+}

