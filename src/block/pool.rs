@@ -28,7 +28,7 @@ impl BlockShape {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct BlockId(u32);
 
-#[derive(Debug, Default)]
+#[derive(Debug, Default, Clone)]
 struct Slot {
     references: u32,
     /// `[tokens, kv_heads, head_dim]`, tokens <= block_size; empty when the slot is free.
@@ -63,7 +63,7 @@ impl Storage {
 }
 
 /// Reference-counted physical blocks. Memory of a block goes back to the allocator with its last reference.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct BlockPool {
     storage: Storage,
     shape: BlockShape,

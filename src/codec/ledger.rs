@@ -1,0 +1,142 @@
+//! The rate ledger: every bit an encoded cache occupies, read off the pool and the block tables.
+
+use super::CacheBatch;
+use crate::block::BlockId;
+use serde::{Deserialize, Serialize};
+use std::collections::HashSet;
+use std::ops::{AddAssign, Range};
+
+/// Bits of one KV number in the pool (f16).
+const ELEMENT_BITS: u64 = 16;
+/// Bits of one block-table entry: a 32-bit block number.
+const ENTRY_BITS: u64 = 32;
+/// Bits of the side information of one fused block in one request: a key and a value scale, f32 each.
+const SCALE_BITS: u64 = 64;
+
+/// Bits by what they are spent on, over all requests of a batch.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct Ledger {
+    /// KV numbers of the original caches: tokens * layers * kv_heads * head_dim * 2.
+    pub elements: u64,
+    /// Full blocks in the layers the codec touches, each physical block once.
+    pub block_bits: u64,
+    /// Blocks that are not full, in the layers the codec touches.
+    pub partial_bits: u64,
+    /// Everything in the layers the codec leaves alone.
+    pub untouched_bits: u64,
+    pub scale_bits: u64,
+    pub table_bits: u64,
+    /// Codebooks and quantiser scales; no codec has any yet.
+    pub codebook_bits: u64,
+    pub layers: Vec<LayerRate>,
+}
+
+/// One layer's share.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct LayerRate {
+    /// KV numbers of the original caches.
+    pub elements: u64,
+    /// Bits of blocks, scales and table entries.
+    pub bits: u64,
+    pub touched: bool,
+    /// Full blocks that the tables list.
+    pub logical_blocks: u64,
+    /// Physical blocks behind them.
+    pub physical_blocks: u64,
+}
+
+impl LayerRate {
+    /// 16 bits against what is stored.
+    pub fn cr(&self) -> f64 {
+        (self.elements * ELEMENT_BITS) as f64 / self.bits as f64
+    }
+}
+
+impl Ledger {
+    /// Counts an encoded batch whose codec touches `touched` layers.
+    pub fn of(batch: &CacheBatch, touched: &Range<usize>) -> Self {
+        let mut ledger = Ledger::default();
+        let shape = batch.pool.shape();
+        let layers = batch.caches.first().map_or(0, |c| c.layers.len());
+        for n in 0..layers {
+            let mut layer = LayerRate { touched: touched.contains(&n), ..LayerRate::default() };
+            let mut seen: HashSet<BlockId> = HashSet::new();
+            let (mut full, mut partial) = (0, 0);
+            for entry in batch.caches.iter().flat_map(|c| &c.layers[n].entries) {
+                let tokens = batch.pool.tokens(entry.block);
+                let elements = (2 * tokens * shape.token_width()) as u64;
+                let is_full = tokens == shape.block_size;
+                layer.elements += elements;
+                layer.logical_blocks += u64::from(is_full);
+                ledger.table_bits += ENTRY_BITS;
+                layer.bits += ENTRY_BITS;
+                if entry.scale.is_some() {
+                    ledger.scale_bits += SCALE_BITS;
+                    layer.bits += SCALE_BITS;
+                }
+                if seen.insert(entry.block) {
+                    layer.physical_blocks += u64::from(is_full);
+                    *(if is_full { &mut full } else { &mut partial }) += elements * ELEMENT_BITS;
+                }
+            }
+            layer.bits += full + partial;
+            ledger.elements += layer.elements;
+            if layer.touched {
+                ledger.block_bits += full;
+                ledger.partial_bits += partial;
+            } else {
+                ledger.untouched_bits += full + partial;
+            }
+            ledger.layers.push(layer);
+        }
+        ledger
+    }
+
+    /// Bits of KV numbers, which the pool must be holding: 16 for each of its elements.
+    pub fn stored_element_bits(&self) -> u64 {
+        self.block_bits + self.partial_bits + self.untouched_bits
+    }
+
+    pub fn total_bits(&self) -> u64 {
+        self.stored_element_bits() + self.scale_bits + self.table_bits + self.codebook_bits
+    }
+
+    /// Bits really stored for each KV number of the original caches.
+    pub fn bits_per_element(&self) -> f64 {
+        self.total_bits() as f64 / self.elements as f64
+    }
+
+    /// Whole-cache compression ratio with all side information: 16 / bits per element.
+    pub fn cr_audited(&self) -> f64 {
+        ELEMENT_BITS as f64 / self.bits_per_element()
+    }
+
+    /// The paper's ratio: full blocks of the touched layers only, before over after; 1 if none is touched.
+    pub fn cr_paper(&self) -> f64 {
+        let touched = self.layers.iter().filter(|l| l.touched);
+        let (logical, physical) =
+            touched.fold((0, 0), |(l, p), rate| (l + rate.logical_blocks, p + rate.physical_blocks));
+        if physical == 0 { 1.0 } else { logical as f64 / physical as f64 }
+    }
+}
+
+impl AddAssign<&Ledger> for Ledger {
+    /// Joins the ledgers of two batches of the same model and codec.
+    fn add_assign(&mut self, other: &Ledger) {
+        self.elements += other.elements;
+        self.block_bits += other.block_bits;
+        self.partial_bits += other.partial_bits;
+        self.untouched_bits += other.untouched_bits;
+        self.scale_bits += other.scale_bits;
+        self.table_bits += other.table_bits;
+        self.codebook_bits += other.codebook_bits;
+        self.layers.resize(other.layers.len(), LayerRate::default());
+        for (mine, theirs) in self.layers.iter_mut().zip(&other.layers) {
+            mine.elements += theirs.elements;
+            mine.bits += theirs.bits;
+            mine.touched |= theirs.touched;
+            mine.logical_blocks += theirs.logical_blocks;
+            mine.physical_blocks += theirs.physical_blocks;
+        }
+    }
+}

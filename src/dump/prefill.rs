@@ -1,0 +1,140 @@
+//! `kvfuse dump`: prefill every request once and write its cache.
+
+use super::manifest::{DataEntry, MANIFEST, Manifest, ModelEntry, RequestEntry, SCHEMA};
+use super::shard::{DumpDtype, Shard, write_shard};
+use crate::block::{BlockPool, BlockTable, RequestCache, Storage};
+use crate::error::{Error, Result};
+use crate::model::{Model, Segment};
+use crate::progress::{Progress, Unit};
+use crate::{files, interrupt, task};
+use std::path::Path;
+
+/// What to dump.
+#[derive(Debug, Clone)]
+pub struct DumpOptions {
+    pub model: String,
+    pub data: String,
+    pub requests: usize,
+    pub shots: usize,
+    pub seed: u64,
+    pub dtype: DumpDtype,
+    /// Arguments to record in the manifest.
+    pub command: Vec<String>,
+}
+
+/// Tokens a prefill block holds. Any size gives the same dump; this one keeps the last block small.
+const BLOCK_SIZE: usize = 16;
+
+/// Writes the dump into `folder`, going on where an earlier run of the same command stopped.
+///
+/// The tokens that all prompts share are prefilled once; then one request at a time is in memory.
+pub fn dump(folder: &Path, options: &DumpOptions) -> Result<Manifest> {
+    let set = task::load(&options.data, options.requests, options.shots, options.seed)?;
+    files::writable_folder(folder)?;
+    let model = Model::load(&options.model)?;
+    let prompts: Vec<Vec<u32>> =
+        set.requests.iter().map(|r| model.tokenizer.encode_prompt(&r.prompt)).collect::<Result<_>>()?;
+    let context = model.decoder.context();
+    if let Some(i) = prompts.iter().position(|p| p.is_empty() || p.len() >= context) {
+        let message = format!(
+            "request {} has {} tokens; the model takes 1 to {context}, answer included",
+            set.requests[i].id,
+            prompts[i].len()
+        );
+        return Err(Error::argument(message));
+    }
+    let shared = shared_prefix(&prompts);
+    let entries = set.requests.into_iter().zip(&prompts).enumerate();
+    let manifest = Manifest {
+        schema: SCHEMA,
+        kvfuse_version: env!("CARGO_PKG_VERSION").to_owned(),
+        command: options.command.clone(),
+        model: ModelEntry {
+            name: options.model.clone(),
+            sha256: model.sha256.clone(),
+            config: model.decoder.config().clone(),
+        },
+        data: DataEntry {
+            name: options.data.clone(),
+            sha256: set.sha256,
+            template: set.template,
+            shots: set.shots,
+        },
+        seed: options.seed,
+        dtype: options.dtype,
+        shared_prefix_tokens: shared,
+        stop: set.stop,
+        requests: entries
+            .map(|(i, (request, tokens))| RequestEntry {
+                shard: format!("request-{i:05}.safetensors"),
+                tokens: tokens.len(),
+                request,
+            })
+            .collect(),
+    };
+    if folder.join(MANIFEST).exists() {
+        let there = Manifest::read(folder)?;
+        if !there.same_dump(&manifest) {
+            return Err(Error::file(folder, "holds a different dump; choose another -o or delete it"));
+        }
+    } else {
+        manifest.write(folder)?;
+    }
+    prefill_all(folder, &manifest, &model, &prompts)?;
+    Ok(manifest)
+}
+
+fn prefill_all(folder: &Path, manifest: &Manifest, model: &Model, prompts: &[Vec<u32>]) -> Result<()> {
+    let todo: Vec<usize> =
+        (0..prompts.len()).filter(|&i| !is_done(folder, manifest, i, &prompts[i])).collect();
+    let label = format!("prefilling {}", manifest.model.name);
+    let progress = Progress::new(label, prompts.len() as u64, Unit::Items("requests"));
+    progress.set((prompts.len() - todo.len()) as u64);
+    if todo.is_empty() {
+        progress.finish();
+        return Ok(());
+    }
+    let decoder = &model.decoder;
+    let mut pool = BlockPool::new(decoder.block_shape(BLOCK_SIZE), Storage::F32);
+    let mut prefix = decoder.new_cache();
+    let common = &prompts[0][..manifest.shared_prefix_tokens];
+    if !common.is_empty() {
+        decoder.forward(&mut pool, &mut [Segment { cache: &mut prefix, tokens: common }], None);
+    }
+    for i in todo {
+        interrupt::check()?;
+        let mut cache = prefix.fork(&mut pool);
+        let own = &prompts[i][common.len()..];
+        decoder.forward(&mut pool, &mut [Segment { cache: &mut cache, tokens: own }], None);
+        let layers = read_layers(&pool, &cache);
+        let path = manifest.shard_path(folder, i);
+        write_shard(&path, &prompts[i], &layers, decoder.config(), manifest.dtype)?;
+        cache.release(&mut pool);
+        progress.increment();
+    }
+    progress.finish();
+    Ok(())
+}
+
+/// A shard counts as done when it is whole and holds this prompt.
+fn is_done(folder: &Path, manifest: &Manifest, i: usize, tokens: &[u32]) -> bool {
+    Shard::open(&manifest.shard_path(folder, i), &manifest.model.config).is_ok_and(|s| s.tokens() == tokens)
+}
+
+/// Tokens all prompts begin with, but never a whole prompt: every request computes its own last token.
+fn shared_prefix(prompts: &[Vec<u32>]) -> usize {
+    let first = &prompts[0];
+    let common = |p: &Vec<u32>| p.iter().zip(first).take_while(|(a, b)| a == b).count();
+    let shortest = prompts.iter().map(|p| p.len() - 1).min().unwrap_or(0);
+    prompts.iter().map(common).min().unwrap_or(0).min(shortest)
+}
+
+/// Keys and values of every layer, read back through the block tables.
+fn read_layers(pool: &BlockPool, cache: &RequestCache) -> Vec<(Vec<f32>, Vec<f32>)> {
+    let read = |table: &BlockTable| {
+        let blocks = table.entries.iter().map(|e| e.block);
+        let keys = blocks.clone().flat_map(|b| pool.keys(b).iter().copied()).collect();
+        (keys, blocks.flat_map(|b| pool.values(b).iter().copied()).collect())
+    };
+    cache.layers.iter().map(read).collect()
+}
