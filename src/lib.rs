@@ -1,12 +1,15 @@
 //! Rate-distortion experiments on KV-cache block fusion. See docs/architecture.md for the map.
 
 pub mod block;
+pub mod cli;
 pub mod codec;
 pub mod dump;
 pub mod error;
+pub mod experiment;
 pub mod files;
 pub mod interrupt;
 pub mod model;
+pub mod plot;
 pub mod progress;
 pub mod stats;
 pub mod task;

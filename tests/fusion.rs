@@ -58,9 +58,8 @@ fn bff_equals_the_reference() {
             CacheBatch { pool: BlockPool::new(shape, Storage::F32), caches: Vec::new(), tokens: Vec::new() };
         let mut first = 0;
         for &n in &counts {
-            let layers: Vec<_> = (0..layers)
-                .map(|l| (slice(&keys, l, first, n), slice(&values, l, first, n)))
-                .collect();
+            let layers: Vec<_> =
+                (0..layers).map(|l| (slice(&keys, l, first, n), slice(&values, l, first, n))).collect();
             batch.caches.push(cache(&mut batch.pool, &layers));
             first += n;
         }

@@ -9,7 +9,7 @@ pub use distortion::{Distortion, distortion};
 pub use ledger::{LayerRate, Ledger};
 pub use prefix::Prefix;
 
-use crate::block::{BlockPool, RequestCache};
+use crate::block::{BlockPool, BlockShape, RequestCache, Storage};
 use std::ops::Range;
 
 /// The caches of a batch of requests, and the tokens they hold.
@@ -19,6 +19,13 @@ pub struct CacheBatch {
     pub caches: Vec<RequestCache>,
     /// Tokens in each cache.
     pub tokens: Vec<Vec<u32>>,
+}
+
+impl CacheBatch {
+    /// No requests yet, blocks of this shape.
+    pub fn empty(shape: BlockShape, storage: Storage) -> Self {
+        CacheBatch { pool: BlockPool::new(shape, storage), caches: Vec::new(), tokens: Vec::new() }
+    }
 }
 
 /// A way of shrinking the caches of a batch: it changes block tables and scales, and frees blocks of the pool.

@@ -1,0 +1,60 @@
+//! `kvfuse demo`.
+
+use super::sweep::{DEFAULT_TAUS, summary};
+use super::{say, typed_command};
+use crate::dump::{DumpDtype, DumpOptions, dump};
+use crate::experiment::{FirstToken, Method, SWEEP_CSV, SweepOptions, parse_taus, sweep};
+use crate::model::registry::DEFAULT_MODEL;
+use crate::plot::plot_sweep;
+use anyhow::Result;
+use std::path::PathBuf;
+
+/// Dump 64 requests of the built-in questions, sweep eight thresholds, draw the figures.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// Folder to write
+    #[arg(short, long, value_name = "DIR", default_value = "results/demo")]
+    out: PathBuf,
+    /// Requests to draw
+    #[arg(long, default_value_t = 64)]
+    requests: usize,
+}
+
+pub fn run(args: Args) -> Result<()> {
+    let folder = args.out.join("dump");
+    dump(
+        &folder,
+        &DumpOptions {
+            model: DEFAULT_MODEL.to_owned(),
+            data: "builtin:qa".to_owned(),
+            requests: args.requests,
+            shots: 3,
+            seed: 0,
+            dtype: DumpDtype::F16,
+            command: typed_command(),
+        },
+    )?;
+    let rows = sweep(
+        &args.out,
+        &SweepOptions {
+            dump: folder,
+            model: None,
+            methods: vec![Method::Bff],
+            taus: parse_taus(DEFAULT_TAUS)?,
+            block_sizes: vec![16],
+            first_token: FirstToken::Fused,
+            batch: 64,
+            max_new_tokens: 32,
+            resamples: 2000,
+            seed: 0,
+            command: typed_command(),
+        },
+    )?;
+    let figures = plot_sweep(&args.out)?;
+    say(summary(&rows));
+    say("");
+    for path in [args.out.join(SWEEP_CSV), args.out.join("manifest.json")].iter().chain(&figures) {
+        say(path.display().to_string());
+    }
+    Ok(())
+}

@@ -1,0 +1,85 @@
+//! The command line: one file a subcommand; parse, call, print.
+
+mod bench;
+mod demo;
+mod dump;
+mod inspect;
+mod model;
+mod plot;
+mod sweep;
+mod table;
+
+use anyhow::{Context, Result};
+use clap::{Parser, Subcommand};
+use std::io::Write;
+
+/// Rate-distortion experiments on KV-cache block fusion.
+///
+/// Dump the KV caches of a real language model, fuse similar blocks across requests, and see what it costs.
+/// Start with `kvfuse demo`.
+#[derive(Debug, Parser)]
+#[command(
+    version,
+    max_term_width = 100,
+    after_help = "Environment:\n  \
+    KVFUSE_HOME  folder that models are kept in (default: $XDG_CACHE_HOME/kvfuse or ~/.cache/kvfuse)\n  \
+    HF_ENDPOINT, HF_HOME, HF_TOKEN  as in Hugging Face tools\n\n\
+    Exit status: 0 when all went well, 2 on any error."
+)]
+pub struct Cli {
+    #[command(subcommand)]
+    command: Command,
+    /// Threads to compute with; results do not depend on it [default: all cores]
+    #[arg(long, global = true, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
+    threads: Option<u16>,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// List, fetch and try models
+    #[command(subcommand)]
+    Model(model::Command),
+    /// Prefill prompts and write their KV caches
+    Dump(dump::Args),
+    /// Check a dump and summarise it
+    Inspect(inspect::Args),
+    /// Fuse a dump's caches at many thresholds and measure rate and damage
+    Sweep(sweep::Args),
+    /// Draw the figures of a sweep
+    Plot(plot::Args),
+    /// Everything at once, with defaults, into results/demo
+    Demo(demo::Args),
+    /// Measure this machine: GEMM, prefill, batched decode, fusion
+    Bench(bench::Args),
+}
+
+impl Cli {
+    /// Runs the command.
+    pub fn run(self) -> Result<()> {
+        crate::interrupt::install();
+        if let Some(threads) = self.threads {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads.into());
+            pool.build_global().context("--threads")?;
+        }
+        match self.command {
+            Command::Model(command) => model::run(command),
+            Command::Dump(args) => dump::run(args),
+            Command::Inspect(args) => inspect::run(args),
+            Command::Sweep(args) => sweep::run(args),
+            Command::Plot(args) => plot::run(args),
+            Command::Demo(args) => demo::run(args),
+            Command::Bench(args) => bench::run(args),
+        }
+    }
+}
+
+/// Prints to stdout. A reader that has gone (`| head`) is not an error.
+fn say(text: impl AsRef<str>) {
+    let _ = writeln!(std::io::stdout().lock(), "{}", text.as_ref());
+}
+
+/// The command as typed, for manifests: the program's path may differ between machines, its arguments say it all.
+fn typed_command() -> Vec<String> {
+    let arguments = std::env::args_os().skip(1).map(|a| a.to_string_lossy().into_owned());
+    std::iter::once("kvfuse".to_owned()).chain(arguments).collect()
+}

@@ -1,0 +1,211 @@
+//! One row of sweep.csv: what was stored, what it cost, against the no-fusion arm on the same requests.
+
+use super::arms::Arm;
+use super::evaluate::FirstToken;
+use crate::codec::{Distortion, Ledger};
+use crate::stats::{Interval, bootstrap_mean};
+use serde::{Deserialize, Serialize};
+
+/// One request in one arm.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct RequestScore {
+    pub id: String,
+    pub answer: String,
+    pub answer_tokens: Vec<u32>,
+    /// Token F1 and exact match; absent for requests without references.
+    pub f1: Option<f64>,
+    pub em: Option<f64>,
+    /// Means over the request's target tokens, nats a token.
+    pub nll: f64,
+    pub kl: f64,
+    pub top1: f64,
+}
+
+/// Wall-clock times of one arm, kept out of sweep.csv so that it is the same bytes on every run.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct Timings {
+    pub fuse_seconds: f64,
+    pub score_seconds: f64,
+    pub decode_seconds: f64,
+    pub generated_tokens: usize,
+}
+
+/// What all arms of a sweep have in common.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Setting {
+    pub model: String,
+    pub data: String,
+    pub dump: String,
+    pub seed: u64,
+    pub batch: usize,
+    pub first_token: FirstToken,
+    pub max_new_tokens: usize,
+    pub resamples: usize,
+}
+
+/// Columns are documented in docs/sweep-columns.md. Numbers are rounded to six significant digits.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Row {
+    pub run: String,
+    pub model: String,
+    pub data: String,
+    pub method: String,
+    pub tau: Option<f64>,
+    pub block_size: usize,
+    pub first_token: FirstToken,
+    pub batch: usize,
+    pub seed: u64,
+    pub requests: usize,
+    pub elements: u64,
+    pub block_bits: u64,
+    pub partial_bits: u64,
+    pub untouched_bits: u64,
+    pub scale_bits: u64,
+    pub table_bits: u64,
+    pub codebook_bits: u64,
+    pub bits_per_element: f64,
+    pub cr_audited: f64,
+    pub cr_paper: f64,
+    pub cr_prefix: f64,
+    pub cr_beyond_prefix: f64,
+    pub key_error: f64,
+    pub value_error: f64,
+    pub attention_error: f64,
+    pub kl: f64,
+    pub kl_low: f64,
+    pub kl_high: f64,
+    pub top1: f64,
+    pub top1_low: f64,
+    pub top1_high: f64,
+    pub nll: f64,
+    pub nll_low: f64,
+    pub nll_high: f64,
+    pub nll_diff: f64,
+    pub nll_diff_low: f64,
+    pub nll_diff_high: f64,
+    pub f1: Option<f64>,
+    pub f1_low: Option<f64>,
+    pub f1_high: Option<f64>,
+    pub f1_diff: Option<f64>,
+    pub f1_diff_low: Option<f64>,
+    pub f1_diff_high: Option<f64>,
+    pub em: Option<f64>,
+    pub em_low: Option<f64>,
+    pub em_high: Option<f64>,
+    pub em_diff: Option<f64>,
+    pub em_diff_low: Option<f64>,
+    pub em_diff_high: Option<f64>,
+    pub worst_request: String,
+    pub worst_kl: f64,
+    /// Audited ratio of every layer, `;`-separated.
+    pub layer_cr: String,
+}
+
+/// What was measured of one arm.
+pub struct Measured<'a> {
+    pub ledger: &'a Ledger,
+    pub distortion: Distortion,
+    /// Squared error and energy of attention outputs.
+    pub attention: (f64, f64),
+    pub scores: &'a [RequestScore],
+    /// The no-fusion arm's scores of the same requests.
+    pub baseline: &'a [RequestScore],
+    /// Audited ratio of exact prefix sharing on the same requests and block size.
+    pub cr_prefix: f64,
+}
+
+impl Row {
+    pub fn new(run: &str, setting: &Setting, arm: &Arm, measured: &Measured) -> Self {
+        let Measured { ledger, distortion, attention, scores, baseline, cr_prefix } = measured;
+        // One seed for all arms: their intervals come from the same resamples of requests.
+        let interval = |x: &[f64]| bootstrap_mean(x, setting.resamples, setting.seed);
+        let all = |f: fn(&RequestScore) -> f64| -> Vec<f64> { scores.iter().map(f).collect() };
+        let some =
+            |f: fn(&RequestScore) -> Option<f64>| interval(&scores.iter().filter_map(f).collect::<Vec<_>>());
+        let paired = |f: fn(&RequestScore) -> Option<f64>| {
+            let pairs = scores.iter().zip(*baseline).filter_map(|(s, b)| Some(f(s)? - f(b)?));
+            interval(&pairs.collect::<Vec<_>>())
+        };
+        let of = |i: Option<Interval>, part: fn(Interval) -> f64| i.map(|i| rounded(part(i)));
+        let must = |i: Option<Interval>, part: fn(Interval) -> f64| of(i, part).unwrap_or(f64::NAN);
+        let (middle, low, high) = (|i: Interval| i.mean, |i: Interval| i.low, |i: Interval| i.high);
+        let (kl, top1, nll) =
+            (interval(&all(|s| s.kl)), interval(&all(|s| s.top1)), interval(&all(|s| s.nll)));
+        let nll_diff = paired(|s| Some(s.nll));
+        let (f1, f1_diff, em, em_diff) = (some(|s| s.f1), paired(|s| s.f1), some(|s| s.em), paired(|s| s.em));
+        let worst = scores.iter().max_by(|a, b| a.kl.total_cmp(&b.kl));
+        let layer_cr: Vec<String> = ledger.layers.iter().map(|l| format!("{:.4}", l.cr())).collect();
+        let cr = ledger.cr_audited();
+        Row {
+            run: run.to_owned(),
+            model: setting.model.clone(),
+            data: setting.data.clone(),
+            method: arm.method.name().to_owned(),
+            tau: arm.tau,
+            block_size: arm.block_size,
+            first_token: setting.first_token,
+            batch: setting.batch,
+            seed: setting.seed,
+            requests: scores.len(),
+            elements: ledger.elements,
+            block_bits: ledger.block_bits,
+            partial_bits: ledger.partial_bits,
+            untouched_bits: ledger.untouched_bits,
+            scale_bits: ledger.scale_bits,
+            table_bits: ledger.table_bits,
+            codebook_bits: ledger.codebook_bits,
+            bits_per_element: rounded(ledger.bits_per_element()),
+            cr_audited: rounded(cr),
+            cr_paper: rounded(ledger.cr_paper()),
+            cr_prefix: rounded(*cr_prefix),
+            cr_beyond_prefix: rounded(cr / cr_prefix),
+            key_error: rounded(distortion.keys()),
+            value_error: rounded(distortion.values()),
+            attention_error: rounded(if attention.1 > 0.0 { attention.0 / attention.1 } else { 0.0 }),
+            kl: must(kl, middle),
+            kl_low: must(kl, low),
+            kl_high: must(kl, high),
+            top1: must(top1, middle),
+            top1_low: must(top1, low),
+            top1_high: must(top1, high),
+            nll: must(nll, middle),
+            nll_low: must(nll, low),
+            nll_high: must(nll, high),
+            nll_diff: must(nll_diff, middle),
+            nll_diff_low: must(nll_diff, low),
+            nll_diff_high: must(nll_diff, high),
+            f1: of(f1, middle),
+            f1_low: of(f1, low),
+            f1_high: of(f1, high),
+            f1_diff: of(f1_diff, middle),
+            f1_diff_low: of(f1_diff, low),
+            f1_diff_high: of(f1_diff, high),
+            em: of(em, middle),
+            em_low: of(em, low),
+            em_high: of(em, high),
+            em_diff: of(em_diff, middle),
+            em_diff_low: of(em_diff, low),
+            em_diff_high: of(em_diff, high),
+            worst_request: worst.map_or(String::new(), |w| w.id.clone()),
+            worst_kl: rounded(worst.map_or(f64::NAN, |w| w.kl)),
+            layer_cr: layer_cr.join(";"),
+        }
+    }
+}
+
+/// Six significant digits: more than any of these numbers carries.
+fn rounded(x: f64) -> f64 {
+    if x == 0.0 || !x.is_finite() { x } else { format!("{x:.5e}").parse().unwrap_or(x) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn six_digits() {
+        assert_eq!(rounded(1.234_567_89), 1.23457);
+        assert_eq!(rounded(-0.000_012_345_678), -1.23457e-5);
+        assert_eq!(rounded(0.0), 0.0);
+    }
+}

@@ -1,0 +1,54 @@
+//! Finished arms on disk: `runs/<id>.json` beside sweep.csv. A second run of the same command reads them back.
+
+use super::arms::Arm;
+use super::rows::{RequestScore, Row, Setting, Timings};
+use crate::error::{IoAt, Result};
+use crate::files;
+use serde::{Deserialize, Serialize};
+use std::fs;
+use std::path::{Path, PathBuf};
+
+/// All that was measured of one arm.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct RunRecord {
+    pub row: Row,
+    pub requests: Vec<RequestScore>,
+    pub timings: Timings,
+}
+
+/// The folder of finished arms of one sweep output.
+pub struct Runs {
+    folder: PathBuf,
+}
+
+impl Runs {
+    pub fn open(out: &Path) -> Result<Self> {
+        let folder = out.join("runs");
+        fs::create_dir_all(&folder).at(&folder)?;
+        Ok(Runs { folder })
+    }
+
+    fn path(&self, run: &str) -> PathBuf {
+        self.folder.join(format!("{run}.json"))
+    }
+
+    /// The record of a run, if it is there and readable; anything else is measured again.
+    pub fn load(&self, run: &str) -> Option<RunRecord> {
+        let text = fs::read_to_string(self.path(run)).ok()?;
+        serde_json::from_str(&text).ok().filter(|r: &RunRecord| r.row.run == run)
+    }
+
+    pub fn store(&self, record: &RunRecord) -> Result<()> {
+        files::write_json(&self.path(&record.row.run), record)
+    }
+}
+
+/// Names a run by everything that its row depends on.
+pub fn run_id(setting: &Setting, arm: &Arm) -> Result<String> {
+    let key = serde_json::json!({
+        "kvfuse": env!("CARGO_PKG_VERSION"),
+        "setting": setting,
+        "arm": arm,
+    });
+    Ok(files::sha256_bytes(key.to_string().as_bytes())[..12].to_owned())
+}

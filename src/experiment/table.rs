@@ -1,0 +1,82 @@
+//! Result tables as CSV files (polars), and sweep settings as TOML files.
+
+use super::arms::Method;
+use super::evaluate::FirstToken;
+use crate::error::{Error, IoAt, Result};
+use crate::files;
+use polars::prelude::*;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+/// Writes rows as CSV, one column a field in declaration order; absent numbers are empty cells.
+pub fn write_csv<T: Serialize>(path: &Path, rows: &[T]) -> Result<()> {
+    let bad = |e: &dyn std::fmt::Display| Error::file(path, e.to_string());
+    let maps: Vec<serde_json::Map<String, Value>> = rows
+        .iter()
+        .map(|row| match serde_json::to_value(row) {
+            Ok(Value::Object(map)) => Ok(map),
+            Ok(_) => Err(bad(&"a row is not a record")),
+            Err(e) => Err(bad(&e)),
+        })
+        .collect::<Result<_>>()?;
+    let Some(first) = maps.first() else { return Err(bad(&"there are no rows to write")) };
+    let columns: Vec<Column> = first.keys().map(|name| column(name, &maps)).collect();
+    let mut frame = DataFrame::new(maps.len(), columns).map_err(|e| bad(&e))?;
+    let mut bytes = Vec::new();
+    CsvWriter::new(&mut bytes).finish(&mut frame).map_err(|e| bad(&e))?;
+    files::write_atomically(path, |out| out.write_all(&bytes))
+}
+
+fn column(name: &str, rows: &[serde_json::Map<String, Value>]) -> Column {
+    let values = || rows.iter().map(|r| r.get(name).unwrap_or(&Value::Null));
+    let name: PlSmallStr = name.into();
+    if values().any(Value::is_string) {
+        Column::new(name, values().map(Value::as_str).collect::<Vec<_>>())
+    } else if values().all(Value::is_u64) {
+        Column::new(name, values().map(Value::as_u64).collect::<Vec<_>>())
+    } else {
+        Column::new(name, values().map(Value::as_f64).collect::<Vec<_>>())
+    }
+}
+
+/// Reads a CSV file with a header.
+pub fn read_csv(path: &Path) -> Result<DataFrame> {
+    let bytes = fs::read(path).at(path)?;
+    CsvReadOptions::default()
+        .with_infer_schema_length(None)
+        .into_reader_with_file_handle(std::io::Cursor::new(bytes))
+        .finish()
+        .map_err(|e| {
+            Error::file(path, format!("not a result table: {}", e.to_string().lines().next().unwrap_or("")))
+        })
+}
+
+/// A sweep's settings in a TOML file; every field is optional and the command line wins.
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SweepConfig {
+    pub dump: Option<PathBuf>,
+    pub out: Option<PathBuf>,
+    pub model: Option<String>,
+    pub method: Option<Vec<Method>>,
+    /// As on the command line.
+    pub tau: Option<String>,
+    pub block_size: Option<Vec<usize>>,
+    pub first_token: Option<FirstToken>,
+    pub batch: Option<usize>,
+    pub max_new_tokens: Option<usize>,
+    pub resamples: Option<usize>,
+    pub seed: Option<u64>,
+}
+
+impl SweepConfig {
+    pub fn read(path: &Path) -> Result<Self> {
+        let text = fs::read_to_string(path).at(path)?;
+        toml::from_str(&text).map_err(|e| {
+            let line = e.span().map_or(1, |s| text[..s.start].lines().count().max(1));
+            Error::file(path, format!("line {line}: {}", e.message().replace('\n', " ")))
+        })
+    }
+}
