@@ -2,7 +2,7 @@
 
 use half::f16;
 use half::slice::HalfFloatSliceExt;
-use rayon::prelude::*;
+use std::sync::Arc;
 
 /// Geometry of every block of a pool.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -29,12 +29,20 @@ impl BlockShape {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct BlockId(u32);
 
+/// Numbers of one block, `[tokens, kv_heads, head_dim]` each, tokens <= block_size.
+#[derive(Debug, Default, Clone)]
+struct Block {
+    keys: Vec<f32>,
+    values: Vec<f32>,
+}
+
+/// `data` is shared only with clones of the pool: an experiment's arms begin as clones of the unfused pool, and copying
+/// gigabytes for each would cost more than fusing them. A pool counts, and frees, what its own slots hold.
 #[derive(Debug, Default, Clone)]
 struct Slot {
     references: u32,
-    /// `[tokens, kv_heads, head_dim]`, tokens <= block_size; empty when the slot is free.
-    keys: Vec<f32>,
-    values: Vec<f32>,
+    /// Empty when the slot is free.
+    data: Arc<Block>,
 }
 
 /// What a number may keep when it goes into the pool. Arithmetic on the cache is in f32 either way.
@@ -64,20 +72,12 @@ impl Storage {
 }
 
 /// Reference-counted physical blocks. Memory of a block goes back to the allocator with its last reference.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct BlockPool {
     storage: Storage,
     shape: BlockShape,
     slots: Vec<Slot>,
     free: Vec<u32>,
-}
-
-impl Clone for BlockPool {
-    /// A pool with the same blocks under the same names. Slot by slot in parallel: it is gigabytes.
-    fn clone(&self) -> Self {
-        let slots = self.slots.par_iter().cloned().collect();
-        BlockPool { slots, free: self.free.clone(), ..*self }
-    }
 }
 
 impl BlockPool {
@@ -97,7 +97,8 @@ impl BlockPool {
         assert_eq!(keys.len(), values.len());
         assert_eq!(keys.len() % self.shape.token_width(), 0);
         assert!(keys.len() <= self.shape.block_width());
-        let slot = Slot { references: 1, keys: self.storage.round(keys), values: self.storage.round(values) };
+        let block = Block { keys: self.storage.round(keys), values: self.storage.round(values) };
+        let slot = Slot { references: 1, data: Arc::new(block) };
         self.insert(slot)
     }
 
@@ -133,27 +134,28 @@ impl BlockPool {
     /// Appends one token to a block, copying it first if others share it. Returns the block to use from now on.
     pub fn append(&mut self, id: BlockId, key: &[f32], value: &[f32]) -> BlockId {
         let id = if self.references(id) > 1 {
-            let copy = Slot { references: 1, keys: self.keys(id).to_vec(), values: self.values(id).to_vec() };
+            let copy = Slot { references: 1, data: Arc::clone(&self.slots[id.0 as usize].data) };
             self.release(id);
             self.insert(copy)
         } else {
             id
         };
         assert!(self.tokens(id) < self.shape.block_size, "block is full");
-        let slot = &mut self.slots[id.0 as usize];
-        slot.keys.extend(self.storage.round(key));
-        slot.values.extend(self.storage.round(value));
+        // Copies the numbers if a copied slot or a clone of the pool still shares them.
+        let block = Arc::make_mut(&mut self.slots[id.0 as usize].data);
+        block.keys.extend(self.storage.round(key));
+        block.values.extend(self.storage.round(value));
         id
     }
 
     /// Keys of a block, `[tokens, kv_heads, head_dim]`.
     pub fn keys(&self, id: BlockId) -> &[f32] {
-        &self.slots[id.0 as usize].keys
+        &self.slots[id.0 as usize].data.keys
     }
 
     /// Values of a block, `[tokens, kv_heads, head_dim]`.
     pub fn values(&self, id: BlockId) -> &[f32] {
-        &self.slots[id.0 as usize].values
+        &self.slots[id.0 as usize].data.values
     }
 
     /// Tokens stored in a block.
@@ -172,7 +174,7 @@ impl BlockPool {
 
     /// KV numbers (keys and values) held by all live blocks.
     pub fn elements(&self) -> u64 {
-        self.slots.iter().map(|s| (s.keys.len() + s.values.len()) as u64).sum()
+        self.slots.iter().map(|s| (s.data.keys.len() + s.data.values.len()) as u64).sum()
     }
 }
 

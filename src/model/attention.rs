@@ -1,9 +1,8 @@
 //! Grouped-query attention that reads keys and values through a block table.
 
 use super::gemm::{View, product};
-use super::kernels::{add_scaled, dot, softmax};
+use super::kernels::{causal_softmax, scores, weighted_sum};
 use crate::block::{BlockPool, BlockTable, Entry};
-use pulp::Arch;
 use rayon::prelude::*;
 
 /// Head geometry of the queries; the pool knows that of the keys.
@@ -126,33 +125,30 @@ fn in_place(pool: &BlockPool, heads: Heads, queries: &[f32], stride: usize, task
     let (d, group) = (heads.head_dim, heads.group());
     let softmax_scale = 1.0 / (d as f32).sqrt();
     let total = task.start + task.tokens;
-    let mut scores = vec![0.0; total];
+    let stride_kv = heads.kv_heads * d;
+    let at = task.kv_head * d;
+    let mut weights = vec![0.0; total];
     let mut out = vec![0.0; task.tokens * group * d];
-    Arch::new().dispatch(|| {
-        for (i, out) in out.chunks_exact_mut(d).enumerate() {
-            let (token, head) = (i / group, task.kv_head * group + i % group);
-            let length = task.start + token + 1;
-            let at = (task.row + token) * stride + head * d;
-            let query = &queries[at..at + d];
-            let mut score = scores[..length].iter_mut();
-            for (entry, n) in visible(pool, task.table, length) {
-                let scale = entry.key_scale() * softmax_scale;
-                let keys = head_rows(pool.keys(entry.block), heads, task.kv_head, n);
-                for (key, score) in keys.zip(score.by_ref()) {
-                    *score = dot(query, key) * scale;
-                }
-            }
-            softmax(&mut scores[..length]);
-            let mut weight = scores[..length].iter();
-            for (entry, n) in visible(pool, task.table, length) {
-                let scale = entry.value_scale();
-                let values = head_rows(pool.values(entry.block), heads, task.kv_head, n);
-                for (value, weight) in values.zip(weight.by_ref()) {
-                    add_scaled(out, weight * scale, value);
-                }
-            }
+    for (i, out) in out.chunks_exact_mut(d).enumerate() {
+        let (token, head) = (i / group, task.kv_head * group + i % group);
+        let weights = &mut weights[..task.start + token + 1];
+        let query = &queries[(task.row + token) * stride + head * d..][..d];
+        let mut first = 0;
+        for (entry, n) in visible(pool, task.table, weights.len()) {
+            let scale = entry.key_scale() * softmax_scale;
+            let keys = &pool.keys(entry.block)[at..];
+            scores(query, keys, stride_kv, scale, &mut weights[first..first + n]);
+            first += n;
         }
-    });
+        let length = weights.len();
+        causal_softmax(weights, length, length, 1);
+        first = 0;
+        for (entry, n) in visible(pool, task.table, length) {
+            let values = &pool.values(entry.block)[at..];
+            weighted_sum(out, values, stride_kv, entry.value_scale(), &weights[first..first + n]);
+            first += n;
+        }
+    }
     out
 }
 
@@ -177,18 +173,12 @@ fn gathered(pool: &BlockPool, heads: Heads, queries: &[f32], stride: usize, task
         let at = (task.row + token) * stride + task.kv_head * group * d;
         gathered_queries.extend_from_slice(&queries[at..at + group * d]);
     }
-    let mut scores = vec![0.0; rows * total];
+    let mut weights = vec![0.0; rows * total];
     let queries = View::row_major(&gathered_queries, rows, d);
-    product(queries, View::row_major(&keys, total, d).transposed(), &mut scores);
-    Arch::new().dispatch(|| {
-        for (i, row) in scores.chunks_exact_mut(total).enumerate() {
-            let (seen, future) = row.split_at_mut(task.start + i / group + 1);
-            softmax(seen);
-            future.fill(0.0);
-        }
-    });
+    product(queries, View::row_major(&keys, total, d).transposed(), &mut weights);
+    causal_softmax(&mut weights, total, task.start + 1, group);
     let mut out = vec![0.0; rows * d];
-    product(View::row_major(&scores, rows, total), View::row_major(&values, total, d), &mut out);
+    product(View::row_major(&weights, rows, total), View::row_major(&values, total, d), &mut out);
     out
 }
 

@@ -1,13 +1,13 @@
-//! The small vector kernels of a decoder: compiled once per instruction set, chosen at run time (pulp).
+//! The small vector kernels of a decoder: compiled once an instruction set, chosen at run time (multiversion).
 
-use pulp::Arch;
+use multiversion::multiversion;
 
 /// Lanes that partial sums are kept in: one AVX-512 register of f32.
 const LANES: usize = 16;
 
 /// Inner product in a fixed order of summation.
 #[inline(always)]
-pub fn dot(a: &[f32], b: &[f32]) -> f32 {
+fn dot(a: &[f32], b: &[f32]) -> f32 {
     let mut sums = [0.0f32; LANES];
     let (a_lanes, a_rest) = a.as_chunks::<LANES>();
     let (b_lanes, b_rest) = b.as_chunks::<LANES>();
@@ -29,7 +29,7 @@ pub fn dot(a: &[f32], b: &[f32]) -> f32 {
 
 /// `out += factor * x`.
 #[inline(always)]
-pub fn add_scaled(out: &mut [f32], factor: f32, x: &[f32]) {
+fn add_scaled(out: &mut [f32], factor: f32, x: &[f32]) {
     for (o, &x) in out.iter_mut().zip(x) {
         *o = factor.mul_add(x, *o);
     }
@@ -56,7 +56,7 @@ fn exp(x: f32) -> f32 {
 
 /// Softmax of `scores`, in place.
 #[inline(always)]
-pub fn softmax(scores: &mut [f32]) {
+fn softmax(scores: &mut [f32]) {
     let mut maxima = [f32::NEG_INFINITY; LANES];
     let (lanes, rest) = scores.as_chunks::<LANES>();
     for chunk in lanes {
@@ -84,32 +84,56 @@ pub fn softmax(scores: &mut [f32]) {
     }
 }
 
+/// `scores[t] = scale * <query, key t>` for as many keys as there are scores. The keys of one head lie `stride` apart.
+#[multiversion(targets("x86_64+avx512f+avx512vl+avx512dq+avx2+fma", "x86_64+avx2+fma"))]
+pub fn scores(query: &[f32], keys: &[f32], stride: usize, scale: f32, scores: &mut [f32]) {
+    for (t, score) in scores.iter_mut().enumerate() {
+        *score = dot(query, &keys[t * stride..][..query.len()]) * scale;
+    }
+}
+
+/// `out += sum over t of scale * weights[t] * value t`. The values of one head lie `stride` apart.
+#[multiversion(targets("x86_64+avx512f+avx512vl+avx512dq+avx2+fma", "x86_64+avx2+fma"))]
+pub fn weighted_sum(out: &mut [f32], values: &[f32], stride: usize, scale: f32, weights: &[f32]) {
+    for (t, weight) in weights.iter().enumerate() {
+        add_scaled(out, weight * scale, &values[t * stride..][..out.len()]);
+    }
+}
+
+/// Softmax of every row of `rows` (`[rows, width]`): of its first `seen + i / group` numbers, the rest becomes zero.
+#[multiversion(targets("x86_64+avx512f+avx512vl+avx512dq+avx2+fma", "x86_64+avx2+fma"))]
+pub fn causal_softmax(rows: &mut [f32], width: usize, seen: usize, group: usize) {
+    for (i, row) in rows.chunks_exact_mut(width).enumerate() {
+        let (past, future) = row.split_at_mut(seen + i / group);
+        softmax(past);
+        future.fill(0.0);
+    }
+}
+
 /// Root-mean-square norm of every row of `x` (`[rows, gain.len()]`).
+#[multiversion(targets("x86_64+avx512f+avx512vl+avx512dq+avx2+fma", "x86_64+avx2+fma"))]
 pub fn rms_norm(x: &[f32], gain: &[f32], epsilon: f32) -> Vec<f32> {
     let mut out = vec![0.0; x.len()];
-    Arch::new().dispatch(|| {
-        for (row, out) in x.chunks_exact(gain.len()).zip(out.chunks_exact_mut(gain.len())) {
-            let mean_square = dot(row, row) / gain.len() as f32;
-            let factor = 1.0 / (mean_square + epsilon).sqrt();
-            for ((o, &x), &g) in out.iter_mut().zip(row).zip(gain) {
-                *o = x * factor * g;
-            }
+    for (row, out) in x.chunks_exact(gain.len()).zip(out.chunks_exact_mut(gain.len())) {
+        let mean_square = dot(row, row) / gain.len() as f32;
+        let factor = 1.0 / (mean_square + epsilon).sqrt();
+        for ((o, &x), &g) in out.iter_mut().zip(row).zip(gain) {
+            *o = x * factor * g;
         }
-    });
+    }
     out
 }
 
 /// SwiGLU: for each row `[gate, up]` of `gate_up`, `silu(gate) * up`.
+#[multiversion(targets("x86_64+avx512f+avx512vl+avx512dq+avx2+fma", "x86_64+avx2+fma"))]
 pub fn silu_product(gate_up: &[f32], width: usize) -> Vec<f32> {
     let mut out = vec![0.0; gate_up.len() / 2];
-    Arch::new().dispatch(|| {
-        for (row, out) in gate_up.chunks_exact(2 * width).zip(out.chunks_exact_mut(width)) {
-            let (gate, up) = row.split_at(width);
-            for ((o, &g), &u) in out.iter_mut().zip(gate).zip(up) {
-                *o = g / (1.0 + exp(-g)) * u;
-            }
+    for (row, out) in gate_up.chunks_exact(2 * width).zip(out.chunks_exact_mut(width)) {
+        let (gate, up) = row.split_at(width);
+        for ((o, &g), &u) in out.iter_mut().zip(gate).zip(up) {
+            *o = g / (1.0 + exp(-g)) * u;
         }
-    });
+    }
     out
 }
 
