@@ -1,5 +1,6 @@
 //! Rate-distortion experiments on KV-cache block fusion. See docs/architecture.md for the map.
 
+pub mod bench;
 pub mod block;
 pub mod cli;
 pub mod codec;

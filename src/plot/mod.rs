@@ -1,5 +1,24 @@
+//! Figures from result tables. Nothing is computed here beyond axes.
+
+mod canvas;
+mod heatmap;
+mod rate;
+mod series;
+mod tradeoff;
+
 use crate::error::Result;
+use crate::experiment::{SWEEP_CSV, read_csv};
+use series::SweepTable;
 use std::path::{Path, PathBuf};
-pub fn plot_sweep(_out: &Path) -> Result<Vec<PathBuf>> {
-    Ok(vec![])
+
+/// Draws all figures of a sweep folder from its sweep.csv, as PNG and SVG; returns what was written.
+pub fn plot_sweep(out: &Path) -> Result<Vec<PathBuf>> {
+    let csv = out.join(SWEEP_CSV);
+    let table = SweepTable::new(&csv, &read_csv(&csv)?)?;
+    let mut written = canvas::save(&tradeoff::Tradeoff { table: &table }, out, "quality_vs_cr")?;
+    if !table.fusion.is_empty() {
+        written.extend(canvas::save(&rate::Rate { table: &table }, out, "cr_vs_tau")?);
+        written.extend(canvas::save(&heatmap::LayerMap { table: &table }, out, "layer_cr")?);
+    }
+    Ok(written)
 }

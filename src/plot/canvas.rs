@@ -1,0 +1,68 @@
+//! One drawing, two files: PNG and SVG, with a font of our own so that a bare machine can draw.
+
+use crate::error::{Error, Result};
+use crate::files;
+use image::ImageEncoder;
+use plotters::coord::Shift;
+use plotters::prelude::*;
+use plotters::style::{FontStyle, register_font};
+use std::path::{Path, PathBuf};
+
+pub type Area<DB> = DrawingArea<DB, Shift>;
+/// Why a backend could not draw.
+pub type Drawn = std::result::Result<(), String>;
+
+/// A figure that can be drawn on any backend.
+pub trait Figure {
+    /// Width and height in pixels.
+    fn size(&self) -> (u32, u32);
+    fn draw<DB: DrawingBackend>(&self, root: &Area<DB>) -> Drawn;
+}
+
+/// The family that all text uses; in SVG the viewer's own sans-serif stands in.
+pub const FONT: &str = "sans-serif";
+
+/// Writes `NAME.png` and `NAME.svg` into `folder`.
+pub fn save(figure: &impl Figure, folder: &Path, name: &str) -> Result<Vec<PathBuf>> {
+    for (style, bytes) in
+        [(FontStyle::Normal, dejavu::sans::regular()), (FontStyle::Bold, dejavu::sans::bold())]
+    {
+        register_font(FONT, style, bytes).map_err(|_| Error::Plot {
+            path: folder.to_owned(),
+            problem: "the built-in font is unusable".to_owned(),
+        })?;
+    }
+    let (width, height) = figure.size();
+    let png = folder.join(format!("{name}.png"));
+    let svg = folder.join(format!("{name}.svg"));
+    let failed = |path: &Path| {
+        let path = path.to_owned();
+        move |problem: String| Error::Plot { path, problem }
+    };
+
+    let mut pixels = vec![0u8; (width * height * 3) as usize];
+    draw(figure, &BitMapBackend::with_buffer(&mut pixels, (width, height)).into_drawing_area())
+        .map_err(failed(&png))?;
+    let mut encoded = Vec::new();
+    image::codecs::png::PngEncoder::new(&mut encoded)
+        .write_image(&pixels, width, height, image::ColorType::Rgb8)
+        .map_err(|e| failed(&png)(e.to_string()))?;
+    files::write_atomically(&png, |out| out.write_all(&encoded))?;
+
+    let mut text = String::new();
+    draw(figure, &SVGBackend::with_string(&mut text, (width, height)).into_drawing_area())
+        .map_err(failed(&svg))?;
+    files::write_atomically(&svg, |out| out.write_all(text.as_bytes()))?;
+    Ok(vec![png, svg])
+}
+
+fn draw<DB: DrawingBackend>(figure: &impl Figure, root: &Area<DB>) -> Drawn {
+    root.fill(&WHITE).map_err(said)?;
+    figure.draw(root)?;
+    root.present().map_err(said)
+}
+
+/// A backend's error in words.
+pub fn said(error: impl std::fmt::Display) -> String {
+    error.to_string()
+}

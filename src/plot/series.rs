@@ -1,0 +1,106 @@
+//! sweep.csv as the figures want it.
+
+use crate::error::{Error, Result};
+use polars::prelude::*;
+use std::path::Path;
+
+/// A number and its 95 % interval; NaN where the table has none.
+#[derive(Debug, Clone, Copy)]
+pub struct Estimate {
+    pub mid: f64,
+    pub low: f64,
+    pub high: f64,
+}
+
+/// One row.
+#[derive(Debug, Clone)]
+pub struct Point {
+    pub method: String,
+    pub tau: f64,
+    pub block_size: u64,
+    pub cr_audited: f64,
+    pub cr_paper: f64,
+    pub f1: Estimate,
+    pub kl: Estimate,
+    pub layer_cr: Vec<f64>,
+}
+
+/// All rows of a sweep, sorted into controls and fusion.
+pub struct SweepTable {
+    pub title: String,
+    pub none: Point,
+    pub prefix: Point,
+    /// One series a block size, in the order of the table.
+    pub fusion: Vec<Vec<Point>>,
+}
+
+impl SweepTable {
+    pub fn new(path: &Path, frame: &DataFrame) -> Result<Self> {
+        let missing = |name: &str| {
+            Error::file(path, format!("has no usable column '{name}'; plot reads what `kvfuse sweep` writes"))
+        };
+        let floats = |name: &str| -> Result<Vec<f64>> {
+            let column =
+                frame.column(name).and_then(|c| c.cast(&DataType::Float64)).map_err(|_| missing(name))?;
+            let numbers = column.f64().map_err(|_| missing(name))?;
+            Ok(numbers.iter().map(|x| x.unwrap_or(f64::NAN)).collect())
+        };
+        let strings = |name: &str| -> Result<Vec<String>> {
+            let column =
+                frame.column(name).and_then(|c| c.cast(&DataType::String)).map_err(|_| missing(name))?;
+            let texts = column.str().map_err(|_| missing(name))?;
+            Ok(texts.iter().map(|x| x.unwrap_or_default().to_owned()).collect())
+        };
+        let estimates = |name: &str| -> Result<Vec<Estimate>> {
+            let (mid, low, high) =
+                (floats(name)?, floats(&format!("{name}_low"))?, floats(&format!("{name}_high"))?);
+            Ok((0..mid.len()).map(|i| Estimate { mid: mid[i], low: low[i], high: high[i] }).collect())
+        };
+        let (method, model, data) = (strings("method")?, strings("model")?, strings("data")?);
+        let (tau, block_size, requests) = (floats("tau")?, floats("block_size")?, floats("requests")?);
+        let (audited, paper) = (floats("cr_audited")?, floats("cr_paper")?);
+        let (f1, kl, layers) = (estimates("f1")?, estimates("kl")?, strings("layer_cr")?);
+        let points: Vec<Point> = (0..method.len())
+            .map(|i| Point {
+                method: method[i].clone(),
+                tau: tau[i],
+                block_size: block_size[i] as u64,
+                cr_audited: audited[i],
+                cr_paper: paper[i],
+                f1: f1[i],
+                kl: kl[i],
+                layer_cr: layers[i].split(';').filter_map(|x| x.parse().ok()).collect(),
+            })
+            .collect();
+        let control = |name: &str| {
+            let found = points.iter().find(|p| p.method == name).cloned();
+            found.ok_or_else(|| Error::file(path, format!("has no row of the control '{name}'; sweep again")))
+        };
+        let mut fusion: Vec<Vec<Point>> = Vec::new();
+        for point in points.iter().filter(|p| p.tau.is_finite()) {
+            match fusion
+                .iter_mut()
+                .find(|s| s[0].block_size == point.block_size && s[0].method == point.method)
+            {
+                Some(series) => series.push(point.clone()),
+                None => fusion.push(vec![point.clone()]),
+            }
+        }
+        Ok(SweepTable {
+            title: format!("{}, {}, {} requests", model[0], short(&data[0]), requests[0]),
+            none: control("none")?,
+            prefix: control("prefix")?,
+            fusion,
+        })
+    }
+}
+
+/// A data source without the folders before its file name.
+fn short(data: &str) -> &str {
+    data.rsplit('/').next().unwrap_or(data)
+}
+
+/// Name of a series in a legend.
+pub fn series_name(series: &[Point]) -> String {
+    format!("{}, block {}", series[0].method, series[0].block_size)
+}

@@ -1,0 +1,156 @@
+//! F1 and KL against the audited compression ratio.
+
+use super::canvas::{Area, Drawn, FONT, Figure, said};
+use super::series::{Estimate, Point, SweepTable, series_name};
+use plotters::coord::ranged1d::ValueFormatter;
+use plotters::prelude::*;
+
+pub struct Tradeoff<'a> {
+    pub table: &'a SweepTable,
+}
+
+/// KL below this is drawn at the bottom of the log axis: that of the controls is zero, or rounding.
+const KL_FLOOR: f64 = 1e-4;
+
+impl Figure for Tradeoff<'_> {
+    fn size(&self) -> (u32, u32) {
+        (1200, 560)
+    }
+
+    fn draw<DB: DrawingBackend>(&self, root: &Area<DB>) -> Drawn {
+        let t = self.table;
+        let title = format!("Answer quality against compression ({})", t.title);
+        let root = root.margin(8, 0, 0, 0).titled(&title, (FONT, 22)).map_err(said)?;
+        let (left, right) = root.split_horizontally(600);
+        let all: Vec<&Point> = t.fusion.iter().flatten().chain([&t.none, &t.prefix]).collect();
+        let most = all.iter().map(|p| p.cr_audited).fold(1.0, f64::max);
+        let x = 0.8..most * 1.08;
+
+        let f1_top = all.iter().map(|p| p.f1.high).fold(0.1, f64::max) * 1.12;
+        let mut panel = ChartBuilder::on(&left);
+        let mut panel = margins(&mut panel).build_cartesian_2d(x.clone(), 0.0..f1_top).map_err(said)?;
+        panel
+            .configure_mesh()
+            .x_desc("audited compression ratio (whole cache, 16 bits / stored bits)")
+            .y_desc("token F1 (mean, 95 % interval)")
+            .label_style((FONT, 15))
+            .axis_desc_style((FONT, 16))
+            .light_line_style(WHITE)
+            .draw()
+            .map_err(said)?;
+        self.panel(&mut panel, |p| p.f1, (0.0, f1_top), t.none.f1.mid)?;
+
+        let kl_top = all.iter().map(|p| p.kl.high).fold(1e-2, f64::max) * 2.0;
+        let mut panel = ChartBuilder::on(&right);
+        let mut panel =
+            margins(&mut panel).build_cartesian_2d(x, (KL_FLOOR..kl_top).log_scale()).map_err(said)?;
+        panel
+            .configure_mesh()
+            .x_desc("audited compression ratio (whole cache, 16 bits / stored bits)")
+            .y_desc("KL from no fusion, nats a token (log; zero at bottom)")
+            .y_label_formatter(&|y| format!("{y}"))
+            .label_style((FONT, 15))
+            .axis_desc_style((FONT, 16))
+            .light_line_style(WHITE)
+            .draw()
+            .map_err(said)?;
+        self.panel(&mut panel, |p| p.kl, (KL_FLOOR, kl_top), f64::NAN)
+    }
+}
+
+fn margins<'a, 'b, DB: DrawingBackend>(
+    chart: &'b mut ChartBuilder<'a, 'a, DB>,
+) -> &'b mut ChartBuilder<'a, 'a, DB> {
+    chart.margin(12).x_label_area_size(52).y_label_area_size(70)
+}
+
+impl Tradeoff<'_> {
+    /// Curves with intervals and thresholds, the controls, and lines at exact prefix sharing and at `level`.
+    fn panel<'a, DB, Y>(
+        &self,
+        chart: &mut ChartContext<'a, DB, Cartesian2d<plotters::coord::types::RangedCoordf64, Y>>,
+        quality: fn(&Point) -> Estimate,
+        (bottom, top): (f64, f64),
+        level: f64,
+    ) -> Drawn
+    where
+        DB: DrawingBackend + 'a,
+        Y: Ranged<ValueType = f64> + ValueFormatter<f64>,
+    {
+        let t = self.table;
+        let clip = |y: f64| y.clamp(bottom, top);
+        let grey = RGBColor(110, 110, 110);
+        let prefix_cr = t.prefix.cr_audited;
+        chart
+            .draw_series(DashedLineSeries::new(
+                [(prefix_cr, bottom), (prefix_cr, top)],
+                6,
+                4,
+                grey.stroke_width(2),
+            ))
+            .map_err(said)?
+            .label(format!("exact prefix sharing, lossless (CR {prefix_cr:.2})"))
+            .legend(move |(x, y)| PathElement::new([(x, y), (x + 22, y)], grey.stroke_width(2)));
+        if level.is_finite() {
+            let right = chart.x_range().end;
+            let line = [(chart.x_range().start, level), (right, level)];
+            chart.draw_series(DashedLineSeries::new(line, 2, 4, grey.stroke_width(1))).map_err(said)?;
+        }
+        for (n, series) in t.fusion.iter().enumerate() {
+            let color = Palette99::pick(n + 1).to_rgba();
+            let at = |p: &Point| (p.cr_audited, clip(quality(p).mid));
+            chart
+                .draw_series(LineSeries::new(series.iter().map(at), color.stroke_width(2)))
+                .map_err(said)?
+                .label(series_name(series))
+                .legend(move |(x, y)| PathElement::new([(x, y), (x + 22, y)], color.stroke_width(3)));
+            let bars = series.iter().filter(|p| quality(p).mid.is_finite()).map(|p| {
+                let q = quality(p);
+                ErrorBar::new_vertical(
+                    p.cr_audited,
+                    clip(q.low),
+                    clip(q.mid),
+                    clip(q.high),
+                    color.filled(),
+                    8,
+                )
+            });
+            chart.draw_series(bars).map_err(said)?;
+            for (i, p) in series.iter().enumerate() {
+                // Alternating sides: neighbours lie close where the curve is steep.
+                let offset = if i % 2 == 0 { (9, -16) } else { (9, 5) };
+                let label = Text::new(format!("{}", p.tau), offset, (FONT, 14).into_font().color(&color));
+                chart.draw_series(std::iter::once(EmptyElement::at(at(p)) + label)).map_err(said)?;
+            }
+        }
+        for (p, name) in [(&t.none, "no fusion"), (&t.prefix, "prefix")] {
+            let q = quality(p);
+            if !q.mid.is_finite() {
+                continue;
+            }
+            let mark = ErrorBar::new_vertical(
+                p.cr_audited,
+                clip(q.low),
+                clip(q.mid),
+                clip(q.high),
+                BLACK.filled(),
+                8,
+            );
+            chart.draw_series([mark]).map_err(said)?;
+            let label = Text::new(name, (7, -18), (FONT, 14).into_font().color(&BLACK));
+            chart
+                .draw_series(std::iter::once(EmptyElement::at((p.cr_audited, clip(q.mid))) + label))
+                .map_err(said)?;
+        }
+        let position =
+            if level.is_finite() { SeriesLabelPosition::UpperRight } else { SeriesLabelPosition::LowerRight };
+        chart
+            .configure_series_labels()
+            .position(position)
+            .background_style(WHITE.mix(0.9))
+            .border_style(RGBColor(180, 180, 180))
+            .label_font((FONT, 14))
+            .draw()
+            .map_err(said)
+    }
+}
