@@ -75,7 +75,7 @@ impl SweepConfig {
     pub fn read(path: &Path) -> Result<Self> {
         let text = fs::read_to_string(path).at(path)?;
         toml::from_str(&text).map_err(|e| {
-            let line = e.span().map_or(1, |s| text[..s.start].lines().count().max(1));
+            let line = e.span().map_or(1, |s| text[..s.start].matches('\n').count() + 1);
             Error::file(path, format!("line {line}: {}", e.message().replace('\n', " ")))
         })
     }

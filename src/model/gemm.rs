@@ -95,9 +95,8 @@ pub struct Linear {
     outputs: usize,
 }
 
-/// Outputs that one tile covers. Small enough to share 576 outputs between cores, large enough to keep a tile's
-/// overhead small.
-const TILE_OUTPUTS: usize = 96;
+/// Outputs that one tile covers: the height of the AVX-512 kernel, and small enough to share 576 outputs between cores.
+const TILE_OUTPUTS: usize = 64;
 /// Rows of one tile: more tiles when there are many rows.
 const TILE_ROWS: usize = 256;
 

@@ -1,0 +1,189 @@
+//! Bad input gets one clear line on stderr and exit status 2.
+
+mod common;
+
+use common::{copy_folder, model_file, refuse, small_dump, text};
+use std::fs;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+fn scratch() -> tempfile::TempDir {
+    tempfile::tempdir().unwrap()
+}
+
+fn write(path: &Path, bytes: &[u8]) -> PathBuf {
+    fs::write(path, bytes).unwrap();
+    path.to_owned()
+}
+
+#[test]
+fn a_text_file_named_gguf() {
+    let dir = scratch();
+    let file = write(&dir.path().join("notes.gguf"), b"dear diary");
+    refuse(&["model", "info", text(&file)], &["notes.gguf", "not a GGUF file"]);
+}
+
+#[test]
+fn a_truncated_gguf() {
+    let dir = scratch();
+    let whole = fs::read(model_file()).unwrap();
+    let file = write(&dir.path().join("tail.gguf"), &whole[..whole.len() - 1000]);
+    refuse(&["model", "info", text(&file)], &["tail.gguf", "truncated", "fetch"]);
+    let file = write(&dir.path().join("head.gguf"), &whole[..5000]);
+    refuse(&["model", "info", text(&file)], &["head.gguf", "truncated"]);
+}
+
+#[test]
+fn an_unknown_architecture() {
+    let dir = scratch();
+    let mut bytes = fs::read(model_file()).unwrap();
+    let at = bytes.windows(5).position(|w| w == b"llama").unwrap();
+    bytes[at..at + 5].copy_from_slice(b"mamba");
+    let file = write(&dir.path().join("other.gguf"), &bytes);
+    refuse(&["model", "try", text(&file), "hello"], &["other.gguf", "architecture 'mamba'", "llama"]);
+
+    let folder = dir.path().join("hf");
+    fs::create_dir(&folder).unwrap();
+    write(&folder.join("config.json"), br#"{"model_type": "rwkv"}"#);
+    refuse(&["model", "info", text(&folder)], &["config.json", "architecture 'rwkv'"]);
+}
+
+#[test]
+fn a_damaged_hf_folder() {
+    let dir = scratch();
+    refuse(&["model", "info", text(dir.path())], &["config.json"]);
+    let config = r#"{"model_type": "llama", "num_hidden_layers": 1, "hidden_size": 8, "num_attention_heads": 2,
+                     "intermediate_size": 8, "vocab_size": 8}"#;
+    write(&dir.path().join("config.json"), config.as_bytes());
+    refuse(&["model", "info", text(dir.path())], &["no *.safetensors"]);
+    write(&dir.path().join("model.safetensors"), b"\x10\x00\x00\x00\x00\x00\x00\x00{}");
+    refuse(&["model", "info", text(dir.path())], &["model.safetensors", "truncated"]);
+}
+
+#[test]
+fn things_that_are_not_there() {
+    let dir = scratch();
+    let missing = dir.path().join("nowhere");
+    refuse(&["inspect", text(&missing)], &["nowhere", "no such dump folder"]);
+    refuse(&["sweep", text(&missing)], &["nowhere", "no such dump folder"]);
+    refuse(&["sweep", text(dir.path())], &["manifest.json", "no dump"]);
+    refuse(&["plot", text(&missing)], &["sweep.csv"]);
+    refuse(&["model", "info", text(&missing)], &["nowhere", "built-in", "smollm2-135m"]);
+    refuse(&["model", "pull", "gpt-17"], &["gpt-17", "smollm2-135m"]);
+    let data = format!("squad:{}", text(&missing));
+    refuse(&["dump", "--data", &data, "-o", text(dir.path())], &["nowhere"]);
+}
+
+#[test]
+fn unusable_data() {
+    let dir = scratch();
+    let out = dir.path().join("out");
+    let try_data = |kind: &str, name: &str, content: &str, words: &[&str]| {
+        let file = write(&dir.path().join(name), content.as_bytes());
+        let data = format!("{kind}:{}", text(&file));
+        refuse(&["dump", "--data", &data, "--requests", "1", "-o", text(&out)], words);
+    };
+    try_data("squad", "empty.json", "", &["empty.json", "SQuAD"]);
+    try_data("squad", "none.json", r#"{"data": []}"#, &["none.json", "no question"]);
+    try_data("prompts", "empty.jsonl", "\n", &["empty.jsonl", "no prompt"]);
+    try_data("prompts", "bad.jsonl", "{\"text\": 1}\n", &["bad.jsonl", "line 1"]);
+    refuse(&["dump", "--data", "wiki", "-o", text(&out)], &["--data wiki", "builtin:qa"]);
+    assert!(!out.exists(), "nothing was begun");
+}
+
+#[test]
+fn impossible_counts() {
+    let dir = scratch();
+    let out = text(dir.path());
+    refuse(&["dump", "--requests", "0", "-o", out], &["--requests must be at least 1"]);
+    refuse(&["dump", "--requests", "99999", "-o", out], &["--requests 99999", "questions"]);
+    refuse(&["dump", "--shots", "99", "-o", out], &["--shots 99", "worked examples"]);
+}
+
+#[test]
+fn thresholds_out_of_range() {
+    let dump = text(small_dump());
+    refuse(&["sweep", dump, "--tau", "1.5"], &["1.5", "(-1, 1]"]);
+    refuse(&["sweep", dump, "--tau", "-1"], &["-1", "(-1, 1]"]);
+    refuse(&["sweep", dump, "--tau", "0.60:0.95:0.05"], &["reversed", "0.95:0.60:0.05"]);
+    refuse(&["sweep", dump, "--tau", "0.9:0.6:0"], &["step"]);
+    refuse(&["sweep", dump, "--tau", "high"], &["high"]);
+    refuse(&["sweep", dump, "--block-size", "0"], &["--block-size"]);
+}
+
+#[test]
+fn a_bad_config_names_its_line() {
+    let dir = scratch();
+    let config = write(&dir.path().join("x.toml"), b"tau = \"0.9\"\n\ntresholds = 3\n");
+    refuse(&["sweep", "--config", text(&config)], &["x.toml", "line 3", "tresholds"]);
+}
+
+#[test]
+fn a_dump_of_another_model() {
+    let dir = scratch();
+    copy_folder(small_dump(), dir.path());
+    let path = dir.path().join("manifest.json");
+    let manifest = fs::read_to_string(&path).unwrap();
+    fs::write(&path, manifest.replace("b179c9523d0e", "000000000000")).unwrap();
+    refuse(&["sweep", text(dir.path()), "--tau", "0.9"], &["another model", "--model"]);
+}
+
+#[test]
+fn a_shard_cut_short_or_missing() {
+    let dir = scratch();
+    copy_folder(small_dump(), dir.path());
+    let shard = dir.path().join("request-00003.safetensors");
+    let bytes = fs::read(&shard).unwrap();
+    fs::write(&shard, &bytes[..bytes.len() / 2]).unwrap();
+    refuse(&["inspect", text(dir.path())], &["request-00003.safetensors", "cut short"]);
+    refuse(&["sweep", text(dir.path()), "--tau", "0.9"], &["request-00003.safetensors", "cut short"]);
+    fs::remove_file(&shard).unwrap();
+    refuse(&["sweep", text(dir.path()), "--tau", "0.9"], &["request-00003.safetensors", "missing"]);
+}
+
+#[test]
+fn a_shard_with_nan() {
+    let dir = scratch();
+    copy_folder(small_dump(), dir.path());
+    let shard = dir.path().join("request-00001.safetensors");
+    let mut file = fs::OpenOptions::new().write(true).open(&shard).unwrap();
+    let length = file.metadata().unwrap().len();
+    // An f16 NaN somewhere among the tensors; the end of the file holds the last of them.
+    std::io::Seek::seek(&mut file, std::io::SeekFrom::Start(length - 4096)).unwrap();
+    file.write_all(&0x7e00u16.to_le_bytes()).unwrap();
+    drop(file);
+    refuse(&["inspect", text(dir.path())], &["request-00001.safetensors", "NaN"]);
+    refuse(&["sweep", text(dir.path()), "--tau", "0.9"], &["request-00001.safetensors", "NaN"]);
+}
+
+#[test]
+fn a_folder_that_cannot_be_written() {
+    let dir = scratch();
+    let file = write(&dir.path().join("file"), b"");
+    let below = file.join("out");
+    refuse(&["dump", "--requests", "1", "-o", text(&below)], &["out"]);
+    refuse(&["sweep", text(small_dump()), "-o", text(&below)], &["out"]);
+}
+
+#[test]
+fn a_folder_that_holds_something_else() {
+    let dump = text(small_dump());
+    refuse(&["dump", "--requests", "2", "-o", dump], &["different dump", "-o"]);
+}
+
+#[test]
+fn a_table_that_is_no_sweep() {
+    let dir = scratch();
+    write(&dir.path().join("sweep.csv"), b"a,b\n1,2\n");
+    refuse(&["plot", text(dir.path())], &["sweep.csv", "no usable column"]);
+}
+
+#[test]
+fn a_prompt_longer_than_the_context() {
+    let dir = scratch();
+    let prompt = format!("{{\"prompt\": \"{}\"}}\n", "word ".repeat(9000));
+    let file = write(&dir.path().join("long.jsonl"), prompt.as_bytes());
+    let data = format!("prompts:{}", text(&file));
+    let out = dir.path().join("out");
+    refuse(&["dump", "--data", &data, "--requests", "1", "-o", text(&out)], &["tokens", "line-1"]);
+}
