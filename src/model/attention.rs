@@ -108,16 +108,10 @@ fn visible<'a>(
 }
 
 /// Numbers of one key/value head, token by token, out of `[tokens, kv_heads, head_dim]`.
-#[inline(always)]
-fn head_rows<'a>(
-    block: &'a [f32],
-    heads: Heads,
-    kv_head: usize,
-    tokens: usize,
-) -> impl Iterator<Item = &'a [f32]> {
-    let width = heads.kv_heads * heads.head_dim;
+fn head_rows(block: &[f32], heads: Heads, kv_head: usize, tokens: usize) -> impl Iterator<Item = &[f32]> {
     let at = kv_head * heads.head_dim;
-    block.chunks_exact(width).take(tokens).map(move |row| &row[at..at + heads.head_dim])
+    let rows = block.chunks_exact(heads.kv_heads * heads.head_dim);
+    rows.take(tokens).map(move |row| &row[at..at + heads.head_dim])
 }
 
 /// Few query rows: every block is read once where it lies.

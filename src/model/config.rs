@@ -53,7 +53,8 @@ impl ModelConfig {
         if let Some((name, _)) = sizes.iter().find(|(_, n)| *n == 0) {
             return Err(Error::file(path, format!("{name} is missing or zero; not a usable model")));
         }
-        if self.heads % self.kv_heads != 0 || self.head_dim % 2 != 0 || self.rope.dims != self.head_dim {
+        let whole = self.heads.is_multiple_of(self.kv_heads) && self.head_dim.is_multiple_of(2);
+        if !whole || self.rope.dims != self.head_dim {
             let problem = format!(
                 "{} heads over {} key/value heads of size {} with {} rotated are not a llama decoder",
                 self.heads, self.kv_heads, self.head_dim, self.rope.dims
