@@ -93,10 +93,10 @@ pub fn sweep(out: &Path, options: &SweepOptions) -> Result<Vec<Row>> {
             if here.iter().all(|&i| records[i].is_some()) {
                 continue;
             }
-            let mut bench = Bench::new(&model, options, &manifest, size, records[here[0]].as_ref())?;
+            let mut stage = Stage::new(&model, options, &manifest, size, records[here[0]].as_ref())?;
             for i in here {
                 if records[i].is_none() {
-                    let record = bench.run(&ids[i], &setting, &grid[i])?;
+                    let record = stage.run(&ids[i], &setting, &grid[i])?;
                     runs.store(&record)?;
                     records[i] = Some(record);
                     progress.increment();
@@ -183,7 +183,7 @@ struct Lot {
 }
 
 /// Everything the arms of one block size share.
-struct Bench<'a> {
+struct Stage<'a> {
     model: &'a Model,
     manifest: &'a Manifest,
     max_new_tokens: usize,
@@ -192,7 +192,7 @@ struct Bench<'a> {
     cr_prefix: f64,
 }
 
-impl<'a> Bench<'a> {
+impl<'a> Stage<'a> {
     fn new(
         model: &'a Model,
         options: &SweepOptions,
@@ -200,7 +200,7 @@ impl<'a> Bench<'a> {
         block_size: usize,
         baseline: Option<&RunRecord>,
     ) -> Result<Self> {
-        let mut bench = Bench {
+        let mut stage = Stage {
             model,
             manifest,
             max_new_tokens: options.max_new_tokens,
@@ -232,10 +232,10 @@ impl<'a> Bench<'a> {
                 prompt.targets = targets(model, manifest, i, own)?;
             }
             let reference = Reference::of(model, &mut base, &prompts);
-            bench.lots.push(Lot { base, prompts, reference, first });
+            stage.lots.push(Lot { base, prompts, reference, first });
         }
-        bench.cr_prefix = prefix.cr_audited();
-        Ok(bench)
+        stage.cr_prefix = prefix.cr_audited();
+        Ok(stage)
     }
 
     fn run(&mut self, run: &str, setting: &Setting, arm: &Arm) -> Result<RunRecord> {

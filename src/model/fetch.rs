@@ -54,9 +54,8 @@ fn from_hub(model: &Builtin, staging: &Path) -> Result<PathBuf> {
                 .with_progress(false)
                 .with_retries(0)
                 .build()?;
-            let api = api.model(repo.to_owned());
-            let url = api.url(file);
-            Ok((hf_hub::api::sync::Api::new()?.metadata(&url)?.size(), api))
+            let repo = api.model(repo.to_owned());
+            Ok((api.metadata(&repo.url(file))?.size(), repo))
         };
         // The receiver may have given up; then nobody wants the answer.
         let _ = sender.send(probe());

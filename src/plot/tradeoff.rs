@@ -26,7 +26,7 @@ impl Figure for Tradeoff<'_> {
         let most = all.iter().map(|p| p.cr_audited).fold(1.0, f64::max);
         let x = 0.8..most * 1.08;
 
-        let f1_top = all.iter().map(|p| p.f1.high).fold(0.1, f64::max) * 1.12;
+        let f1_top = all.iter().map(|p| p.f1.high).fold(0.1, f64::max) * 1.3;
         let mut panel = ChartBuilder::on(&left);
         let mut panel = margins(&mut panel).build_cartesian_2d(x.clone(), 0.0..f1_top).map_err(said)?;
         panel
@@ -40,7 +40,7 @@ impl Figure for Tradeoff<'_> {
             .map_err(said)?;
         self.panel(&mut panel, |p| p.f1, (0.0, f1_top), t.none.f1.mid)?;
 
-        let kl_top = all.iter().map(|p| p.kl.high).fold(1e-2, f64::max) * 2.0;
+        let kl_top = all.iter().map(|p| p.kl.high).fold(1e-2, f64::max) * 6.0;
         let mut panel = ChartBuilder::on(&right);
         let mut panel =
             margins(&mut panel).build_cartesian_2d(x, (KL_FLOOR..kl_top).log_scale()).map_err(said)?;
@@ -143,7 +143,7 @@ impl Tradeoff<'_> {
                 .map_err(said)?;
         }
         let position =
-            if level.is_finite() { SeriesLabelPosition::UpperRight } else { SeriesLabelPosition::LowerRight };
+            if level.is_finite() { SeriesLabelPosition::UpperRight } else { SeriesLabelPosition::UpperLeft };
         chart
             .configure_series_labels()
             .position(position)
