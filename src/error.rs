@@ -6,8 +6,8 @@ use std::path::{Path, PathBuf};
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// The operating system refused a file operation (missing, not writable, disk full ...).
-    #[error("{}: {source}", path.display())]
-    Io { path: PathBuf, source: std::io::Error },
+    #[error("{}: {cause}", path.display())]
+    Io { path: PathBuf, cause: std::io::Error },
     /// A file was read but is not what it should be. `problem` says what to do.
     #[error("{}: {problem}", path.display())]
     File { path: PathBuf, problem: String },
@@ -44,6 +44,6 @@ pub trait IoAt<T> {
 
 impl<T> IoAt<T> for std::io::Result<T> {
     fn at(self, path: impl AsRef<Path>) -> Result<T> {
-        self.map_err(|source| Error::Io { path: path.as_ref().to_owned(), source })
+        self.map_err(|cause| Error::Io { path: path.as_ref().to_owned(), cause })
     }
 }

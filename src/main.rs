@@ -1,4 +1,5 @@
 use clap::Parser;
+use clap::error::ErrorKind;
 use kvfuse::cli::Cli;
 use std::process::ExitCode;
 
@@ -19,12 +20,29 @@ fn keep_freed_memory() {}
 
 fn main() -> ExitCode {
     keep_freed_memory();
-    match Cli::parse().run() {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            // One line, whatever it wraps.
-            eprintln!("error: {}", format!("{error:#}").replace('\n', " "));
-            ExitCode::from(2)
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        // Help and version are not errors to clap's callers either.
+        Err(asked)
+            if !asked.use_stderr() || asked.kind() == ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand =>
+        {
+            asked.exit()
         }
+        Err(usage) => {
+            let text = usage.to_string();
+            let lines = text.lines().map(str::trim).take_while(|l| !l.starts_with("Usage:"));
+            let said: Vec<&str> = lines.filter(|l| !l.is_empty() && !l.starts_with("For more")).collect();
+            return failed(said.join(" ").trim_start_matches("error: "));
+        }
+    };
+    match cli.run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => failed(&format!("{error:#}")),
     }
+}
+
+/// One line, whatever it wraps.
+fn failed(message: &str) -> ExitCode {
+    eprintln!("error: {}", message.replace('\n', " "));
+    ExitCode::from(2)
 }

@@ -172,10 +172,50 @@ fn a_folder_that_holds_something_else() {
 }
 
 #[test]
+fn a_sweep_into_its_own_dump() {
+    let dump = text(small_dump());
+    refuse(&["sweep", dump, "-o", dump, "--tau", "0.9"], &["not a sweep", "-o"]);
+    common::succeed(&["inspect", dump]);
+}
+
+/// A sweep that cannot run leaves an older one's files alone.
+#[test]
+fn a_refused_sweep_changes_nothing() {
+    let dir = scratch();
+    let (dump, out) = (dir.path().join("dump"), dir.path().join("out"));
+    copy_folder(small_dump(), &dump);
+    fs::create_dir(&out).unwrap();
+    write(&out.join("manifest.json"), br#"{"options": {}}"#);
+    write(&out.join("sweep.csv"), b"old");
+    fs::remove_file(dump.join("request-00002.safetensors")).unwrap();
+    refuse(
+        &["sweep", text(&dump), "-o", text(&out), "--tau", "0.9"],
+        &["request-00002.safetensors", "missing"],
+    );
+    assert_eq!(fs::read(out.join("manifest.json")).unwrap(), br#"{"options": {}}"#);
+    assert_eq!(fs::read(out.join("sweep.csv")).unwrap(), b"old");
+}
+
+#[test]
+fn numbers_beyond_reason() {
+    let dump = text(small_dump());
+    refuse(&["sweep", dump, "--block-size", "1152921504606846976"], &["--block-size"]);
+    refuse(&["sweep", dump, "--block-size", "16,16"], &["--block-size", "twice"]);
+    refuse(&["sweep", dump, "--resamples", "1000000000000000000"], &["--resamples"]);
+    refuse(&["sweep", dump, "--max-new-tokens", "18446744073709551615"], &["--max-new-tokens"]);
+    refuse(&["model", "try", "smollm2-135m", "a", "--tokens", "18446744073709551615"], &["context"]);
+    refuse(&["sweep", dump, "--threads", "0"], &["--threads"]);
+    refuse(&["sweep", dump, "--batch", "many"], &["--batch", "many"]);
+}
+
+#[test]
 fn a_table_that_is_no_sweep() {
     let dir = scratch();
     write(&dir.path().join("sweep.csv"), b"a,b\n1,2\n");
     refuse(&["plot", text(dir.path())], &["sweep.csv", "no usable column"]);
+    let csv = "method,model,data,tau,block_size,requests,cr_audited,cr_paper,f1,kl,layer_cr\n";
+    write(&dir.path().join("sweep.csv"), csv.as_bytes());
+    refuse(&["plot", text(dir.path())], &["sweep.csv", "no rows"]);
 }
 
 #[test]

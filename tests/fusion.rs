@@ -54,8 +54,7 @@ fn bff_equals_the_reference() {
     let (keys, values) = (floats("bff.k"), floats("bff.v"));
     for result in bff["results"].as_array().unwrap() {
         let tau = result["tau"].as_f64().unwrap();
-        let mut batch =
-            CacheBatch { pool: BlockPool::new(shape, Storage::F32), caches: Vec::new(), tokens: Vec::new() };
+        let mut batch = CacheBatch::empty(shape, Storage::F32);
         let mut first = 0;
         for &n in &counts {
             let layers: Vec<_> =
@@ -201,4 +200,6 @@ fn exact_duplicates_always_fuse() {
     assert_eq!((ledger.layers[2].logical_blocks, ledger.layers[2].physical_blocks), (8, 2));
     assert_eq!(ledger.layers[1].physical_blocks, 8, "the first two layers are left alone");
     assert_eq!(ledger.cr_paper(), 4.0);
+    // The pool has let go of the originals: 4 requests x 2 blocks in four spared layers, 2 blocks in the fused one.
+    assert_eq!(batch.pool.live_blocks(), 4 * 8 + 2);
 }

@@ -101,6 +101,25 @@ fn prompts_without_answers_are_compared_on_their_own_continuation() {
     succeed(&["plot", text(&out)]);
 }
 
+/// With one token there is nothing to fuse before the answer: ratios are 1, errors 0, and the sweep can be resumed.
+#[test]
+fn prompts_of_one_token() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("prompts.jsonl");
+    fs::write(&file, "{\"prompt\": \"The\", \"answers\": [\"end\"]}\n").unwrap();
+    let data = format!("prompts:{}", text(&file));
+    let (dump, out) = (dir.path().join("dump"), dir.path().join("out"));
+    succeed(&["dump", "--data", &data, "--requests", "1", "-o", text(&dump)]);
+    let arguments = ["sweep", text(&dump), "--tau", "0.9", "--max-new-tokens", "2", "-o", text(&out)];
+    succeed(&arguments);
+    let csv = fs::read_to_string(out.join("sweep.csv")).unwrap();
+    assert!(!csv.contains(",,,,,,,,,,"), "{csv}");
+    let run = fs::read_dir(out.join("runs")).unwrap().next().unwrap().unwrap().path();
+    let before = fs::metadata(&run).unwrap().modified().unwrap();
+    succeed(&arguments);
+    assert_eq!(before, fs::metadata(&run).unwrap().modified().unwrap(), "measured once");
+}
+
 /// Starts the binary, waits until `ready`, kills it with SIGKILL.
 fn kill_when(arguments: &[&str], ready: impl Fn() -> bool) {
     let binary = assert_cmd::cargo::cargo_bin("kvfuse");

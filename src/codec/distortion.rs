@@ -14,15 +14,20 @@ pub struct Distortion {
 }
 
 impl Distortion {
-    /// Relative squared error of the keys.
+    /// Relative squared error of the keys; 0 for an empty cache.
     pub fn keys(&self) -> f64 {
-        self.key_error / self.key_energy
+        relative(self.key_error, self.key_energy)
     }
 
-    /// Relative squared error of the values.
+    /// Relative squared error of the values; 0 for an empty cache.
     pub fn values(&self) -> f64 {
-        self.value_error / self.value_energy
+        relative(self.value_error, self.value_energy)
     }
+}
+
+/// Squared error as a share of the energy; 0 where there is none.
+pub fn relative(error: f64, energy: f64) -> f64 {
+    if energy > 0.0 { error / energy } else { 0.0 }
 }
 
 impl AddAssign for Distortion {

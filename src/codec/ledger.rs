@@ -46,8 +46,11 @@ pub struct LayerRate {
 }
 
 impl LayerRate {
-    /// 16 bits against what is stored.
+    /// 16 bits against what is stored; 1 for an empty cache.
     pub fn cr(&self) -> f64 {
+        if self.bits == 0 {
+            return 1.0;
+        }
         (self.elements * ELEMENT_BITS) as f64 / self.bits as f64
     }
 }
@@ -101,8 +104,11 @@ impl Ledger {
         self.stored_element_bits() + self.scale_bits + self.table_bits + self.codebook_bits
     }
 
-    /// Bits really stored for each KV number of the original caches.
+    /// Bits really stored for each KV number of the original caches; 16 for an empty cache.
     pub fn bits_per_element(&self) -> f64 {
+        if self.elements == 0 {
+            return ELEMENT_BITS as f64;
+        }
         self.total_bits() as f64 / self.elements as f64
     }
 

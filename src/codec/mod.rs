@@ -5,7 +5,7 @@ pub mod fusion;
 mod ledger;
 mod prefix;
 
-pub use distortion::{Distortion, distortion};
+pub use distortion::{Distortion, distortion, relative};
 pub use ledger::{LayerRate, Ledger};
 pub use prefix::Prefix;
 

@@ -2,7 +2,7 @@
 
 use super::arms::Arm;
 use super::evaluate::FirstToken;
-use crate::codec::{Distortion, Ledger};
+use crate::codec::{Distortion, Ledger, relative};
 use crate::stats::{Interval, bootstrap_mean};
 use serde::{Deserialize, Serialize};
 
@@ -161,7 +161,7 @@ impl Row {
             cr_beyond_prefix: rounded(cr / cr_prefix),
             key_error: rounded(distortion.keys()),
             value_error: rounded(distortion.values()),
-            attention_error: rounded(if attention.1 > 0.0 { attention.0 / attention.1 } else { 0.0 }),
+            attention_error: rounded(relative(attention.0, attention.1)),
             kl: must(kl, middle),
             kl_low: must(kl, low),
             kl_high: must(kl, high),

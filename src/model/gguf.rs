@@ -131,9 +131,8 @@ fn config(path: &Path, content: &Content) -> Result<ModelConfig> {
     let key = |name: &str| format!("{ARCHITECTURE}.{name}");
     let size = |name: &str| integer(content, &key(name)).unwrap_or(0) as usize;
     let float = |name: &str| content.metadata.get(&key(name)).and_then(|v| v.to_f32().ok());
-    if content.metadata.contains_key(&key("rope.scaling.type"))
-        || content.tensor_infos.contains_key("rope_freqs.weight")
-    {
+    let scaling = content.metadata.get(&key("rope.scaling.type")).and_then(|v| v.to_string().ok());
+    if scaling.is_some_and(|s| s != "none") || content.tensor_infos.contains_key("rope_freqs.weight") {
         return Err(Error::file(path, "RoPE scaling is not supported; use a model without it"));
     }
     let heads = size("attention.head_count");

@@ -55,7 +55,7 @@ pub fn probe(model: &Model, prompt: &str, tokens: usize) -> Result<Probe> {
     if ids.is_empty() {
         return Err(Error::argument("the prompt is empty"));
     }
-    if ids.len() + tokens > decoder.context() {
+    if ids.len().saturating_add(tokens) > decoder.context() {
         let message = format!(
             "the prompt's {} tokens and {tokens} more exceed the model's context of {} tokens",
             ids.len(),

@@ -99,6 +99,11 @@ impl Tokenizer {
         self.ends.contains(&id)
     }
 
+    /// The token that ends a text; the first of the vocabulary if the model names none.
+    pub fn end(&self) -> u32 {
+        self.ends.first().copied().unwrap_or(0)
+    }
+
     /// Saves a `tokenizer.json`.
     pub fn save(&self, path: &Path) -> Result<()> {
         self.inner.save(path, false).map_err(|e| Error::file(path, e.to_string()))

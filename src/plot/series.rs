@@ -56,6 +56,9 @@ impl SweepTable {
                 (floats(name)?, floats(&format!("{name}_low"))?, floats(&format!("{name}_high"))?);
             Ok((0..mid.len()).map(|i| Estimate { mid: mid[i], low: low[i], high: high[i] }).collect())
         };
+        if frame.height() == 0 {
+            return Err(Error::file(path, "has no rows; sweep again"));
+        }
         let (method, model, data) = (strings("method")?, strings("model")?, strings("data")?);
         let (tau, block_size, requests) = (floats("tau")?, floats("block_size")?, floats("requests")?);
         let (audited, paper) = (floats("cr_audited")?, floats("cr_paper")?);

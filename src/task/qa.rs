@@ -9,7 +9,8 @@ use rand_chacha::ChaCha8Rng;
 use serde::Deserialize;
 use std::path::Path;
 
-/// One worked example; the asked question ends after `Answer:`. Examples and question are a blank line apart.
+/// One worked example, as manifests show it; the asked question ends after `Answer:`. Examples and question are a blank
+/// line apart.
 const TEMPLATE: &str = "Passage: {passage}\nQuestion: {question}\nAnswer: {answer}";
 
 /// Worked examples about short passages of their own, so that most of a prompt is the request's, and no passage of the
@@ -24,7 +25,7 @@ struct Shot {
 }
 
 fn unanswered(passage: &str, question: &str) -> String {
-    TEMPLATE.replace(" {answer}", "").replace("{passage}", passage).replace("{question}", question)
+    format!("Passage: {passage}\nQuestion: {question}\nAnswer:")
 }
 
 /// Draws examples and questions by seed. All requests share the same examples in the same order.

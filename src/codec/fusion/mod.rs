@@ -103,7 +103,7 @@ impl LayerFusion {
             let entry = Entry { block: blocks[a.representative], scale: Some(a.scale) };
             batch.caches[a.request].layers[self.layer].replace(pool, a.block, entry);
         }
-        // The tables hold their own references now; a representative no block is restored to goes here.
+        // The tables hold their own references now.
         for block in blocks {
             pool.release(block);
         }

@@ -81,19 +81,19 @@ impl Node {
 
     /// Appends the mean direction of `left`'s row i and `right`'s rows `js`, for keys and, replayed, for values.
     fn push_mean(&mut self, left: &Node, i: usize, right: &Node, js: &[usize]) {
-        let mean = |first: &[f32], row: &dyn Fn(usize) -> usize, all: &[f32]| {
+        let width = self.width;
+        let sum = |first: &[f32], all: &[f32]| {
             let mut sum = first.to_vec();
             for &j in js {
-                let at = row(j);
-                for (s, x) in sum.iter_mut().zip(&all[at..at + self.width]) {
+                for (s, x) in sum.iter_mut().zip(&all[j * width..][..width]) {
                     *s += x;
                 }
             }
             sum
         };
-        let at = |j: usize| j * self.width;
-        let keys = mean(left.key_row(i), &at, &right.keys);
-        let values = mean(left.value_row(i), &at, &right.values);
+        // A mean's length does not matter: the sum points the same way.
+        let keys = sum(left.key_row(i), &right.keys);
+        let values = sum(left.value_row(i), &right.values);
         push_unit(&mut self.keys, &keys);
         push_unit(&mut self.values, &values);
         self.rows.push(Row::Fused);
