@@ -60,8 +60,8 @@ pub const SMALL: [&str; 7] = ["dump", "--requests", "5", "--shots", "1", "--dtyp
 pub fn small_dump() -> &'static Path {
     static DUMP: OnceLock<PathBuf> = OnceLock::new();
     DUMP.get_or_init(|| {
-        let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("dump-{}", std::process::id()));
-        // The folder of an earlier run with this process id.
+        let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join(concat!("dump-", env!("CARGO_CRATE_NAME")));
+        // The folder of an earlier run.
         let _ = fs::remove_dir_all(&folder);
         let mut arguments = SMALL.to_vec();
         arguments.extend(["-o", text(&folder)]);
