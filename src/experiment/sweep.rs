@@ -114,9 +114,10 @@ pub fn sweep(out: &Path, options: &SweepOptions) -> Result<Vec<Row>> {
                 }
             }
         }
+    } else {
+        begin(out, options, &manifest, &setting, &records)?;
     }
     progress.finish();
-    begin(out, options, &manifest, &setting, &records)?;
     Ok(records.into_iter().flatten().map(|r| r.row).collect())
 }
 
@@ -200,18 +201,18 @@ fn write_tables(out: &Path, records: &[Option<RunRecord>]) -> Result<()> {
     let done: Vec<&RunRecord> = records.iter().flatten().collect();
     let rows: Vec<&Row> = done.iter().map(|r| &r.row).collect();
     write_csv(&out.join(SWEEP_CSV), &rows)?;
-    let timing = |r: &&'_ RunRecord| -> Value {
-        let row = TimingRow {
+    let timings: Vec<TimingRow> = done
+        .iter()
+        .map(|r| TimingRow {
             run: &r.row.run,
             method: &r.row.method,
             tau: r.row.tau,
             block_size: r.row.block_size,
             timings: &r.timings,
             tokens_per_second: r.timings.generated_tokens as f64 / r.timings.decode_seconds,
-        };
-        serde_json::to_value(row).unwrap_or_default()
-    };
-    write_csv(&out.join(TIMINGS_CSV), &done.iter().map(timing).collect::<Vec<_>>())
+        })
+        .collect();
+    write_csv(&out.join(TIMINGS_CSV), &timings)
 }
 
 /// Requests fused and decoded together, ready for any arm.

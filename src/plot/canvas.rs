@@ -4,6 +4,7 @@ use crate::error::{Error, Result};
 use crate::files;
 use image::ImageEncoder;
 use plotters::coord::Shift;
+use plotters::coord::ranged1d::ValueFormatter;
 use plotters::prelude::*;
 use plotters::style::{FontStyle, register_font};
 use std::path::{Path, PathBuf};
@@ -60,6 +61,52 @@ fn draw<DB: DrawingBackend>(figure: &impl Figure, root: &Area<DB>) -> Drawn {
     root.fill(&WHITE).map_err(said)?;
     figure.draw(root)?;
     root.present().map_err(said)
+}
+
+/// Draws axes with their descriptions in the style of all charts. A log axis prints its numbers as they are.
+pub fn axes<'a, DB, X, Y>(
+    chart: &mut ChartContext<'a, DB, Cartesian2d<X, Y>>,
+    x: &str,
+    y: &str,
+    log_y: bool,
+) -> Drawn
+where
+    DB: DrawingBackend + 'a,
+    X: Ranged<ValueType = f64> + ValueFormatter<f64>,
+    Y: Ranged<ValueType = f64> + ValueFormatter<f64>,
+{
+    let plain = |y: &f64| y.to_string();
+    let mut mesh = chart.configure_mesh();
+    if log_y {
+        mesh.y_label_formatter(&plain);
+    }
+    mesh.x_desc(x)
+        .y_desc(y)
+        .label_style((FONT, 15))
+        .axis_desc_style((FONT, 16))
+        .light_line_style(WHITE)
+        .draw()
+        .map_err(said)
+}
+
+/// Draws the legend of what was drawn so far.
+pub fn legend<'a, DB, X, Y>(
+    chart: &mut ChartContext<'a, DB, Cartesian2d<X, Y>>,
+    position: SeriesLabelPosition,
+) -> Drawn
+where
+    DB: DrawingBackend + 'a,
+    X: Ranged<ValueType = f64>,
+    Y: Ranged<ValueType = f64>,
+{
+    chart
+        .configure_series_labels()
+        .position(position)
+        .background_style(WHITE.mix(0.9))
+        .border_style(RGBColor(180, 180, 180))
+        .label_font((FONT, 14))
+        .draw()
+        .map_err(said)
 }
 
 /// A backend's error in words.

@@ -1,6 +1,6 @@
 //! Compression ratio against the threshold: the paper's figure beside the audited one.
 
-use super::canvas::{Area, Drawn, FONT, Figure, said};
+use super::canvas::{Area, Drawn, FONT, Figure, axes, legend, said};
 use super::series::{Point, SweepTable, series_name};
 use plotters::prelude::*;
 
@@ -26,16 +26,7 @@ impl Figure for Rate<'_> {
             .y_label_area_size(70)
             .build_cartesian_2d(low - 0.02..high + 0.02, (0.9..top * 1.3).log_scale())
             .map_err(said)?;
-        chart
-            .configure_mesh()
-            .x_desc("threshold tau on cosine similarity of keys")
-            .y_desc("compression ratio (log axis)")
-            .y_label_formatter(&|y| format!("{y}"))
-            .label_style((FONT, 15))
-            .axis_desc_style((FONT, 16))
-            .light_line_style(WHITE)
-            .draw()
-            .map_err(said)?;
+        axes(&mut chart, "threshold tau on cosine similarity of keys", "compression ratio (log axis)", true)?;
         let grey = RGBColor(110, 110, 110);
         let prefix = [(low - 0.02, t.prefix.cr_audited), (high + 0.02, t.prefix.cr_audited)];
         chart
@@ -62,13 +53,6 @@ impl Figure for Rate<'_> {
                 chart.draw_series(line.map(|at| Circle::new(at, 4, color.filled()))).map_err(said)?;
             }
         }
-        chart
-            .configure_series_labels()
-            .position(SeriesLabelPosition::UpperRight)
-            .background_style(WHITE.mix(0.9))
-            .border_style(RGBColor(180, 180, 180))
-            .label_font((FONT, 14))
-            .draw()
-            .map_err(said)
+        legend(&mut chart, SeriesLabelPosition::UpperRight)
     }
 }

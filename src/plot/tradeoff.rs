@@ -1,6 +1,6 @@
 //! F1 and KL against the audited compression ratio.
 
-use super::canvas::{Area, Drawn, FONT, Figure, said};
+use super::canvas::{Area, Drawn, FONT, Figure, axes, legend, said};
 use super::series::{Estimate, Point, SweepTable, series_name};
 use plotters::coord::ranged1d::ValueFormatter;
 use plotters::prelude::*;
@@ -25,35 +25,19 @@ impl Figure for Tradeoff<'_> {
         let all: Vec<&Point> = t.fusion.iter().flatten().chain([&t.none, &t.prefix]).collect();
         let most = all.iter().map(|p| p.cr_audited).fold(1.0, f64::max);
         let x = 0.8..most * 1.08;
+        let ratio = "audited compression ratio (whole cache, 16 bits / stored bits)";
 
         let f1_top = all.iter().map(|p| p.f1.high).fold(0.1, f64::max) * 1.3;
         let mut panel = ChartBuilder::on(&left);
         let mut panel = margins(&mut panel).build_cartesian_2d(x.clone(), 0.0..f1_top).map_err(said)?;
-        panel
-            .configure_mesh()
-            .x_desc("audited compression ratio (whole cache, 16 bits / stored bits)")
-            .y_desc("token F1 (mean, 95 % interval)")
-            .label_style((FONT, 15))
-            .axis_desc_style((FONT, 16))
-            .light_line_style(WHITE)
-            .draw()
-            .map_err(said)?;
+        axes(&mut panel, ratio, "token F1 (mean, 95 % interval)", false)?;
         self.panel(&mut panel, |p| p.f1, (0.0, f1_top), t.none.f1.mid)?;
 
         let kl_top = all.iter().map(|p| p.kl.high).fold(1e-2, f64::max) * 6.0;
         let mut panel = ChartBuilder::on(&right);
         let mut panel =
             margins(&mut panel).build_cartesian_2d(x, (KL_FLOOR..kl_top).log_scale()).map_err(said)?;
-        panel
-            .configure_mesh()
-            .x_desc("audited compression ratio (whole cache, 16 bits / stored bits)")
-            .y_desc("KL from no fusion, nats a token (log; zero at bottom)")
-            .y_label_formatter(&|y| format!("{y}"))
-            .label_style((FONT, 15))
-            .axis_desc_style((FONT, 16))
-            .light_line_style(WHITE)
-            .draw()
-            .map_err(said)?;
+        axes(&mut panel, ratio, "KL from no fusion, nats a token (log; zero at bottom)", true)?;
         self.panel(&mut panel, |p| p.kl, (KL_FLOOR, kl_top), f64::NAN)
     }
 }
@@ -144,13 +128,6 @@ impl Tradeoff<'_> {
         }
         let position =
             if level.is_finite() { SeriesLabelPosition::UpperRight } else { SeriesLabelPosition::UpperLeft };
-        chart
-            .configure_series_labels()
-            .position(position)
-            .background_style(WHITE.mix(0.9))
-            .border_style(RGBColor(180, 180, 180))
-            .label_font((FONT, 14))
-            .draw()
-            .map_err(said)
+        legend(chart, position)
     }
 }
