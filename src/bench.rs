@@ -1,8 +1,8 @@
 //! What this machine does with the work that kvfuse gives it, as shares of its matrix-product rate in the same run.
 
 use crate::block::{BlockPool, BlockTable, RequestCache, Storage};
-use crate::codec::fusion::BatchFusion;
-use crate::codec::{CacheBatch, Codec};
+use crate::codec::fusion::Fusion;
+use crate::codec::{CacheBatch, Codec, Memo};
 use crate::error::Result;
 use crate::interrupt;
 use crate::model::gemm::Linear;
@@ -156,7 +156,7 @@ fn fusion_seconds(decoder: &Decoder) -> Result<f64> {
     let mut rng = ChaCha8Rng::seed_from_u64(1);
     let shape = decoder.block_shape(BLOCK_SIZE);
     let layers = decoder.config().layers;
-    let mut batch = CacheBatch::empty(shape, Storage::F16);
+    let mut batch = CacheBatch::empty(shape, Storage::F16, decoder.rope());
     for _ in 0..FUSION_REQUESTS {
         // All layers of a request hold the same blocks: the layers are fused one by one and do not see each other.
         let mut table = BlockTable::default();
@@ -170,9 +170,10 @@ fn fusion_seconds(decoder: &Decoder) -> Result<f64> {
             cache.layers.push(table.fork(&mut batch.pool));
         }
         cache.layers.push(table);
-        batch.caches.push(cache);
-        batch.tokens.push(Vec::new());
+        batch.push(cache, Vec::new(), "");
     }
-    let codec = BatchFusion::new(0.9)?;
-    best(|| codec.encode(&mut batch.clone()))
+    let codec = Fusion::paper(0.9)?;
+    let mut failed = Ok(());
+    let seconds = best(|| failed = codec.encode(&mut batch.clone(), &Memo::default()))?;
+    failed.map(|()| seconds)
 }

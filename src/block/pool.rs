@@ -115,6 +115,11 @@ impl BlockPool {
         }
     }
 
+    /// What numbers become when they go into the pool.
+    pub fn round(&self, numbers: &[f32]) -> Vec<f32> {
+        self.storage.round(numbers)
+    }
+
     /// Adds a reference.
     pub fn retain(&mut self, id: BlockId) {
         self.slots[id.0 as usize].references += 1;

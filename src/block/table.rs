@@ -9,14 +9,21 @@ pub struct Scale {
     pub value: f32,
 }
 
-/// One logical block: where it lies and, if it was fused, its own scales.
+/// One logical block: where it lies and, if it was fused, what makes it this request's own again.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Entry {
     pub block: BlockId,
     pub scale: Option<Scale>,
+    /// The block's keys are stored without position (RoPE taken off): a reader rotates them to where the entry stands.
+    pub stripped: bool,
 }
 
 impl Entry {
+    /// A block as it is.
+    pub fn plain(block: BlockId) -> Self {
+        Entry { block, scale: None, stripped: false }
+    }
+
     /// Factor on the block's keys.
     pub fn key_scale(&self) -> f32 {
         self.scale.map_or(1.0, |s| s.key)
@@ -39,7 +46,7 @@ impl BlockTable {
     pub fn append(&mut self, pool: &mut BlockPool, key: &[f32], value: &[f32]) {
         match self.entries.last_mut() {
             Some(last) if pool.tokens(last.block) < pool.shape().block_size => {
-                debug_assert!(last.scale.is_none(), "a block that grows is never fused");
+                debug_assert!(last.scale.is_none() && !last.stripped, "a block that grows is never fused");
                 last.block = pool.append(last.block, key, value);
             }
             _ => self.push(pool.allocate(key, value)),
@@ -48,7 +55,7 @@ impl BlockTable {
 
     /// Adds a block that this table now owns a reference to.
     pub fn push(&mut self, block: BlockId) {
-        self.entries.push(Entry { block, scale: None });
+        self.entries.push(Entry::plain(block));
     }
 
     /// Points logical block `index` at `entry` (taking a reference) and lets go of what it pointed at.

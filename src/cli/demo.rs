@@ -1,9 +1,9 @@
 //! `kvfuse demo`.
 
-use super::sweep::{DEFAULT_TAUS, summary};
+use super::sweep::summary;
 use super::{say, typed_command};
 use crate::dump::{DumpDtype, DumpOptions, dump};
-use crate::experiment::{FirstToken, Method, SWEEP_CSV, SweepOptions, parse_taus, sweep};
+use crate::experiment::{SWEEP_CSV, Settings, sweep};
 use crate::model::registry::DEFAULT_MODEL;
 use crate::plot::plot_sweep;
 use anyhow::Result;
@@ -34,22 +34,8 @@ pub fn run(args: Args) -> Result<()> {
             command: typed_command(),
         },
     )?;
-    let rows = sweep(
-        &args.out,
-        &SweepOptions {
-            dump: folder,
-            model: None,
-            methods: vec![Method::Bff],
-            taus: parse_taus(DEFAULT_TAUS)?,
-            block_sizes: vec![16],
-            first_token: FirstToken::Fused,
-            batch: 64,
-            max_new_tokens: 32,
-            resamples: 2000,
-            seed: 0,
-            command: typed_command(),
-        },
-    )?;
+    let settings = Settings { dump: Some(folder), out: Some(args.out.clone()), ..Settings::default() };
+    let rows = sweep(&settings.options(typed_command())?)?;
     let figures = plot_sweep(&args.out)?;
     say(summary(&rows));
     say("");

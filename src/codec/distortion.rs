@@ -39,35 +39,62 @@ impl AddAssign for Distortion {
     }
 }
 
-/// Compares an encoded batch with the original, block by block as the tables list them.
-pub fn distortion(original: &CacheBatch, encoded: &CacheBatch) -> Distortion {
+/// What encoding did to one request.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct Drift {
+    /// Blocks, counted in every layer, that share storage with another or are restored from numbers not their own.
+    pub fused_blocks: u64,
+    /// The highest relative squared error of one block of one layer, of its keys or of its values.
+    pub worst_block_error: f64,
+}
+
+impl Drift {
+    fn join(&mut self, other: &Drift) {
+        self.fused_blocks += other.fused_blocks;
+        self.worst_block_error = self.worst_block_error.max(other.worst_block_error);
+    }
+}
+
+/// Compares an encoded batch with the original, block by block as the tables list them: over all, and for each request.
+pub fn distortion(original: &CacheBatch, encoded: &CacheBatch) -> (Distortion, Vec<Drift>) {
     let layers = original.caches.first().map_or(0, |c| c.layers.len());
     let layer = |n: usize| {
         let mut sum = Distortion::default();
-        for (before, after) in original.caches.iter().zip(&encoded.caches) {
-            for (x, y) in before.layers[n].entries.iter().zip(&after.layers[n].entries) {
-                let keys = (original.pool.keys(x.block), encoded.pool.keys(y.block));
-                let (error, energy) = squares(keys.0, keys.1, y.key_scale());
-                sum.key_error += error;
-                sum.key_energy += energy;
+        let mut drifts = vec![Drift::default(); original.caches.len()];
+        for (request, drift) in drifts.iter_mut().enumerate() {
+            let (before, after) = (&original.caches[request], &encoded.caches[request]);
+            let entries = before.layers[n].entries.iter().zip(&after.layers[n].entries);
+            for (block, (x, y)) in entries.enumerate() {
+                let keys = original.pool.keys(x.block);
+                let turned = y.stripped.then(|| encoded.read(request, n, block).0);
+                let (key_error, key_energy) = match &turned {
+                    Some(turned) => squares(keys, turned, 1.0),
+                    None => squares(keys, encoded.pool.keys(y.block), y.key_scale()),
+                };
                 let values = (original.pool.values(x.block), encoded.pool.values(y.block));
-                let (error, energy) = squares(values.0, values.1, y.value_scale());
-                sum.value_error += error;
-                sum.value_energy += energy;
+                let (value_error, value_energy) = squares(values.0, values.1, y.value_scale());
+                sum += Distortion { key_error, key_energy, value_error, value_energy };
+                let worst = relative(key_error, key_energy).max(relative(value_error, value_energy));
+                let shared = encoded.pool.references(y.block) > 1 || y.scale.is_some() || y.stripped;
+                drift.join(&Drift { fused_blocks: u64::from(shared), worst_block_error: worst });
             }
         }
-        sum
+        (sum, drifts)
     };
     // Collected first: a parallel sum would add in an order that depends on the threads.
-    let layers: Vec<Distortion> = (0..layers).into_par_iter().map(layer).collect();
-    layers.into_iter().fold(Distortion::default(), |mut sum, layer| {
-        sum += layer;
-        sum
-    })
+    let layers: Vec<(Distortion, Vec<Drift>)> = (0..layers).into_par_iter().map(layer).collect();
+    let mut total = (Distortion::default(), vec![Drift::default(); original.caches.len()]);
+    for (sum, drifts) in &layers {
+        total.0 += *sum;
+        for (all, drift) in total.1.iter_mut().zip(drifts) {
+            all.join(drift);
+        }
+    }
+    total
 }
 
 /// Sum of (x - scale * y)^2 and sum of x^2.
-fn squares(x: &[f32], y: &[f32], scale: f32) -> (f64, f64) {
+pub(super) fn squares(x: &[f32], y: &[f32], scale: f32) -> (f64, f64) {
     const LANES: usize = 8;
     let (mut error, mut energy) = ([0.0f32; LANES], [0.0f32; LANES]);
     let (x_lanes, x_rest) = x.as_chunks::<LANES>();

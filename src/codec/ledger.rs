@@ -1,10 +1,10 @@
 //! The rate ledger: every bit an encoded cache occupies, read off the pool and the block tables.
 
-use super::CacheBatch;
+use super::{CacheBatch, Coverage};
 use crate::block::BlockId;
 use serde::{Deserialize, Serialize};
 use std::collections::HashSet;
-use std::ops::{AddAssign, Range};
+use std::ops::AddAssign;
 
 /// Bits of one KV number in the pool (f16).
 const ELEMENT_BITS: u64 = 16;
@@ -56,8 +56,10 @@ impl LayerRate {
 }
 
 impl Ledger {
-    /// Counts an encoded batch whose codec touches `touched` layers.
-    pub fn of(batch: &CacheBatch, touched: &Range<usize>) -> Self {
+    /// Counts an encoded batch whose codec covers this much. Layers that share a table pay for it, and for the scales, once:
+    /// with the first of them.
+    pub fn of(batch: &CacheBatch, coverage: &Coverage) -> Self {
+        let touched = &coverage.layers;
         let mut ledger = Ledger::default();
         let shape = batch.pool.shape();
         let layers = batch.caches.first().map_or(0, |c| c.layers.len());
@@ -65,15 +67,18 @@ impl Ledger {
             let mut layer = LayerRate { touched: touched.contains(&n), ..LayerRate::default() };
             let mut seen: HashSet<BlockId> = HashSet::new();
             let (mut full, mut partial) = (0, 0);
+            let has_table = !layer.touched || (n - touched.start).is_multiple_of(coverage.table_layers);
             for entry in batch.caches.iter().flat_map(|c| &c.layers[n].entries) {
                 let tokens = batch.pool.tokens(entry.block);
                 let elements = (2 * tokens * shape.token_width()) as u64;
                 let is_full = tokens == shape.block_size;
                 layer.elements += elements;
                 layer.logical_blocks += u64::from(is_full);
-                ledger.table_bits += ENTRY_BITS;
-                layer.bits += ENTRY_BITS;
-                if entry.scale.is_some() {
+                if has_table {
+                    ledger.table_bits += ENTRY_BITS;
+                    layer.bits += ENTRY_BITS;
+                }
+                if has_table && entry.scale.is_some() {
                     ledger.scale_bits += SCALE_BITS;
                     layer.bits += SCALE_BITS;
                 }

@@ -5,12 +5,16 @@ pub mod fusion;
 mod ledger;
 mod prefix;
 
-pub use distortion::{Distortion, distortion, relative};
+pub use distortion::{Distortion, Drift, distortion, relative};
 pub use ledger::{LayerRate, Ledger};
 pub use prefix::Prefix;
 
 use crate::block::{BlockPool, BlockShape, RequestCache, Storage};
+use crate::error::Result;
+use crate::model::Rope;
+use fusion::Blocks;
 use std::ops::Range;
+use std::sync::{Arc, OnceLock};
 
 /// The caches of a batch of requests, and the tokens they hold.
 #[derive(Clone)]
@@ -19,31 +23,92 @@ pub struct CacheBatch {
     pub caches: Vec<RequestCache>,
     /// Tokens in each cache.
     pub tokens: Vec<Vec<u32>>,
+    /// Whose request each is.
+    pub tenants: Vec<String>,
+    /// What turns the keys of this model.
+    pub rope: Arc<Rope>,
 }
 
 impl CacheBatch {
     /// No requests yet, blocks of this shape.
-    pub fn empty(shape: BlockShape, storage: Storage) -> Self {
-        CacheBatch { pool: BlockPool::new(shape, storage), caches: Vec::new(), tokens: Vec::new() }
+    pub fn empty(shape: BlockShape, storage: Storage, rope: Arc<Rope>) -> Self {
+        CacheBatch {
+            pool: BlockPool::new(shape, storage),
+            caches: Vec::new(),
+            tokens: Vec::new(),
+            tenants: Vec::new(),
+            rope,
+        }
+    }
+
+    pub fn push(&mut self, cache: RequestCache, tokens: Vec<u32>, tenant: &str) {
+        self.caches.push(cache);
+        self.tokens.push(tokens);
+        self.tenants.push(tenant.to_owned());
+    }
+
+    /// Keys and values of one block of one request as attention reads them: scaled, and turned to their positions.
+    /// `[tokens, kv_heads, head_dim]` each.
+    pub fn read(&self, request: usize, layer: usize, block: usize) -> (Vec<f32>, Vec<f32>) {
+        let entry = &self.caches[request].layers[layer].entries[block];
+        let shape = self.pool.shape();
+        let mut keys = self.pool.keys(entry.block).to_vec();
+        if entry.stripped {
+            self.rope.rotate_tokens(&mut keys, shape.token_width(), block * shape.block_size);
+        }
+        keys.iter_mut().for_each(|x| *x *= entry.key_scale());
+        let values = self.pool.values(entry.block).iter().map(|x| x * entry.value_scale()).collect();
+        (keys, values)
+    }
+}
+
+/// What a codec touches.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Coverage {
+    pub layers: Range<usize>,
+    /// Consecutive touched layers that share one block table and one set of scales.
+    pub table_layers: usize,
+}
+
+impl Coverage {
+    /// These layers, a table each.
+    pub fn of(layers: Range<usize>) -> Self {
+        Coverage { layers, table_layers: 1 }
+    }
+}
+
+/// What arms over the same unfused batch have in common and compute only once: its blocks and their similarities.
+#[derive(Default)]
+pub struct Memo {
+    blocks: OnceLock<Blocks>,
+}
+
+impl Memo {
+    /// The blocks of the batch this memo is for.
+    pub fn blocks(&self, batch: &CacheBatch) -> &Blocks {
+        self.blocks.get_or_init(|| Blocks::of_requests(batch))
     }
 }
 
 /// A way of shrinking the caches of a batch: it changes block tables and scales, and frees blocks of the pool.
 pub trait Codec: Sync {
-    /// The layers it touches, of `layers`.
-    fn layers(&self, layers: usize) -> Range<usize>;
+    /// What it touches of a model of so many layers.
+    fn coverage(&self, layers: usize) -> Coverage;
 
-    /// Encodes in place. Afterwards the pool holds what the codec stores and nothing else.
-    fn encode(&self, batch: &mut CacheBatch);
+    /// Encodes in place. Afterwards the pool holds what the codec stores and nothing else. All calls with one memo must
+    /// be given clones of the same batch.
+    fn encode(&self, batch: &mut CacheBatch, memo: &Memo) -> Result<()>;
 }
 
 /// Leaves everything as it is: the control.
 pub struct Unfused;
 
 impl Codec for Unfused {
-    fn layers(&self, _layers: usize) -> Range<usize> {
-        0..0
+    fn coverage(&self, _layers: usize) -> Coverage {
+        Coverage::of(0..0)
     }
 
-    fn encode(&self, _batch: &mut CacheBatch) {}
+    fn encode(&self, _batch: &mut CacheBatch, _memo: &Memo) -> Result<()> {
+        Ok(())
+    }
 }

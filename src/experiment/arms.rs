@@ -1,9 +1,13 @@
-//! The arms of a sweep: a method, its parameters, and the codec they name.
+//! The arms of a sweep: a method, its choices, and the codec they name.
 
-use crate::codec::fusion::BatchFusion;
-use crate::codec::{Codec, Prefix, Unfused};
+use crate::codec::fusion::{
+    ChunkFusion, Choices, Fusion, Pairing, Positions, Representative, RopeMode, Rule, ScaleRule, Similarity,
+    Thresholds,
+};
+use crate::codec::{Codec, Coverage, Prefix, Unfused};
 use crate::error::{Error, Result};
 use serde::{Deserialize, Serialize};
+use std::sync::Arc;
 
 /// A way of encoding a batch.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, clap::ValueEnum)]
@@ -13,8 +17,10 @@ pub enum Method {
     None,
     /// Exact prefix sharing.
     Prefix,
-    /// The paper's batch fast-fusion.
+    /// Fusion of blocks of different requests (the paper's batch fast-fusion).
     Bff,
+    /// Fusion of blocks of different chunks of one prompt, while it is prefilled (the paper's chunks fast-fusion).
+    Cff,
 }
 
 impl Method {
@@ -23,45 +29,249 @@ impl Method {
             Method::None => "none",
             Method::Prefix => "prefix",
             Method::Bff => "bff",
+            Method::Cff => "cff",
         }
     }
+}
+
+/// Chunked prefill of CFF.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Chunking {
+    pub chunk_tokens: usize,
+    pub fuse_chunks: usize,
 }
 
 /// One line of a sweep.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Arm {
     pub method: Method,
-    /// Threshold, where the method has one.
-    pub tau: Option<f64>,
     /// Tokens a block.
     pub block_size: usize,
+    /// Of [`Method::None`] and [`Method::Prefix`], only `within_tenant` means anything.
+    pub choices: Choices,
+    /// When blocks fuse, where the method fuses.
+    pub rule: Option<Rule>,
+    /// Of [`Method::Cff`].
+    pub chunking: Option<Chunking>,
+}
+
+/// What an arm does with a batch.
+pub enum Encoder {
+    /// Edits finished caches.
+    Codec(Box<dyn Codec>),
+    /// Prefills anew.
+    Chunks(ChunkFusion),
+}
+
+impl Encoder {
+    pub fn coverage(&self, layers: usize) -> Coverage {
+        match self {
+            Encoder::Codec(codec) => codec.coverage(layers),
+            Encoder::Chunks(chunks) => chunks.fusion().coverage(layers),
+        }
+    }
 }
 
 impl Arm {
-    pub fn codec(&self) -> Result<Box<dyn Codec>> {
-        match (self.method, self.tau) {
-            (Method::None, _) => Ok(Box::new(Unfused)),
-            (Method::Prefix, _) => Ok(Box::new(Prefix)),
-            (Method::Bff, Some(tau)) => Ok(Box::new(BatchFusion::new(tau)?)),
-            (Method::Bff, None) => Err(Error::argument("method bff needs --tau")),
-        }
+    /// A control of one block size.
+    pub fn control(method: Method, block_size: usize, within_tenant: bool) -> Self {
+        let choices = Choices { within_tenant, ..Choices::default() };
+        Arm { method, block_size, choices, rule: None, chunking: None }
     }
 
-    /// The arm in a few words, for progress and messages.
-    pub fn label(&self) -> String {
-        match self.tau {
-            Some(tau) => format!("{} tau {tau} block {}", self.method.name(), self.block_size),
-            None => format!("{} block {}", self.method.name(), self.block_size),
+    pub fn encoder(&self) -> Result<Encoder> {
+        let fusion = || {
+            let rule = self.rule.clone().ok_or_else(|| Error::argument("fusion needs a threshold: --tau"))?;
+            Fusion::new(self.choices, rule)
+        };
+        Ok(match self.method {
+            Method::None => Encoder::Codec(Box::new(Unfused)),
+            Method::Prefix => Encoder::Codec(Box::new(Prefix { within_tenant: self.choices.within_tenant })),
+            Method::Bff => Encoder::Codec(Box::new(fusion()?)),
+            Method::Cff => {
+                let chunking = self.chunking.ok_or_else(|| Error::argument("method cff needs --chunk"))?;
+                let Chunking { chunk_tokens, fuse_chunks } = chunking;
+                Encoder::Chunks(ChunkFusion::new(fusion()?, chunk_tokens, fuse_chunks, self.block_size)?)
+            }
+        })
+    }
+
+    /// The arm as columns of a table.
+    pub fn columns(&self) -> ArmColumns {
+        let fuses = self.rule.is_some();
+        let choices = &self.choices;
+        let rule = self.rule.as_ref();
+        ArmColumns {
+            method: self.method,
+            tau: rule.and_then(|r| if let Rule::Tau(tau) = r { Some(*tau) } else { None }),
+            max_error: rule.and_then(|r| if let Rule::MaxError(error) = r { Some(*error) } else { None }),
+            thresholds: rule.and_then(|r| if let Rule::Thresholds(t) = r { Some(t.name.clone()) } else { None }),
+            block_size: self.block_size,
+            pairing: fuses.then_some(choices.pairing),
+            similarity: fuses.then_some(choices.similarity),
+            rope: fuses.then_some(choices.rope),
+            positions: fuses.then_some(choices.positions),
+            group_layers: fuses.then_some(choices.group_layers),
+            representative: fuses.then_some(choices.representative),
+            scale: fuses.then_some(choices.scale),
+            within_tenant: choices.within_tenant,
+            chunk_tokens: self.chunking.map(|c| c.chunk_tokens),
+            fuse_chunks: self.chunking.map(|c| c.fuse_chunks),
         }
     }
 }
 
-/// All arms of one block size. The controls `none` and `prefix` always come first, asked for or not.
-pub fn arms(methods: &[Method], taus: &[f64], block_size: usize) -> Vec<Arm> {
-    let control = |method| Arm { method, tau: None, block_size };
-    let mut arms = vec![control(Method::None), control(Method::Prefix)];
-    if methods.contains(&Method::Bff) {
-        arms.extend(taus.iter().map(|&tau| Arm { method: Method::Bff, tau: Some(tau), block_size }));
+/// An arm as columns of a table; empty where a column means nothing to it.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct ArmColumns {
+    pub method: Method,
+    pub tau: Option<f64>,
+    pub max_error: Option<f64>,
+    /// Name of the thresholds file and the first digits of its checksum.
+    pub thresholds: Option<String>,
+    pub block_size: usize,
+    pub pairing: Option<Pairing>,
+    pub similarity: Option<Similarity>,
+    pub rope: Option<RopeMode>,
+    pub positions: Option<Positions>,
+    pub group_layers: Option<usize>,
+    pub representative: Option<Representative>,
+    pub scale: Option<ScaleRule>,
+    pub within_tenant: bool,
+    pub chunk_tokens: Option<usize>,
+    pub fuse_chunks: Option<usize>,
+}
+
+impl ArmColumns {
+    /// The arm that has these columns; `thresholds` are the files of its sweep.
+    pub fn arm(&self, thresholds: &[Arc<Thresholds>]) -> Result<Arm> {
+        let usual = Choices::default();
+        let rule = match (self.tau, self.max_error, &self.thresholds) {
+            (Some(tau), ..) => Some(Rule::Tau(tau)),
+            (_, Some(error), _) => Some(Rule::MaxError(error)),
+            (.., Some(name)) => {
+                let file = thresholds.iter().find(|t| t.name == *name);
+                let missing = || Error::argument(format!("the thresholds file {name} has changed or is gone"));
+                Some(Rule::Thresholds(Arc::clone(file.ok_or_else(missing)?)))
+            }
+            _ => None,
+        };
+        Ok(Arm {
+            method: self.method,
+            block_size: self.block_size,
+            choices: Choices {
+                pairing: self.pairing.unwrap_or(usual.pairing),
+                similarity: self.similarity.unwrap_or(usual.similarity),
+                rope: self.rope.unwrap_or(usual.rope),
+                positions: self.positions.unwrap_or(usual.positions),
+                group_layers: self.group_layers.unwrap_or(usual.group_layers),
+                representative: self.representative.unwrap_or(usual.representative),
+                scale: self.scale.unwrap_or(usual.scale),
+                within_tenant: self.within_tenant,
+            },
+            rule,
+            chunking: self.chunk_tokens.zip(self.fuse_chunks).map(|(chunk_tokens, fuse_chunks)| Chunking {
+                chunk_tokens,
+                fuse_chunks,
+            }),
+        })
     }
-    arms
+}
+
+/// All combinations that a sweep runs at each of its block sizes.
+#[derive(Debug, Clone, Default)]
+pub struct Grid {
+    pub methods: Vec<Method>,
+    pub taus: Vec<f64>,
+    pub max_errors: Vec<f64>,
+    pub thresholds: Vec<Arc<Thresholds>>,
+    pub pairings: Vec<Pairing>,
+    pub similarities: Vec<Similarity>,
+    pub ropes: Vec<RopeMode>,
+    pub positions: Vec<Positions>,
+    pub group_layers: Vec<usize>,
+    /// Empty: each pairing's usual one.
+    pub representatives: Vec<Representative>,
+    pub scales: Vec<ScaleRule>,
+    pub within_tenant: Vec<bool>,
+    pub chunk_tokens: usize,
+    pub fuse_chunks: Vec<usize>,
+}
+
+impl Grid {
+    /// All arms of one block size, controls first: `none` and `prefix` always run, asked for or not.
+    pub fn arms(&self, block_size: usize) -> Vec<Arm> {
+        let mut arms = vec![Arm::control(Method::None, block_size, false)];
+        arms.extend(self.within_tenant.iter().map(|&w| Arm::control(Method::Prefix, block_size, w)));
+        let rules = self.taus.iter().map(|&t| Rule::Tau(t));
+        let rules: Vec<Rule> = rules.chain(self.max_errors.iter().map(|&e| Rule::MaxError(e))).collect();
+        for choices in self.choices() {
+            for rule in &rules {
+                // The budget compares keys and values, whatever else was asked for.
+                let similarity = match rule {
+                    Rule::Tau(_) => choices.similarity,
+                    _ => Similarity::Lower,
+                };
+                let choices = Choices { similarity, ..choices };
+                self.extend(&mut arms, choices, rule, block_size);
+            }
+        }
+        for file in self.thresholds.iter().filter(|t| t.block_size == block_size) {
+            for &within_tenant in &self.within_tenant {
+                let choices = Choices { within_tenant, similarity: Similarity::Lower, ..file.choices };
+                self.extend(&mut arms, choices, &Rule::Thresholds(Arc::clone(file)), block_size);
+            }
+        }
+        arms
+    }
+
+    /// The arms of all fusing methods with these choices, unless they are there already.
+    fn extend(&self, arms: &mut Vec<Arm>, choices: Choices, rule: &Rule, block_size: usize) {
+        let mut push = |method, chunking| {
+            let arm = Arm { method, block_size, choices, rule: Some(rule.clone()), chunking };
+            if !arms.contains(&arm) {
+                arms.push(arm);
+            }
+        };
+        if self.methods.contains(&Method::Bff) {
+            push(Method::Bff, None);
+        }
+        if self.methods.contains(&Method::Cff) {
+            for &fuse_chunks in &self.fuse_chunks {
+                push(Method::Cff, Some(Chunking { chunk_tokens: self.chunk_tokens, fuse_chunks }));
+            }
+        }
+    }
+
+    fn choices(&self) -> Vec<Choices> {
+        let mut all = Vec::new();
+        for &pairing in &self.pairings {
+            let usual = [pairing.usual_representative()];
+            let representatives =
+                if self.representatives.is_empty() { &usual[..] } else { &self.representatives };
+            for &representative in representatives {
+                for &similarity in &self.similarities {
+                    for &rope in &self.ropes {
+                        for &positions in &self.positions {
+                            for &group_layers in &self.group_layers {
+                                for &scale in &self.scales {
+                                    all.extend(self.within_tenant.iter().map(|&within_tenant| Choices {
+                                        pairing,
+                                        similarity,
+                                        rope,
+                                        positions,
+                                        group_layers,
+                                        representative,
+                                        scale,
+                                        within_tenant,
+                                    }));
+                                }
+                            }
+                        }
+                    }
+                }
+            }
+        }
+        all
+    }
 }

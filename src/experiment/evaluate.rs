@@ -49,7 +49,7 @@ impl Base {
     pub fn new(model: &Model, mut batch: CacheBatch, prompts: &[Prompt], first: FirstToken) -> Self {
         let first_logits = (first == FirstToken::Prefill).then(|| {
             let last: Vec<&[u32]> = prompts.iter().map(|p| &p.tokens[p.tokens.len() - 1..]).collect();
-            let CacheBatch { pool, caches, tokens } = &mut batch;
+            let CacheBatch { pool, caches, tokens, .. } = &mut batch;
             let mut segments: Vec<Segment> =
                 caches.iter_mut().zip(&last).map(|(cache, tokens)| Segment { cache, tokens }).collect();
             let hidden = model.decoder.forward(pool, &mut segments, None);

@@ -3,15 +3,20 @@
 mod arms;
 mod evaluate;
 mod grid;
+mod labels;
 mod rows;
 mod runs;
+mod settings;
+mod stage;
 mod sweep;
 mod table;
 
-pub use arms::{Arm, Method};
+pub use arms::{Arm, ArmColumns, Chunking, Encoder, Grid, Method};
 pub use evaluate::FirstToken;
 pub use grid::parse_taus;
-pub use rows::{RequestScore, Row, Timings};
+pub use labels::{label_columns, series_labels};
+pub use rows::{RequestRow, RequestScore, Row, Timings};
 pub use runs::RunRecord;
-pub use sweep::{SWEEP_CSV, SweepOptions, TIMINGS_CSV, sweep};
-pub use table::{SweepConfig, read_csv, write_csv};
+pub use settings::{Settings, SweepOptions};
+pub use sweep::{REQUESTS_CSV, SWEEP_CSV, TIMINGS_CSV, sweep};
+pub use table::{read_csv, write_csv};

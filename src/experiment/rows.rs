@@ -1,6 +1,6 @@
 //! One row of sweep.csv: what was stored, what it cost, against the no-fusion arm on the same requests.
 
-use super::arms::Arm;
+use super::arms::{Arm, ArmColumns};
 use super::evaluate::FirstToken;
 use crate::codec::{Distortion, Ledger, relative};
 use crate::stats::{Interval, bootstrap_mean};
@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct RequestScore {
     pub id: String,
+    pub tenant: String,
     pub answer: String,
     pub answer_tokens: Vec<u32>,
     /// Token F1 and exact match; absent for requests without references.
@@ -19,6 +20,52 @@ pub struct RequestScore {
     pub nll: f64,
     pub kl: f64,
     pub top1: f64,
+    /// The first token of the greedy answer that differs from the no-fusion arm's, counted from 0; absent if none does.
+    pub first_divergence: Option<usize>,
+    pub fused_blocks: u64,
+    pub worst_block_error: f64,
+}
+
+/// One request in one arm, as requests.csv has it.
+#[derive(Debug, Serialize)]
+pub struct RequestRow<'a> {
+    pub run: &'a str,
+    #[serde(flatten)]
+    pub arm: &'a ArmColumns,
+    pub id: &'a str,
+    pub tenant: &'a str,
+    pub f1: Option<f64>,
+    pub f1_none: Option<f64>,
+    pub kl: f64,
+    pub nll: f64,
+    pub top1: f64,
+    pub first_divergence: Option<usize>,
+    pub fused_blocks: u64,
+    pub worst_block_error: f64,
+    pub answer: &'a str,
+    pub answer_none: &'a str,
+}
+
+impl<'a> RequestRow<'a> {
+    /// `baseline` is the same request in the no-fusion arm.
+    pub fn new(row: &'a Row, score: &'a RequestScore, baseline: &'a RequestScore) -> Self {
+        RequestRow {
+            run: &row.run,
+            arm: &row.arm,
+            id: &score.id,
+            tenant: &score.tenant,
+            f1: score.f1.map(rounded),
+            f1_none: baseline.f1.map(rounded),
+            kl: rounded(score.kl),
+            nll: rounded(score.nll),
+            top1: rounded(score.top1),
+            first_divergence: score.first_divergence,
+            fused_blocks: score.fused_blocks,
+            worst_block_error: rounded(score.worst_block_error),
+            answer: &score.answer,
+            answer_none: &baseline.answer,
+        }
+    }
 }
 
 /// Wall-clock times of one arm, kept out of sweep.csv so that it is the same bytes on every run.
@@ -36,6 +83,8 @@ pub struct Setting {
     pub model: String,
     pub data: String,
     pub dump: String,
+    /// Checksum of the ids of the requests swept, if not all of the dump's.
+    pub questions: Option<String>,
     pub seed: u64,
     pub batch: usize,
     pub first_token: FirstToken,
@@ -49,9 +98,8 @@ pub struct Row {
     pub run: String,
     pub model: String,
     pub data: String,
-    pub method: String,
-    pub tau: Option<f64>,
-    pub block_size: usize,
+    #[serde(flatten)]
+    pub arm: ArmColumns,
     pub first_token: FirstToken,
     pub batch: usize,
     pub seed: u64,
@@ -97,6 +145,8 @@ pub struct Row {
     pub em_diff_high: Option<f64>,
     pub worst_request: String,
     pub worst_kl: f64,
+    /// The highest relative squared error of one block of one layer, of its keys or of its values.
+    pub worst_block_error: f64,
     /// Audited ratio of every layer, `;`-separated.
     pub layer_cr: String,
 }
@@ -140,9 +190,7 @@ impl Row {
             run: run.to_owned(),
             model: setting.model.clone(),
             data: setting.data.clone(),
-            method: arm.method.name().to_owned(),
-            tau: arm.tau,
-            block_size: arm.block_size,
+            arm: arm.columns(),
             first_token: setting.first_token,
             batch: setting.batch,
             seed: setting.seed,
@@ -188,6 +236,7 @@ impl Row {
             em_diff_high: of(em_diff, high),
             worst_request: worst.map_or(String::new(), |w| w.id.clone()),
             worst_kl: rounded(worst.map_or(f64::NAN, |w| w.kl)),
+            worst_block_error: rounded(scores.iter().map(|s| s.worst_block_error).fold(0.0, f64::max)),
             layer_cr: layer_cr.join(";"),
         }
     }

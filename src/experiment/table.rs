@@ -1,14 +1,12 @@
-//! Result tables as CSV files (polars), and sweep settings as TOML files.
+//! Result tables as CSV files (polars).
 
-use super::arms::Method;
-use super::evaluate::FirstToken;
 use crate::error::{Error, IoAt, Result};
 use crate::files;
 use polars::prelude::*;
-use serde::{Deserialize, Serialize};
+use serde::Serialize;
 use serde_json::Value;
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 /// Writes rows as CSV, one column a field in declaration order; absent numbers are empty cells.
 pub fn write_csv<T: Serialize>(path: &Path, rows: &[T]) -> Result<()> {
@@ -34,7 +32,9 @@ fn column(name: &str, rows: &[serde_json::Map<String, Value>]) -> Column {
     let name: PlSmallStr = name.into();
     if values().any(Value::is_string) {
         Column::new(name, values().map(Value::as_str).collect::<Vec<_>>())
-    } else if values().all(Value::is_u64) {
+    } else if values().any(Value::is_boolean) {
+        Column::new(name, values().map(Value::as_bool).collect::<Vec<_>>())
+    } else if values().all(|v| v.is_u64() || v.is_null()) && values().any(Value::is_u64) {
         Column::new(name, values().map(Value::as_u64).collect::<Vec<_>>())
     } else {
         Column::new(name, values().map(Value::as_f64).collect::<Vec<_>>())
@@ -51,32 +51,4 @@ pub fn read_csv(path: &Path) -> Result<DataFrame> {
         .map_err(|e| {
             Error::file(path, format!("not a result table: {}", e.to_string().lines().next().unwrap_or("")))
         })
-}
-
-/// A sweep's settings in a TOML file; every field is optional and the command line wins.
-#[derive(Debug, Clone, Default, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct SweepConfig {
-    pub dump: Option<PathBuf>,
-    pub out: Option<PathBuf>,
-    pub model: Option<String>,
-    pub method: Option<Vec<Method>>,
-    /// As on the command line.
-    pub tau: Option<String>,
-    pub block_size: Option<Vec<usize>>,
-    pub first_token: Option<FirstToken>,
-    pub batch: Option<usize>,
-    pub max_new_tokens: Option<usize>,
-    pub resamples: Option<usize>,
-    pub seed: Option<u64>,
-}
-
-impl SweepConfig {
-    pub fn read(path: &Path) -> Result<Self> {
-        let text = fs::read_to_string(path).at(path)?;
-        toml::from_str(&text).map_err(|e| {
-            let line = e.span().map_or(1, |s| text[..s.start].matches('\n').count() + 1);
-            Error::file(path, format!("line {line}: {}", e.message().replace('\n', " ")))
-        })
-    }
 }

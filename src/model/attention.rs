@@ -2,6 +2,7 @@
 
 use super::gemm::{View, product};
 use super::kernels::{causal_softmax, scores, weighted_sum};
+use super::rope::Rope;
 use crate::block::{BlockPool, BlockTable, Entry};
 use rayon::prelude::*;
 
@@ -56,6 +57,7 @@ struct Task<'a> {
 /// the result is `[rows, heads * head_dim]`.
 pub fn attend(
     pool: &BlockPool,
+    rope: &Rope,
     heads: Heads,
     queries: &[f32],
     stride: usize,
@@ -78,9 +80,9 @@ pub fn attend(
     }
     let run = |task: &Task| {
         if task.tokens * heads.group() >= GATHER_ROWS {
-            gathered(pool, heads, queries, stride, task)
+            gathered(pool, rope, heads, queries, stride, task)
         } else {
-            in_place(pool, heads, queries, stride, task)
+            in_place(pool, rope, heads, queries, stride, task)
         }
     };
     let outputs: Vec<Vec<f32>> = tasks.par_iter().map(run).collect();
@@ -96,15 +98,32 @@ pub fn attend(
     out
 }
 
-/// The table's blocks with the number of their tokens that lie before `tokens`.
+/// A block of the table: its entry, the position of its first token, and its tokens that are looked at.
+struct Seen<'a> {
+    entry: &'a Entry,
+    first: usize,
+    tokens: usize,
+}
+
+/// The table's blocks that hold the first `tokens` tokens.
 fn visible<'a>(
     pool: &'a BlockPool,
     table: &'a BlockTable,
     tokens: usize,
-) -> impl Iterator<Item = (&'a Entry, usize)> {
+) -> impl Iterator<Item = Seen<'a>> {
     let size = pool.shape().block_size;
     let blocks = table.entries[..tokens.div_ceil(size)].iter().enumerate();
-    blocks.map(move |(b, entry)| (entry, size.min(tokens - b * size)))
+    blocks.map(move |(b, entry)| Seen { entry, first: b * size, tokens: size.min(tokens - b * size) })
+}
+
+/// Keys of one head of a block that is stored without positions, rotated to where the block stands:
+/// `[tokens, head_dim]`.
+fn rotated(pool: &BlockPool, rope: &Rope, heads: Heads, kv_head: usize, seen: &Seen, out: &mut Vec<f32>) {
+    out.clear();
+    for row in head_rows(pool.keys(seen.entry.block), heads, kv_head, seen.tokens) {
+        out.extend_from_slice(row);
+    }
+    rope.rotate_tokens(out, heads.head_dim, seen.first);
 }
 
 /// Numbers of one key/value head, token by token, out of `[tokens, kv_heads, head_dim]`.
@@ -115,51 +134,75 @@ fn head_rows(block: &[f32], heads: Heads, kv_head: usize, tokens: usize) -> impl
 }
 
 /// Few query rows: every block is read once where it lies.
-fn in_place(pool: &BlockPool, heads: Heads, queries: &[f32], stride: usize, task: &Task) -> Vec<f32> {
+fn in_place(
+    pool: &BlockPool,
+    rope: &Rope,
+    heads: Heads,
+    queries: &[f32],
+    stride: usize,
+    task: &Task,
+) -> Vec<f32> {
     let (d, group) = (heads.head_dim, heads.group());
     let softmax_scale = 1.0 / (d as f32).sqrt();
     let total = task.start + task.tokens;
     let stride_kv = heads.kv_heads * d;
     let at = task.kv_head * d;
     let mut weights = vec![0.0; total];
+    let mut turned = Vec::new();
     let mut out = vec![0.0; task.tokens * group * d];
     for (i, out) in out.chunks_exact_mut(d).enumerate() {
         let (token, head) = (i / group, task.kv_head * group + i % group);
         let weights = &mut weights[..task.start + token + 1];
         let query = &queries[(task.row + token) * stride + head * d..][..d];
-        let mut first = 0;
-        for (entry, n) in visible(pool, task.table, weights.len()) {
-            let scale = entry.key_scale() * softmax_scale;
-            let keys = &pool.keys(entry.block)[at..];
-            scores(query, keys, stride_kv, scale, &mut weights[first..first + n]);
-            first += n;
+        for seen in visible(pool, task.table, weights.len()) {
+            let scale = seen.entry.key_scale() * softmax_scale;
+            let weights = &mut weights[seen.first..seen.first + seen.tokens];
+            if seen.entry.stripped {
+                rotated(pool, rope, heads, task.kv_head, &seen, &mut turned);
+                scores(query, &turned, d, scale, weights);
+            } else {
+                scores(query, &pool.keys(seen.entry.block)[at..], stride_kv, scale, weights);
+            }
         }
         let length = weights.len();
         causal_softmax(weights, length, length, 1);
-        first = 0;
-        for (entry, n) in visible(pool, task.table, length) {
-            let values = &pool.values(entry.block)[at..];
-            weighted_sum(out, values, stride_kv, entry.value_scale(), &weights[first..first + n]);
-            first += n;
+        for seen in visible(pool, task.table, length) {
+            let values = &pool.values(seen.entry.block)[at..];
+            let weights = &weights[seen.first..seen.first + seen.tokens];
+            weighted_sum(out, values, stride_kv, seen.entry.value_scale(), weights);
         }
     }
     out
 }
 
 /// Many query rows: the head's keys and values are copied out once and multiplied as matrices.
-fn gathered(pool: &BlockPool, heads: Heads, queries: &[f32], stride: usize, task: &Task) -> Vec<f32> {
+fn gathered(
+    pool: &BlockPool,
+    rope: &Rope,
+    heads: Heads,
+    queries: &[f32],
+    stride: usize,
+    task: &Task,
+) -> Vec<f32> {
     let (d, group) = (heads.head_dim, heads.group());
     let total = task.start + task.tokens;
     let rows = task.tokens * group;
     let softmax_scale = 1.0 / (d as f32).sqrt();
     let mut keys = Vec::with_capacity(total * d);
     let mut values = Vec::with_capacity(total * d);
-    for (entry, n) in visible(pool, task.table, total) {
-        for row in head_rows(pool.keys(entry.block), heads, task.kv_head, n) {
-            keys.extend(row.iter().map(|x| x * entry.key_scale() * softmax_scale));
+    let mut turned = Vec::new();
+    for seen in visible(pool, task.table, total) {
+        let (key_scale, value_scale) = (seen.entry.key_scale() * softmax_scale, seen.entry.value_scale());
+        if seen.entry.stripped {
+            rotated(pool, rope, heads, task.kv_head, &seen, &mut turned);
+            keys.extend(turned.iter().map(|x| x * key_scale));
+        } else {
+            for row in head_rows(pool.keys(seen.entry.block), heads, task.kv_head, seen.tokens) {
+                keys.extend(row.iter().map(|x| x * key_scale));
+            }
         }
-        for row in head_rows(pool.values(entry.block), heads, task.kv_head, n) {
-            values.extend(row.iter().map(|x| x * entry.value_scale()));
+        for row in head_rows(pool.values(seen.entry.block), heads, task.kv_head, seen.tokens) {
+            values.extend(row.iter().map(|x| x * value_scale));
         }
     }
     let mut gathered_queries = Vec::with_capacity(rows * d);
@@ -180,12 +223,13 @@ fn gathered(pool: &BlockPool, heads: Heads, queries: &[f32], stride: usize, task
 mod tests {
     use super::*;
     use crate::block::{BlockShape, Scale, Storage};
+    use crate::model::RopeConfig;
     use proptest::prelude::*;
     use rand::{RngExt, SeedableRng};
 
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(40))]
-        /// Both paths equal attention written out in f64, scales included.
+        /// Both paths equal attention written out in f64, scales and blocks without positions included.
         #[test]
         fn equals_the_definition(start in 0usize..40, tokens in 1usize..70, block_size in 1usize..20, seed in 0u64..99) {
             let heads = Heads { heads: 4, kv_heads: 2, head_dim: 8 };
@@ -198,13 +242,21 @@ mod tests {
             for t in 0..total {
                 table.append(&mut pool, &keys[t * 16..][..16], &values[t * 16..][..16]);
             }
+            let rope = Rope::new(RopeConfig { base: 100.0, dims: 8 }, 128);
             for (i, entry) in table.entries.iter_mut().enumerate() {
                 if i % 2 == 1 { entry.scale = Some(Scale { key: 1.5, value: 0.5 }); }
+                if i % 3 == 1 {
+                    let mut stripped = pool.keys(entry.block).to_vec();
+                    rope.strip_tokens(&mut stripped, 16, i * block_size);
+                    let values = pool.values(entry.block).to_vec();
+                    entry.block = pool.allocate(&stripped, &values);
+                    entry.stripped = true;
+                }
             }
             let stride = 40;
             let queries = random(tokens * stride);
             let request = Query { table: &table, row: 0, tokens, start };
-            let got = attend(&pool, heads, &queries, stride, &[request]);
+            let got = attend(&pool, &rope, heads, &queries, stride, &[request]);
 
             for token in 0..tokens {
                 for head in 0..4 {

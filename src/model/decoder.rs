@@ -7,11 +7,12 @@ use super::rope::Rope;
 use super::weights::{LayerWeights, Weights};
 use crate::block::{BlockPool, BlockShape, RequestCache};
 use rayon::prelude::*;
+use std::sync::Arc;
 
 pub struct Decoder {
     config: ModelConfig,
     weights: Weights,
-    rope: Rope,
+    rope: Arc<Rope>,
 }
 
 /// New tokens of one request and the cache they extend.
@@ -22,7 +23,7 @@ pub struct Segment<'a> {
 
 impl Decoder {
     pub fn new(config: ModelConfig, weights: Weights) -> Self {
-        let rope = Rope::new(config.rope, config.context.max(1));
+        let rope = Arc::new(Rope::new(config.rope, config.context.max(1)));
         Decoder { config, weights, rope }
     }
 
@@ -33,6 +34,11 @@ impl Decoder {
     /// Longest sequence this decoder can process, in tokens.
     pub fn context(&self) -> usize {
         self.rope.positions()
+    }
+
+    /// The position embedding of this model's keys.
+    pub fn rope(&self) -> Arc<Rope> {
+        Arc::clone(&self.rope)
     }
 
     /// The shape of this model's cache blocks.
@@ -126,7 +132,7 @@ impl Decoder {
             })
             .collect();
         let heads = Heads { heads: c.heads, kv_heads: c.kv_heads, head_dim: c.head_dim };
-        attend(pool, heads, &qkv, stride, &requests)
+        attend(pool, &self.rope, heads, &qkv, stride, &requests)
     }
 }
 

@@ -137,6 +137,18 @@ pub fn silu_product(gate_up: &[f32], width: usize) -> Vec<f32> {
     out
 }
 
+/// Inner product of two vectors of equal length.
+#[multiversion(targets("x86_64+avx512f+avx512vl+avx512dq+avx2+fma", "x86_64+avx2+fma"))]
+pub fn inner(a: &[f32], b: &[f32]) -> f32 {
+    dot(a, b)
+}
+
+/// `out += factor * x`.
+#[multiversion(targets("x86_64+avx512f+avx512vl+avx512dq+avx2+fma", "x86_64+avx2+fma"))]
+pub fn add_multiple(out: &mut [f32], factor: f32, x: &[f32]) {
+    add_scaled(out, factor, x);
+}
+
 /// `x += y`.
 pub fn add(x: &mut [f32], y: &[f32]) {
     for (x, y) in x.iter_mut().zip(y) {

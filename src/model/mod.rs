@@ -19,6 +19,7 @@ pub use decoder::{Decoder, Segment};
 pub use gguf::Gguf;
 pub use hf::{HfFolder, to_f32};
 pub use probe::{Probe, argmax, log_sum_exp, probe};
+pub use rope::Rope;
 pub use tokenizer::Tokenizer;
 pub use weights::{TensorSource, Weights};
 

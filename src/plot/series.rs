@@ -1,6 +1,7 @@
 //! sweep.csv as the figures want it.
 
 use crate::error::{Error, Result};
+use crate::experiment::{label_columns, series_labels};
 use polars::prelude::*;
 use std::path::Path;
 
@@ -16,6 +17,9 @@ pub struct Estimate {
 #[derive(Debug, Clone)]
 pub struct Point {
     pub method: String,
+    /// Name of the point's series.
+    pub label: String,
+    /// Threshold or error budget; NaN where there is none.
     pub tau: f64,
     pub block_size: u64,
     pub cr_audited: f64,
@@ -30,7 +34,7 @@ pub struct SweepTable {
     pub title: String,
     pub none: Point,
     pub prefix: Point,
-    /// One series a block size, in the order of the table.
+    /// Fusing methods, one series a label, in the order of the table.
     pub fusion: Vec<Vec<Point>>,
 }
 
@@ -60,13 +64,19 @@ impl SweepTable {
             return Err(Error::file(path, "has no rows; sweep again"));
         }
         let (method, model, data) = (strings("method")?, strings("model")?, strings("data")?);
-        let (tau, block_size, requests) = (floats("tau")?, floats("block_size")?, floats("requests")?);
+        let (tau, budget) = (floats("tau")?, floats("max_error")?);
+        let (block_size, requests) = (floats("block_size")?, floats("requests")?);
+        let cells: Vec<Vec<String>> = label_columns().map(strings).collect::<Result<_>>()?;
+        let rows: Vec<Vec<String>> =
+            (0..frame.height()).map(|i| cells.iter().map(|column| column[i].clone()).collect()).collect();
+        let labels = series_labels(&rows);
         let (audited, paper) = (floats("cr_audited")?, floats("cr_paper")?);
         let (f1, kl, layers) = (estimates("f1")?, estimates("kl")?, strings("layer_cr")?);
         let points: Vec<Point> = (0..method.len())
             .map(|i| Point {
                 method: method[i].clone(),
-                tau: tau[i],
+                label: labels[i].clone(),
+                tau: if tau[i].is_finite() { tau[i] } else { budget[i] },
                 block_size: block_size[i] as u64,
                 cr_audited: audited[i],
                 cr_paper: paper[i],
@@ -80,11 +90,8 @@ impl SweepTable {
             found.ok_or_else(|| Error::file(path, format!("has no row of the control '{name}'; sweep again")))
         };
         let mut fusion: Vec<Vec<Point>> = Vec::new();
-        for point in points.iter().filter(|p| p.tau.is_finite()) {
-            match fusion
-                .iter_mut()
-                .find(|s| s[0].block_size == point.block_size && s[0].method == point.method)
-            {
+        for point in points.iter().filter(|p| !["none", "prefix"].contains(&&p.method[..])) {
+            match fusion.iter_mut().find(|s| s[0].label == point.label) {
                 Some(series) => series.push(point.clone()),
                 None => fusion.push(vec![point.clone()]),
             }
@@ -105,5 +112,9 @@ fn short(data: &str) -> &str {
 
 /// Name of a series in a legend.
 pub fn series_name(series: &[Point]) -> String {
-    format!("{}, block {}", series[0].method, series[0].block_size)
+    if series[0].label == series[0].method {
+        format!("{}, block {}", series[0].method, series[0].block_size)
+    } else {
+        series[0].label.clone()
+    }
 }

@@ -22,6 +22,9 @@ pub struct Request {
     pub question: String,
     pub references: Vec<String>,
     pub prompt: String,
+    /// Whose request it is; empty if nobody's in particular.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub tenant: String,
 }
 
 /// The requests of one experiment.

@@ -1,4 +1,4 @@
-//! Raw prompts: JSON lines with `prompt` and optional `answers`, used as they stand.
+//! Raw prompts: JSON lines with `prompt` and optional `answers` and `tenant`, used as they stand.
 
 use super::{PromptSet, Request, checksum};
 use crate::error::{Error, Result};
@@ -10,6 +10,8 @@ struct Line {
     prompt: String,
     #[serde(default)]
     answers: Vec<String>,
+    #[serde(default)]
+    tenant: String,
 }
 
 /// The first `requests` prompts of the file, in its order.
@@ -34,6 +36,7 @@ pub fn take(path: &Path, text: &str, requests: usize) -> Result<PromptSet> {
             question: String::new(),
             references: line.answers,
             prompt: line.prompt,
+            tenant: line.tenant,
         })
     };
     Ok(PromptSet {

@@ -64,6 +64,7 @@ pub fn draw(
         question: question.text.clone(),
         references: question.references.clone(),
         prompt: preamble.clone() + &unanswered(&passage.text, &question.text),
+        tenant: String::new(),
     };
     Ok(PromptSet {
         requests: questions[..requests].iter().map(request).collect(),

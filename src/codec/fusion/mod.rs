@@ -1,111 +1,163 @@
-//! Fusion of similar blocks of different requests (the paper's BFF).
+//! Fusion of similar blocks: of different requests (the paper's BFF) or of different chunks of one prompt (CFF).
+//!
+//! Pairing, similarity, representative and scale are independent choices ([`Choices`]); the default is the paper's
+//! algorithm (docs/fusion.md).
 
-mod similarity;
+mod blocks;
+mod choices;
+mod chunks;
+mod cluster;
+mod geometry;
+mod gram;
+mod lsh;
+mod settle;
+mod thresholds;
 mod tree;
 
-pub use similarity::pairs_above;
+pub use blocks::{Blocks, Part, Place};
+pub use choices::{Choices, Pairing, Positions, Representative, RopeMode, Rule, ScaleRule, Similarity};
+pub use chunks::ChunkFusion;
+pub use gram::gram;
+pub use thresholds::{LayerThresholds, Thresholds};
 
-use super::{CacheBatch, Codec};
-use crate::block::{BlockId, Entry, RequestCache, Scale};
-use crate::codec::fusion::tree::{Leaf, Row, fuse};
+use super::{CacheBatch, Codec, Coverage, Memo};
+use crate::block::Entry;
 use crate::error::{Error, Result};
+use cluster::Cluster;
+use geometry::{Geometry, Units};
 use rayon::prelude::*;
+use settle::{Fused, Settling, Source};
 use std::ops::Range;
+use tree::Tree;
 
-/// Batch fast-fusion as the paper's released patch computes it (shared/paper.md; docs/fusion.md): layer by layer,
-/// recursive halving over the requests, unweighted means of unit blocks, last match wins, own norms restored.
-pub struct BatchFusion {
-    tau: f32,
+/// Fusion of similar blocks by some choices and a rule.
+#[derive(Debug, Clone)]
+pub struct Fusion {
+    choices: Choices,
+    rule: Rule,
+    /// Layers to touch, if not all that the paper does.
+    only: Option<Range<usize>>,
 }
 
 /// Layers the paper leaves alone at either end of the model.
 const SPARED: usize = 2;
 
-impl BatchFusion {
-    /// `tau`: cosine similarity above which two blocks fuse, in (-1, 1].
-    pub fn new(tau: f64) -> Result<Self> {
-        if tau > -1.0 && tau <= 1.0 {
-            Ok(BatchFusion { tau: tau as f32 })
-        } else {
-            Err(Error::argument(format!("tau {tau} lies outside of (-1, 1]")))
+impl Fusion {
+    pub fn new(choices: Choices, rule: Rule) -> Result<Self> {
+        rule.check(&choices)?;
+        if choices.group_layers == 0 {
+            return Err(Error::argument("--group-layers must be at least 1"));
         }
-    }
-}
-
-impl Codec for BatchFusion {
-    fn layers(&self, layers: usize) -> Range<usize> {
-        SPARED.min(layers)..layers.saturating_sub(SPARED).max(SPARED.min(layers))
+        Ok(Fusion { choices, rule, only: None })
     }
 
-    fn encode(&self, batch: &mut CacheBatch) {
-        let layers = self.layers(batch.caches.first().map_or(0, |c| c.layers.len()));
-        let shared = &*batch;
-        let fused: Vec<LayerFusion> =
-            layers.into_par_iter().map(|n| LayerFusion::of(shared, n, self.tau)).collect();
-        for layer in fused {
-            layer.apply(batch);
-        }
+    /// The paper's algorithm at a threshold.
+    pub fn paper(tau: f64) -> Result<Self> {
+        Self::new(Choices::default(), Rule::Tau(tau))
     }
-}
 
-/// What one layer's full blocks become.
-struct LayerFusion {
-    layer: usize,
-    /// Representatives as unit vectors: keys, values.
-    representatives: Vec<(Vec<f32>, Vec<f32>)>,
-    /// (request, block) -> representative and the block's own norms.
-    assignments: Vec<Assignment>,
-}
+    /// Touches one layer only.
+    pub fn of_layer(choices: Choices, rule: Rule, layer: usize) -> Result<Self> {
+        Ok(Fusion { only: Some(layer..layer + 1), ..Self::new(choices, rule)? })
+    }
 
-struct Assignment {
-    request: usize,
-    block: usize,
-    representative: usize,
-    scale: Scale,
-}
+    pub fn choices(&self) -> &Choices {
+        &self.choices
+    }
 
-impl LayerFusion {
-    fn of(batch: &CacheBatch, layer: usize, tau: f32) -> Self {
-        let size = batch.pool.shape().block_size;
-        let is_full = |e: &&Entry| batch.pool.tokens(e.block) == size;
-        let blocks = |cache: &RequestCache| -> Vec<BlockId> {
-            cache.layers[layer].entries.iter().filter(is_full).map(|e| e.block).collect()
-        };
-        let leaves: Vec<Leaf> = batch.caches.iter().map(|c| Leaf::new(&batch.pool, &blocks(c))).collect();
-        let scales: Vec<Scale> = leaves.iter().flat_map(|l| l.scales.iter().copied()).collect();
-        let lengths: Vec<usize> = leaves.iter().map(|l| l.scales.len()).collect();
-        let root = fuse(leaves, batch.pool.shape().block_width(), tau);
-
-        // Number the rows that are representatives; a row that is a single block as it was needs none.
-        let mut representatives = Vec::new();
-        let numbers: Vec<Option<usize>> = (0..root.rows.len())
-            .map(|row| {
-                (root.rows[row] == Row::Fused).then(|| {
-                    representatives.push((root.key_row(row).to_vec(), root.value_row(row).to_vec()));
-                    representatives.len() - 1
-                })
-            })
+    /// Fuses some blocks of a batch in place. `blocks` must have been listed of this batch, or of one it is a clone of.
+    pub fn encode_blocks(&self, batch: &mut CacheBatch, blocks: &Blocks) -> Result<()> {
+        let covered = self.coverage(batch.caches.first().map_or(0, |c| c.layers.len()));
+        let groups: Vec<Range<usize>> = covered
+            .layers
+            .clone()
+            .step_by(covered.table_layers)
+            .map(|first| first..covered.layers.end.min(first + covered.table_layers))
             .collect();
-        let places = lengths.iter().enumerate().flat_map(|(request, &n)| (0..n).map(move |b| (request, b)));
-        let assignments =
-            places.zip(root.back.iter().zip(scales)).filter_map(|((request, block), (&row, scale))| {
-                let representative = numbers[row]?;
-                Some(Assignment { request, block, representative, scale })
-            });
-        LayerFusion { layer, assignments: assignments.collect(), representatives }
+        let shared = &*batch;
+        let plan = |group: &Range<usize>| self.plan(shared, blocks, group.clone());
+        // Tables that are too large to keep are too large to hold for several layers at once.
+        let plans: Vec<Vec<Fused>> = if blocks.places.len() > blocks::KEPT_VECTORS {
+            groups.iter().map(plan).collect::<Result<_>>()?
+        } else {
+            groups.par_iter().map(plan).collect::<Result<_>>()?
+        };
+        for (group, plan) in groups.into_iter().zip(plans) {
+            self.apply(batch, blocks, group, plan);
+        }
+        Ok(())
     }
 
-    /// Points the tables at the representatives; blocks that nothing points at any more are freed.
-    fn apply(self, batch: &mut CacheBatch) {
-        let pool = &mut batch.pool;
-        let blocks: Vec<BlockId> = self.representatives.iter().map(|(k, v)| pool.allocate(k, v)).collect();
-        for a in &self.assignments {
-            let entry = Entry { block: blocks[a.representative], scale: Some(a.scale) };
-            batch.caches[a.request].layers[self.layer].replace(pool, a.block, entry);
+    /// What the blocks of one group of layers become.
+    fn plan(&self, batch: &CacheBatch, blocks: &Blocks, group: Range<usize>) -> Result<Vec<Fused>> {
+        if blocks.places.is_empty() {
+            return Ok(Vec::new());
         }
-        // The tables hold their own references now.
-        for block in blocks {
-            pool.release(block);
+        let choices = &self.choices;
+        let gate = self.rule.gate(choices, group.start);
+        let mut geometry = Geometry::new(batch, blocks, choices.rope, group);
+        let means = choices.pairing == Pairing::Tree && !choices.representative.is_verbatim();
+        if choices.pairing != Pairing::Lsh {
+            for (part, needed) in [(Part::Key, gate.needs_keys()), (Part::Value, gate.needs_values())] {
+                if needed || means {
+                    geometry.tabulate(part)?;
+                }
+            }
         }
+        let geometry = &geometry;
+        let units = match choices.pairing {
+            Pairing::Tree => Units::blocks(geometry, choices),
+            _ => Units::distinct(geometry, choices),
+        };
+        let clusters: Vec<Cluster> = match choices.pairing {
+            Pairing::Tree => {
+                Tree { geometry, units: &units, gate, representative: choices.representative }.clusters()
+            }
+            Pairing::Best => cluster::best(geometry, &units, &gate, cluster::edges(geometry, &units, &gate)),
+            Pairing::Components => cluster::components(&units, &cluster::edges(geometry, &units, &gate)),
+            Pairing::Lsh => cluster::best(geometry, &units, &gate, lsh::edges(geometry, &units, &gate)),
+        };
+        let settling = Settling { geometry, units: &units, choices, gate, budget: self.rule.budget() };
+        Ok(clusters.into_iter().flat_map(|c| settling.settle(c)).collect())
+    }
+
+    /// Points the tables at what is shared; blocks that nothing points at any more are freed.
+    fn apply(&self, batch: &mut CacheBatch, blocks: &Blocks, group: Range<usize>, plan: Vec<Fused>) {
+        for fused in plan {
+            for (i, layer) in group.clone().enumerate() {
+                let (block, stripped) = match &fused.source {
+                    Source::Place(place) => {
+                        let block = blocks.entry(batch, layer, *place).block;
+                        batch.pool.retain(block);
+                        (block, false)
+                    }
+                    Source::New(layers) => {
+                        let (keys, values) = &layers[i];
+                        (batch.pool.allocate(keys, values), self.choices.rope == RopeMode::Strip)
+                    }
+                };
+                for &(place, scale) in &fused.entries {
+                    let at = blocks.places[place];
+                    let table = &mut batch.caches[at.request].layers[layer];
+                    table.replace(&mut batch.pool, at.block, Entry { block, scale, stripped });
+                }
+                // The tables hold their own references now.
+                batch.pool.release(block);
+            }
+        }
+    }
+}
+
+impl Codec for Fusion {
+    fn coverage(&self, layers: usize) -> Coverage {
+        let spared = SPARED.min(layers)..layers.saturating_sub(SPARED).max(SPARED.min(layers));
+        Coverage {
+            layers: self.only.clone().unwrap_or(spared),
+            table_layers: self.choices.group_layers,
+        }
+    }
+
+    fn encode(&self, batch: &mut CacheBatch, memo: &Memo) -> Result<()> {
+        self.encode_blocks(batch, memo.blocks(batch))
     }
 }

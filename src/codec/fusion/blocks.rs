@@ -1,0 +1,180 @@
+//! The blocks of a batch that may fuse, and what every threshold and pairing wants to know of them: which are exact
+//! duplicates, and all inner products. Both are computed once a layer and kept for the next arm.
+
+use super::choices::RopeMode;
+use super::gram::gram;
+use crate::block::Entry;
+use crate::codec::CacheBatch;
+use crate::model::kernels::inner;
+use std::borrow::Cow;
+use std::collections::HashMap;
+use std::ops::Range;
+use std::sync::OnceLock;
+
+/// One full block of one request.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Place {
+    pub request: usize,
+    pub block: usize,
+    /// The leaf of the tree it belongs to: its request, or its chunk of a request.
+    pub leaf: usize,
+}
+
+/// Keys or values.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Part {
+    Key,
+    Value,
+}
+
+/// All blocks that may fuse, in request and token order.
+pub struct Blocks {
+    pub places: Vec<Place>,
+    pub leaves: usize,
+    kept: Vec<OnceLock<Layer>>,
+    stripped: Vec<OnceLock<Layer>>,
+}
+
+/// One layer of [`Blocks`].
+pub struct Layer {
+    /// Place -> distinct vector.
+    pub vectors: Vec<u32>,
+    /// Distinct vector -> the first place that has it.
+    pub first: Vec<usize>,
+    /// Squared norms of the distinct vectors: keys and values.
+    pub squares: Vec<(f64, f64)>,
+    /// Inner products of all distinct vectors, `[vectors, vectors]`.
+    key_gram: OnceLock<Vec<f32>>,
+    value_gram: OnceLock<Vec<f32>>,
+}
+
+impl Blocks {
+    /// The full blocks of all requests, a leaf a request (BFF).
+    pub fn of_requests(batch: &CacheBatch) -> Self {
+        let size = batch.pool.shape().block_size;
+        let full = |request: usize| batch.caches[request].tokens / size;
+        let places = (0..batch.caches.len())
+            .flat_map(|request| (0..full(request)).map(move |block| Place { request, block, leaf: request }));
+        Self::new(batch, places.collect(), batch.caches.len())
+    }
+
+    /// Some blocks of one request, a leaf every `chunk` blocks (CFF).
+    pub fn of_chunks(batch: &CacheBatch, request: usize, blocks: Range<usize>, chunk: usize) -> Self {
+        let leaves = blocks.len() / chunk;
+        let places = blocks.enumerate().map(|(i, block)| Place { request, block, leaf: i / chunk });
+        Self::new(batch, places.collect(), leaves)
+    }
+
+    fn new(batch: &CacheBatch, places: Vec<Place>, leaves: usize) -> Self {
+        let layers = batch.caches.first().map_or(0, |c| c.layers.len());
+        let empty = || (0..layers).map(|_| OnceLock::new()).collect();
+        Blocks { places, leaves, kept: empty(), stripped: empty() }
+    }
+
+    /// The block-table entry of a place.
+    pub fn entry<'a>(&self, batch: &'a CacheBatch, layer: usize, place: usize) -> &'a Entry {
+        let Place { request, block, .. } = self.places[place];
+        &batch.caches[request].layers[layer].entries[block]
+    }
+
+    /// The numbers of a place's block, as they are compared: `[block_size * kv_heads * head_dim]`.
+    pub fn numbers<'a>(
+        &self,
+        batch: &'a CacheBatch,
+        rope: RopeMode,
+        part: Part,
+        layer: usize,
+        place: usize,
+    ) -> Cow<'a, [f32]> {
+        let block = self.entry(batch, layer, place).block;
+        match (part, rope) {
+            (Part::Value, _) => Cow::Borrowed(batch.pool.values(block)),
+            (Part::Key, RopeMode::Keep) => Cow::Borrowed(batch.pool.keys(block)),
+            (Part::Key, RopeMode::Strip) => {
+                let shape = batch.pool.shape();
+                let mut keys = batch.pool.keys(block).to_vec();
+                let position = self.places[place].block * shape.block_size;
+                batch.rope.strip_tokens(&mut keys, shape.token_width(), position);
+                Cow::Owned(keys)
+            }
+        }
+    }
+
+    /// One layer, its exact duplicates found.
+    pub fn layer(&self, batch: &CacheBatch, rope: RopeMode, layer: usize) -> &Layer {
+        let memo = match rope {
+            RopeMode::Keep => &self.kept,
+            RopeMode::Strip => &self.stripped,
+        };
+        memo[layer].get_or_init(|| {
+            // Keys without position that differ by rounding only are left to the similarities.
+            let position = |place: usize| match rope {
+                RopeMode::Keep => 0,
+                RopeMode::Strip => self.places[place].block,
+            };
+            let mut seen: HashMap<(usize, [u32; 2 * GLANCE]), Vec<u32>> = HashMap::new();
+            let mut found = Layer {
+                vectors: Vec::with_capacity(self.places.len()),
+                first: Vec::new(),
+                squares: Vec::new(),
+                key_gram: OnceLock::new(),
+                value_gram: OnceLock::new(),
+            };
+            for place in 0..self.places.len() {
+                let block = self.entry(batch, layer, place).block;
+                let (keys, values) = (batch.pool.keys(block), batch.pool.values(block));
+                let alike = seen.entry((position(place), glance(keys, values))).or_default();
+                let same = alike.iter().copied().find(|&v| {
+                    let other = self.entry(batch, layer, found.first[v as usize]).block;
+                    other == block || (batch.pool.keys(other) == keys && batch.pool.values(other) == values)
+                });
+                let vector = same.unwrap_or_else(|| {
+                    alike.push(found.first.len() as u32);
+                    found.first.push(place);
+                    found.squares.push((inner(keys, keys).into(), inner(values, values).into()));
+                    found.first.len() as u32 - 1
+                });
+                found.vectors.push(vector);
+            }
+            found
+        })
+    }
+
+    /// Inner products of one layer's distinct blocks, `[vectors, vectors]`. Kept for the next arm unless they are many.
+    pub fn gram(&self, batch: &CacheBatch, rope: RopeMode, part: Part, layer: usize) -> Cow<'_, [f32]> {
+        let found = self.layer(batch, rope, layer);
+        let compute = || {
+            let width = batch.pool.shape().block_width();
+            let mut rows = Vec::with_capacity(found.first.len() * width);
+            for &place in &found.first {
+                rows.extend_from_slice(&self.numbers(batch, rope, part, layer, place));
+            }
+            gram(&rows, width)
+        };
+        if found.first.len() > KEPT_VECTORS {
+            return Cow::Owned(compute());
+        }
+        let memo = match part {
+            Part::Key => &found.key_gram,
+            Part::Value => &found.value_gram,
+        };
+        Cow::Borrowed(memo.get_or_init(compute))
+    }
+}
+
+/// Inner products of more distinct blocks than this (64 MiB a layer, for keys and again for values) are computed anew by
+/// every arm instead of being kept.
+pub const KEPT_VECTORS: usize = 4096;
+
+/// Numbers of a block that are looked at before all are compared.
+const GLANCE: usize = 4;
+
+/// Bits of the last few keys and values: cheap to hash, and rarely equal by chance.
+fn glance(keys: &[f32], values: &[f32]) -> [u32; 2 * GLANCE] {
+    let mut bits = [0; 2 * GLANCE];
+    let last = keys.iter().rev().take(GLANCE).chain(values.iter().rev().take(GLANCE));
+    for (bit, x) in bits.iter_mut().zip(last) {
+        *bit = x.to_bits();
+    }
+    bits
+}

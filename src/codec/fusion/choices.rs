@@ -1,0 +1,217 @@
+//! The choices that make up a way of fusing blocks. Names are those of the command line and of sweep.csv.
+
+use super::thresholds::Thresholds;
+use crate::error::{Error, Result};
+use clap::ValueEnum;
+use serde::{Deserialize, Serialize};
+use std::sync::Arc;
+
+/// Which blocks fuse with which.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum Pairing {
+    /// The paper's: requests are halved recursively, all matches of a left block are merged, the last match wins.
+    Tree,
+    /// Best pair first; a cluster keeps one of its blocks as it is, and all others are above the threshold from it.
+    Best,
+    /// Connected components of the graph of all pairs above the threshold.
+    Components,
+    /// As `best`, over candidates that share a band of a random signature: for tens of thousands of blocks.
+    Lsh,
+}
+
+/// What is compared.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum Similarity {
+    /// Cosine of the keys (the paper's).
+    Keys,
+    /// Cosine of the values.
+    Values,
+    /// The lower of both.
+    Lower,
+    /// The mean of both.
+    Mean,
+}
+
+/// Whether keys are compared and shared as cached or without their positions.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum RopeMode {
+    /// As cached, after RoPE (the paper's).
+    Keep,
+    /// RoPE is taken off before keys are compared and shared, and put on again when they are read.
+    Strip,
+}
+
+/// Which positions in their requests two blocks may have.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum Positions {
+    /// Any (the paper's).
+    Any,
+    /// The same block of their requests.
+    Same,
+}
+
+/// What a cluster of blocks stores.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum Representative {
+    /// The mean direction, one vote a merged row (the paper's).
+    Mean,
+    /// The mean direction, one vote a block.
+    Weighted,
+    /// The block most similar to all others, as it is.
+    Medoid,
+    /// The block that the pairing began with, as it is: of a tree the leftmost, of components the earliest.
+    First,
+}
+
+impl Representative {
+    /// Whether it is one of the blocks, bit for bit.
+    pub fn is_verbatim(self) -> bool {
+        matches!(self, Representative::Medoid | Representative::First)
+    }
+}
+
+/// The factors that turn a representative back into a block.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum ScaleRule {
+    /// The block keeps its own norm (the paper's).
+    Norm,
+    /// Least squares: the factor with the smallest error, norm times cosine.
+    LeastSquares,
+    /// No factor, nothing to store.
+    None,
+}
+
+/// When two blocks are alike enough.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Rule {
+    /// Their similarity lies above tau.
+    Tau(f64),
+    /// No block's relative squared error, of its keys or of its values, exceeds this.
+    MaxError(f64),
+    /// Keys and values lie above thresholds of their layer.
+    Thresholds(Arc<Thresholds>),
+}
+
+/// All choices but the rule. The default is the paper's.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Choices {
+    pub pairing: Pairing,
+    pub similarity: Similarity,
+    pub rope: RopeMode,
+    pub positions: Positions,
+    /// Layers that are compared as one and share one block table.
+    pub group_layers: usize,
+    pub representative: Representative,
+    pub scale: ScaleRule,
+    /// Whether blocks of different tenants must never meet.
+    pub within_tenant: bool,
+}
+
+impl Default for Choices {
+    fn default() -> Self {
+        Choices {
+            pairing: Pairing::Tree,
+            similarity: Similarity::Keys,
+            rope: RopeMode::Keep,
+            positions: Positions::Any,
+            group_layers: 1,
+            representative: Representative::Mean,
+            scale: ScaleRule::Norm,
+            within_tenant: false,
+        }
+    }
+}
+
+impl Pairing {
+    /// What this pairing stores unless told otherwise: the paper's tree means, the others blocks as they are.
+    pub fn usual_representative(self) -> Representative {
+        match self {
+            Pairing::Tree => Representative::Mean,
+            Pairing::Best | Pairing::Lsh => Representative::First,
+            Pairing::Components => Representative::Medoid,
+        }
+    }
+}
+
+/// Which of two blocks' cosines decide, and how far above the threshold a pair lies.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Gate {
+    similarity: Similarity,
+    key: f32,
+    value: f32,
+}
+
+impl Gate {
+    pub fn new(similarity: Similarity, key: f32, value: f32) -> Self {
+        Gate { similarity, key, value }
+    }
+
+    pub fn needs_keys(&self) -> bool {
+        self.similarity != Similarity::Values
+    }
+
+    pub fn needs_values(&self) -> bool {
+        self.similarity != Similarity::Keys
+    }
+
+    /// How far a pair with these cosines of keys and values lies above its threshold; it fuses above zero. What
+    /// [`Gate::needs_keys`] and [`Gate::needs_values`] do not ask for is not looked at.
+    pub fn margin(&self, key: f32, value: f32) -> f32 {
+        match self.similarity {
+            Similarity::Keys => key - self.key,
+            Similarity::Values => value - self.value,
+            Similarity::Lower => (key - self.key).min(value - self.value),
+            Similarity::Mean => 0.5 * (key + value) - self.key,
+        }
+    }
+}
+
+impl Rule {
+    /// The gate of one layer (of the first layer of a group).
+    pub(super) fn gate(&self, choices: &Choices, layer: usize) -> Gate {
+        match self {
+            Rule::Tau(tau) => Gate::new(choices.similarity, *tau as f32, *tau as f32),
+            Rule::MaxError(error) => {
+                // For a verbatim representative at cosine c: 2(1 - c) with the own norm, 1 - c^2 at best.
+                let least = match choices.scale {
+                    ScaleRule::Norm => 1.0 - error / 2.0,
+                    ScaleRule::LeastSquares | ScaleRule::None => (1.0 - error).max(0.0).sqrt(),
+                };
+                Gate::new(Similarity::Lower, least as f32, least as f32)
+            }
+            Rule::Thresholds(file) => {
+                let (key, value) = file.layer(layer);
+                Gate::new(Similarity::Lower, key, value)
+            }
+        }
+    }
+
+    /// The most that a block's relative squared error may be.
+    pub(super) fn budget(&self) -> Option<f64> {
+        match self {
+            Rule::MaxError(error) => Some(*error),
+            _ => None,
+        }
+    }
+
+    pub(super) fn check(&self, choices: &Choices) -> Result<()> {
+        match self {
+            Rule::Tau(tau) if !(*tau > -1.0 && *tau <= 1.0) => {
+                Err(Error::argument(format!("tau {tau} lies outside of (-1, 1]")))
+            }
+            Rule::MaxError(error) if !(*error > 0.0 && *error < 2.0) => {
+                Err(Error::argument(format!("--max-error {error} lies outside of (0, 2)")))
+            }
+            Rule::Thresholds(_) if choices.group_layers > 1 => {
+                Err(Error::argument("thresholds of single layers do not go with --group-layers"))
+            }
+            _ => Ok(()),
+        }
+    }
+}

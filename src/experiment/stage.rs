@@ -1,0 +1,285 @@
+//! Requests loaded and ready for any arm: what all arms of one block size share, and how one is measured.
+
+use super::arms::{Arm, Encoder};
+use super::evaluate::{Base, Prompt, Reference, answer_text, answers};
+use super::rows::{Measured, RequestScore, Row, Setting, Timings};
+use super::runs::RunRecord;
+use super::settings::SweepOptions;
+use crate::block::{BlockTable, RequestCache, Storage};
+use crate::codec::{CacheBatch, Codec, Distortion, Ledger, Memo, Prefix, distortion};
+use crate::dump::{Manifest, open_request};
+use crate::error::{Error, Result};
+use crate::interrupt;
+use crate::model::Model;
+use crate::task::{exact_match, token_f1};
+use rayon::prelude::*;
+use std::path::Path;
+use std::time::Instant;
+
+/// Target tokens of a request beyond this many are not scored.
+const MOST_TARGETS: usize = 64;
+
+/// Requests fused and decoded together, ready for any arm.
+struct Lot {
+    base: Base,
+    prompts: Vec<Prompt>,
+    reference: Reference,
+    /// Blocks and similarities of the unfused caches.
+    memo: Memo,
+    /// Indices of the requests in the dump.
+    requests: Vec<usize>,
+}
+
+/// Everything the arms of one block size share.
+pub struct Stage<'a> {
+    model: &'a Model,
+    manifest: &'a Manifest,
+    max_new_tokens: usize,
+    lots: Vec<Lot>,
+    baseline: Option<Vec<RequestScore>>,
+    /// Audited ratio of exact prefix sharing: between all requests, and within tenants.
+    cr_prefix: [f64; 2],
+}
+
+impl<'a> Stage<'a> {
+    /// `requests`: indices in the dump. `baseline`: the no-fusion arm, if it has been measured already.
+    pub fn new(
+        model: &'a Model,
+        options: &SweepOptions,
+        manifest: &'a Manifest,
+        requests: &[usize],
+        block_size: usize,
+        baseline: Option<&RunRecord>,
+    ) -> Result<Self> {
+        let mut stage = Stage {
+            model,
+            manifest,
+            max_new_tokens: options.max_new_tokens,
+            lots: Vec::new(),
+            baseline: baseline.map(|r| r.requests.clone()),
+            cr_prefix: [1.0; 2],
+        };
+        let mut prefix = [Ledger::default(), Ledger::default()];
+        let longest_answer = options.max_new_tokens.max(MOST_TARGETS);
+        let mut done = 0;
+        for requests in requests.chunks(options.batch) {
+            interrupt::check()?;
+            let (batch, mut prompts) =
+                load(&options.dump, model, manifest, requests, block_size, longest_answer)?;
+            let mut base = Base::new(model, batch, &prompts, options.first_token);
+            for (within_tenant, ledger) in [false, true].into_iter().zip(&mut prefix) {
+                let codec = Prefix { within_tenant };
+                let mut shared = base.batch.clone();
+                codec.encode(&mut shared, &Memo::default())?;
+                *ledger += &Ledger::of(&shared, &codec.coverage(model.decoder.config().layers));
+            }
+            let unasked = |&i: &usize| manifest.requests[i].request.references.is_empty();
+            let own: Vec<Vec<u32>> = match baseline {
+                Some(r) => r.requests[done..][..requests.len()].iter().map(|r| r.answer_tokens.clone()).collect(),
+                None if requests.iter().any(unasked) => {
+                    let (stop, most) = (manifest.stop.as_deref(), options.max_new_tokens);
+                    answers(model, &base.spared, &mut base.batch, &prompts, stop, most)?
+                }
+                None => vec![Vec::new(); requests.len()],
+            };
+            for ((&i, prompt), own) in requests.iter().zip(&mut prompts).zip(&own) {
+                prompt.targets = targets(model, manifest, i, own)?;
+            }
+            let reference = Reference::of(model, &mut base, &prompts);
+            done += requests.len();
+            stage.lots.push(Lot { base, prompts, reference, memo: Memo::default(), requests: requests.to_vec() });
+        }
+        stage.cr_prefix = prefix.map(|ledger| ledger.cr_audited());
+        Ok(stage)
+    }
+
+    /// Encodes, compares and answers all requests by one arm.
+    pub fn run(&mut self, run: &str, setting: &Setting, arm: &Arm) -> Result<RunRecord> {
+        let encoder = arm.encoder()?;
+        let coverage = encoder.coverage(self.model.decoder.config().layers);
+        let mut ledger = Ledger::default();
+        let mut error = Distortion::default();
+        let mut attention = (0.0, 0.0);
+        let mut scores = Vec::new();
+        let mut timings = Timings::default();
+        let stop = self.manifest.stop.as_deref();
+        for lot in &self.lots {
+            interrupt::check()?;
+            let started = Instant::now();
+            let mut batch = encode(self.model, lot, &encoder)?;
+            timings.fuse_seconds += started.elapsed().as_secs_f64();
+            ledger += &Ledger::of(&batch, &coverage);
+            let (sums, drifts) = distortion(&lot.base.batch, &batch);
+            error += sums;
+
+            let started = Instant::now();
+            let (divergences, sums) =
+                lot.reference.compare(self.model, &lot.base.spared, &mut batch, &lot.prompts);
+            timings.score_seconds += started.elapsed().as_secs_f64();
+            attention = (attention.0 + sums.0, attention.1 + sums.1);
+
+            let started = Instant::now();
+            let tokens =
+                answers(self.model, &lot.base.spared, &mut batch, &lot.prompts, stop, self.max_new_tokens)?;
+            timings.decode_seconds += started.elapsed().as_secs_f64();
+            timings.generated_tokens += tokens.iter().map(Vec::len).sum::<usize>();
+            for (i, answer_tokens) in tokens.into_iter().enumerate() {
+                let request = &self.manifest.requests[lot.requests[i]].request;
+                let answer = answer_text(self.model, &answer_tokens, stop)?;
+                let asked = !request.references.is_empty();
+                let plain = self.baseline.as_ref().map_or(&answer_tokens, |b| &b[scores.len()].answer_tokens);
+                scores.push(RequestScore {
+                    id: request.id.clone(),
+                    tenant: request.tenant.clone(),
+                    f1: asked.then(|| token_f1(&answer, &request.references)),
+                    em: asked.then(|| exact_match(&answer, &request.references)),
+                    answer,
+                    nll: divergences[i].nll,
+                    kl: divergences[i].kl,
+                    top1: divergences[i].top1,
+                    first_divergence: first_divergence(plain, &answer_tokens),
+                    fused_blocks: drifts[i].fused_blocks,
+                    worst_block_error: drifts[i].worst_block_error,
+                    answer_tokens,
+                });
+            }
+        }
+        // The grid begins with the no-fusion arm, so this is it where there is no baseline yet.
+        let baseline = self.baseline.get_or_insert_with(|| scores.clone());
+        let measured = Measured {
+            ledger: &ledger,
+            distortion: error,
+            attention,
+            scores: &scores,
+            baseline,
+            cr_prefix: self.cr_prefix[usize::from(arm.choices.within_tenant)],
+        };
+        let row = Row::new(run, setting, arm, &measured);
+        Ok(RunRecord { row, requests: scores, timings })
+    }
+
+    /// Rate and KL (nats a token, mean over requests) of a codec, without answers; for calibration.
+    pub fn rate_and_kl(&mut self, codec: &dyn Codec) -> Result<(Ledger, f64)> {
+        let coverage = codec.coverage(self.model.decoder.config().layers);
+        let mut ledger = Ledger::default();
+        let mut kl = Vec::new();
+        for lot in &self.lots {
+            interrupt::check()?;
+            let mut batch = lot.base.batch.clone();
+            codec.encode(&mut batch, &lot.memo)?;
+            ledger += &Ledger::of(&batch, &coverage);
+            let (divergences, _) =
+                lot.reference.compare(self.model, &lot.base.spared, &mut batch, &lot.prompts);
+            kl.extend(divergences.iter().map(|d| d.kl));
+        }
+        Ok((ledger, crate::stats::mean(&kl)))
+    }
+
+    /// Rate and distortion of a codec.
+    pub fn rate_and_distortion(&self, codec: &dyn Codec) -> Result<(Ledger, Distortion)> {
+        let coverage = codec.coverage(self.model.decoder.config().layers);
+        let mut ledger = Ledger::default();
+        let mut error = Distortion::default();
+        for lot in &self.lots {
+            interrupt::check()?;
+            let mut batch = lot.base.batch.clone();
+            codec.encode(&mut batch, &lot.memo)?;
+            ledger += &Ledger::of(&batch, &coverage);
+            error += distortion(&lot.base.batch, &batch).0;
+        }
+        Ok((ledger, error))
+    }
+
+    /// The unfused caches of all requests, lot by lot.
+    pub fn batches(&self) -> impl Iterator<Item = &CacheBatch> {
+        self.lots.iter().map(|lot| &lot.base.batch)
+    }
+}
+
+/// A lot's caches as the arm stores them.
+fn encode(model: &Model, lot: &Lot, encoder: &Encoder) -> Result<CacheBatch> {
+    let base = &lot.base.batch;
+    match encoder {
+        Encoder::Codec(codec) => {
+            let mut batch = base.clone();
+            codec.encode(&mut batch, &lot.memo)?;
+            Ok(batch)
+        }
+        Encoder::Chunks(chunks) => {
+            let mut batch = CacheBatch::empty(base.pool.shape(), Storage::F16, base.rope.clone());
+            for (tokens, tenant) in base.tokens.iter().zip(&base.tenants) {
+                batch.push(model.decoder.new_cache(), tokens.clone(), tenant);
+                chunks.prefill(&model.decoder, &mut batch)?;
+            }
+            Ok(batch)
+        }
+    }
+}
+
+/// The first token in which two answers differ; none if they are equal.
+fn first_divergence(a: &[u32], b: &[u32]) -> Option<usize> {
+    let common = a.iter().zip(b).take_while(|(a, b)| a == b).count();
+    (common < a.len().max(b.len())).then_some(common)
+}
+
+/// Caches of some requests, all prompt tokens but the last, in blocks of f16 numbers. `answer`: tokens to leave room for.
+pub fn load(
+    dump: &Path,
+    model: &Model,
+    manifest: &Manifest,
+    requests: &[usize],
+    block_size: usize,
+    answer: usize,
+) -> Result<(CacheBatch, Vec<Prompt>)> {
+    let shape = model.decoder.block_shape(block_size);
+    let mut batch = CacheBatch::empty(shape, Storage::F16, model.decoder.rope());
+    let width = batch.pool.shape().block_width();
+    let mut prompts = Vec::new();
+    for &i in requests {
+        let shard = open_request(dump, manifest, i)?;
+        let tokens = shard.tokens().to_vec();
+        let room = model.decoder.context();
+        if tokens.len() + answer > room {
+            let message = format!(
+                "request {} has {} tokens: with an answer of {answer} (--max-new-tokens) it exceeds the model's context of {room}",
+                manifest.requests[i].request.id,
+                tokens.len(),
+            );
+            return Err(Error::argument(message));
+        }
+        let cached = tokens.len() - 1;
+        let numbers = cached * batch.pool.shape().token_width();
+        let layers: Vec<(Vec<f32>, Vec<f32>)> =
+            (0..shard.layers()).into_par_iter().map(|n| shard.layer(n)).collect::<Result<_>>()?;
+        let mut cache = RequestCache { layers: Vec::new(), tokens: cached };
+        for (keys, values) in &layers {
+            let mut table = BlockTable::default();
+            for (k, v) in keys[..numbers].chunks(width).zip(values[..numbers].chunks(width)) {
+                table.push(batch.pool.allocate(k, v));
+            }
+            cache.layers.push(table);
+        }
+        batch.push(cache, tokens[..cached].to_vec(), &manifest.requests[i].request.tenant);
+        prompts.push(Prompt { tokens, targets: Vec::new() });
+    }
+    Ok((batch, prompts))
+}
+
+/// The tokens a request's distributions are compared on: its first reference answer, or the no-fusion arm's own answer
+/// where there is none.
+fn targets(model: &Model, manifest: &Manifest, i: usize, answer: &[u32]) -> Result<Vec<u32>> {
+    let request = &manifest.requests[i].request;
+    let mut targets = match request.references.first() {
+        Some(reference) => {
+            let space = if request.prompt.ends_with(char::is_whitespace) { "" } else { " " };
+            model.tokenizer.encode(&format!("{space}{reference}"))?
+        }
+        None => answer.to_vec(),
+    };
+    targets.truncate(MOST_TARGETS);
+    if targets.is_empty() {
+        // The answer is that there is none.
+        targets.push(model.tokenizer.end());
+    }
+    Ok(targets)
+}
