@@ -209,6 +209,7 @@ fn any_choices() -> impl Strategy<Value = Choices> {
             similarity,
             rope,
             positions,
+            spare_layers: 2,
             group_layers: group,
             representative,
             scale,

@@ -25,9 +25,10 @@ pub fn run(args: Args) -> Result<()> {
                 cell(m.tokens_per_second, 1),
                 cell(m.gflops, 1),
                 cell(m.share_of_gemm.map(|s| 100.0 * s), 1),
+                cell(m.share_of_core.map(|s| 100.0 * s), 1),
             ]
         })
         .collect();
-    say(table(&["what", "seconds", "tokens/s", "GFLOP/s", "% of GEMM"], &rows));
+    say(table(&["what", "seconds", "tokens/s", "GFLOP/s", "% of GEMM", "% of one core's peak"], &rows));
     Ok(())
 }

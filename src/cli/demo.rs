@@ -6,6 +6,7 @@ use crate::dump::{DumpDtype, DumpOptions, dump};
 use crate::experiment::{SWEEP_CSV, Settings, sweep};
 use crate::model::registry::DEFAULT_MODEL;
 use crate::plot::plot_sweep;
+use crate::task::Draw;
 use anyhow::Result;
 use std::path::PathBuf;
 
@@ -26,10 +27,8 @@ pub fn run(args: Args) -> Result<()> {
         &folder,
         &DumpOptions {
             model: DEFAULT_MODEL.to_owned(),
-            data: "builtin:qa".to_owned(),
-            requests: args.requests,
-            shots: 3,
-            seed: 0,
+            draw: Draw::plain("builtin:qa", args.requests, 3, 0),
+            shift: 0,
             dtype: DumpDtype::F16,
             command: typed_command(),
         },

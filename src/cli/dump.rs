@@ -3,6 +3,7 @@
 use super::{say, typed_command};
 use crate::dump::{DumpDtype, DumpOptions, dump};
 use crate::model::registry::DEFAULT_MODEL;
+use crate::task::Draw;
 use anyhow::Result;
 use std::path::PathBuf;
 
@@ -15,7 +16,8 @@ pub struct Args {
     /// Built-in name, GGUF file or Hugging Face folder
     #[arg(long, default_value = DEFAULT_MODEL)]
     model: String,
-    /// builtin:qa, squad:FILE (SQuAD v1.1 JSON) or prompts:FILE (JSON lines)
+    /// builtin:qa, builtin:longqa (several passages, one of which holds the answer), synth:niah (codes hidden in filler),
+    /// squad:FILE (SQuAD v1.1 JSON) or prompts:FILE (JSON lines)
     #[arg(long, default_value = "builtin:qa")]
     data: String,
     /// Prompts to draw
@@ -27,6 +29,19 @@ pub struct Args {
     /// Decides which examples and questions are drawn
     #[arg(long, default_value_t = 0)]
     seed: u64,
+    /// Tokens of a prompt: other passages are joined to a question's own up to this [default: 2700 for builtin:longqa, 1500
+    /// for synth:niah, none for others]
+    #[arg(long, value_name = "TOKENS")]
+    length: Option<usize>,
+    /// Codes hidden in a prompt of synth:niah; one is asked for
+    #[arg(long, default_value_t = 1)]
+    needles: usize,
+    /// Deal the requests to this many tenants
+    #[arg(long, value_name = "N", default_value_t = 0, hide_default_value = true)]
+    tenants: usize,
+    /// Put this many filler tokens in front of every other request, so that equal text stands at other positions
+    #[arg(long, value_name = "TOKENS", default_value_t = 0, hide_default_value = true)]
+    shift: usize,
     /// Storage of keys and values
     #[arg(long, value_enum, default_value_t = DumpDtype::F32)]
     dtype: DumpDtype,
@@ -41,10 +56,16 @@ pub fn run(args: Args) -> Result<()> {
         &out,
         &DumpOptions {
             model: args.model,
-            data: args.data,
-            requests: args.requests,
-            shots: args.shots,
-            seed: args.seed,
+            draw: Draw {
+                spec: args.data,
+                requests: args.requests,
+                shots: args.shots,
+                seed: args.seed,
+                length: args.length,
+                needles: args.needles,
+                tenants: args.tenants,
+            },
+            shift: args.shift,
             dtype: args.dtype,
             command: typed_command(),
         },
@@ -66,5 +87,10 @@ fn default_name(args: &Args) -> String {
         let stem = last.split('.').next().unwrap_or(last);
         stem.chars().map(|c| if c.is_ascii_alphanumeric() || c == '-' { c } else { '_' }).collect::<String>()
     };
-    format!("{}-{}-n{}-k{}-s{}", stem(&args.model), stem(&args.data), args.requests, args.shots, args.seed)
+    let plain =
+        format!("{}-{}-n{}-k{}-s{}", stem(&args.model), stem(&args.data), args.requests, args.shots, args.seed);
+    let length = args.length.map(|l| format!("-l{l}")).unwrap_or_default();
+    let optional = [("-m", args.needles - args.needles.min(1)), ("-t", args.tenants), ("-p", args.shift)];
+    let optional = optional.iter().filter(|(_, n)| *n > 0).map(|(name, n)| format!("{name}{n}"));
+    plain + &length + &optional.collect::<String>()
 }

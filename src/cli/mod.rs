@@ -1,8 +1,10 @@
 //! The command line: one file a subcommand; parse, call, print.
 
 mod bench;
+mod calibrate;
 mod demo;
 mod dump;
+mod explain;
 mod inspect;
 mod model;
 mod plot;
@@ -45,6 +47,10 @@ enum Command {
     Inspect(inspect::Args),
     /// Fuse a dump's caches at many thresholds and measure rate and damage
     Sweep(sweep::Args),
+    /// Find thresholds of single layers for a target KL or error
+    Calibrate(calibrate::Args),
+    /// Say what a sweep's arm did to one request
+    Explain(explain::Args),
     /// Draw the figures of a sweep
     Plot(plot::Args),
     /// Everything at once, with defaults, into results/demo
@@ -66,6 +72,8 @@ impl Cli {
             Command::Dump(args) => dump::run(args),
             Command::Inspect(args) => inspect::run(args),
             Command::Sweep(args) => sweep::run(args),
+            Command::Calibrate(args) => calibrate::run(args),
+            Command::Explain(args) => explain::run(args),
             Command::Plot(args) => plot::run(args),
             Command::Demo(args) => demo::run(args),
             Command::Bench(args) => bench::run(args),

@@ -2,7 +2,7 @@
 
 use super::CacheBatch;
 use rayon::prelude::*;
-use std::ops::AddAssign;
+use std::ops::{AddAssign, Range};
 
 /// Squared errors and energies over all tokens and layers.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
@@ -55,9 +55,18 @@ impl Drift {
     }
 }
 
-/// Compares an encoded batch with the original, block by block as the tables list them: over all, and for each request.
+/// Compares an encoded batch with the original, block by block as the tables list them: over all layers, and for each
+/// request.
 pub fn distortion(original: &CacheBatch, encoded: &CacheBatch) -> (Distortion, Vec<Drift>) {
-    let layers = original.caches.first().map_or(0, |c| c.layers.len());
+    distortion_in(original, encoded, 0..original.caches.first().map_or(0, |c| c.layers.len()))
+}
+
+/// [`distortion`] of some layers.
+pub fn distortion_in(
+    original: &CacheBatch,
+    encoded: &CacheBatch,
+    layers: Range<usize>,
+) -> (Distortion, Vec<Drift>) {
     let layer = |n: usize| {
         let mut sum = Distortion::default();
         let mut drifts = vec![Drift::default(); original.caches.len()];
@@ -82,7 +91,7 @@ pub fn distortion(original: &CacheBatch, encoded: &CacheBatch) -> (Distortion, V
         (sum, drifts)
     };
     // Collected first: a parallel sum would add in an order that depends on the threads.
-    let layers: Vec<(Distortion, Vec<Drift>)> = (0..layers).into_par_iter().map(layer).collect();
+    let layers: Vec<(Distortion, Vec<Drift>)> = layers.into_par_iter().map(layer).collect();
     let mut total = (Distortion::default(), vec![Drift::default(); original.caches.len()]);
     for (sum, drifts) in &layers {
         total.0 += *sum;
@@ -91,6 +100,12 @@ pub fn distortion(original: &CacheBatch, encoded: &CacheBatch) -> (Distortion, V
         }
     }
     total
+}
+
+/// Relative squared error of `y` as a stand-in for `x`.
+pub fn relative_error(x: &[f32], y: &[f32]) -> f64 {
+    let (error, energy) = squares(x, y, 1.0);
+    relative(error, energy)
 }
 
 /// Sum of (x - scale * y)^2 and sum of x^2.

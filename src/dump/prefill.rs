@@ -6,17 +6,20 @@ use crate::block::{BlockPool, BlockTable, RequestCache, Storage};
 use crate::error::{Error, Result};
 use crate::model::{Model, Segment};
 use crate::progress::{Progress, Unit};
+use crate::task::{Draw, Filler, Request};
 use crate::{files, interrupt, task};
+use rand::SeedableRng;
+use rand_chacha::ChaCha8Rng;
 use std::path::Path;
 
 /// What to dump.
 #[derive(Debug, Clone)]
 pub struct DumpOptions {
     pub model: String,
-    pub data: String,
-    pub requests: usize,
-    pub shots: usize,
-    pub seed: u64,
+    /// Which prompts; their seed decides about filler and tenants too.
+    pub draw: Draw,
+    /// Filler tokens in front of every other request (the second, the fourth ...).
+    pub shift: usize,
     pub dtype: DumpDtype,
     /// Arguments to record in the manifest.
     pub command: Vec<String>,
@@ -29,11 +32,14 @@ const BLOCK_SIZE: usize = 16;
 ///
 /// The tokens that all prompts share are prefilled once; then one request at a time is in memory.
 pub fn dump(folder: &Path, options: &DumpOptions) -> Result<Manifest> {
-    let set = task::load(&options.data, options.requests, options.shots, options.seed)?;
-    files::writable_folder(folder)?;
     let model = Model::load(&options.model)?;
-    let prompts: Vec<Vec<u32>> =
+    let mut set = task::load(&options.draw, &|text| Ok(model.tokenizer.encode(text)?.len()))?;
+    files::writable_folder(folder)?;
+    let mut prompts: Vec<Vec<u32>> =
         set.requests.iter().map(|r| model.tokenizer.encode_prompt(&r.prompt)).collect::<Result<_>>()?;
+    if options.shift > 0 {
+        shift(&model, &mut set.requests, &mut prompts, options)?;
+    }
     let context = model.decoder.context();
     if let Some(i) = prompts.iter().position(|p| p.is_empty() || p.len() >= context) {
         let message = format!(
@@ -55,12 +61,12 @@ pub fn dump(folder: &Path, options: &DumpOptions) -> Result<Manifest> {
             config: model.decoder.config().clone(),
         },
         data: DataEntry {
-            name: options.data.clone(),
+            name: options.draw.spec.clone(),
             sha256: set.sha256,
             template: set.template,
             shots: set.shots,
         },
-        seed: options.seed,
+        seed: options.draw.seed,
         dtype: options.dtype,
         shared_prefix_tokens: shared,
         stop: set.stop,
@@ -82,6 +88,36 @@ pub fn dump(folder: &Path, options: &DumpOptions) -> Result<Manifest> {
     }
     prefill_all(folder, &manifest, &model, &prompts)?;
     Ok(manifest)
+}
+
+/// Puts exactly `options.shift` filler tokens in front of every other prompt, so that equal text comes to stand at other
+/// positions. A BOS token stays in front of all.
+fn shift(
+    model: &Model,
+    requests: &mut [Request],
+    prompts: &mut [Vec<u32>],
+    options: &DumpOptions,
+) -> Result<()> {
+    let filler = Filler::load()?;
+    let mut rng = ChaCha8Rng::seed_from_u64(options.draw.seed);
+    let end = model.tokenizer.encode("\n\n")?;
+    let mut tokens: Vec<u32> = Vec::new();
+    let wanted = options.shift.saturating_sub(end.len());
+    while tokens.len() < wanted {
+        let space = if tokens.is_empty() { "" } else { " " };
+        tokens.extend(model.tokenizer.encode(&format!("{space}{}", filler.sentence(&mut rng)))?);
+    }
+    tokens.truncate(wanted);
+    tokens.extend(&end[..end.len().min(options.shift)]);
+    let text = model.tokenizer.decode(&tokens)?;
+    for (request, prompt) in requests.iter_mut().zip(prompts).skip(1).step_by(2) {
+        let own = model.tokenizer.encode(&request.prompt)?.len();
+        let at = prompt.len() - own;
+        prompt.splice(at..at, tokens.iter().copied());
+        request.prompt.insert_str(0, &text);
+        request.shift_tokens = options.shift;
+    }
+    Ok(())
 }
 
 fn prefill_all(folder: &Path, manifest: &Manifest, model: &Model, prompts: &[Vec<u32>]) -> Result<()> {
@@ -122,7 +158,7 @@ fn is_done(folder: &Path, manifest: &Manifest, i: usize, tokens: &[u32]) -> bool
 }
 
 /// Tokens all prompts begin with, but never a whole prompt: every request computes its own last token.
-fn shared_prefix(prompts: &[Vec<u32>]) -> usize {
+pub fn shared_prefix(prompts: &[Vec<u32>]) -> usize {
     let first = &prompts[0];
     let common = |p: &Vec<u32>| p.iter().zip(first).take_while(|(a, b)| a == b).count();
     let shortest = prompts.iter().map(|p| p.len() - 1).min().unwrap_or(0);

@@ -111,6 +111,7 @@ impl Arm {
             similarity: fuses.then_some(choices.similarity),
             rope: fuses.then_some(choices.rope),
             positions: fuses.then_some(choices.positions),
+            spare_layers: fuses.then_some(choices.spare_layers),
             group_layers: fuses.then_some(choices.group_layers),
             representative: fuses.then_some(choices.representative),
             scale: fuses.then_some(choices.scale),
@@ -134,6 +135,7 @@ pub struct ArmColumns {
     pub similarity: Option<Similarity>,
     pub rope: Option<RopeMode>,
     pub positions: Option<Positions>,
+    pub spare_layers: Option<usize>,
     pub group_layers: Option<usize>,
     pub representative: Option<Representative>,
     pub scale: Option<ScaleRule>,
@@ -164,6 +166,7 @@ impl ArmColumns {
                 similarity: self.similarity.unwrap_or(usual.similarity),
                 rope: self.rope.unwrap_or(usual.rope),
                 positions: self.positions.unwrap_or(usual.positions),
+                spare_layers: self.spare_layers.unwrap_or(usual.spare_layers),
                 group_layers: self.group_layers.unwrap_or(usual.group_layers),
                 representative: self.representative.unwrap_or(usual.representative),
                 scale: self.scale.unwrap_or(usual.scale),
@@ -189,6 +192,7 @@ pub struct Grid {
     pub similarities: Vec<Similarity>,
     pub ropes: Vec<RopeMode>,
     pub positions: Vec<Positions>,
+    pub spare_layers: Vec<usize>,
     pub group_layers: Vec<usize>,
     /// Empty: each pairing's usual one.
     pub representatives: Vec<Representative>,
@@ -244,34 +248,28 @@ impl Grid {
     }
 
     fn choices(&self) -> Vec<Choices> {
-        let mut all = Vec::new();
+        let mut all: Vec<Choices> = Vec::new();
         for &pairing in &self.pairings {
             let usual = [pairing.usual_representative()];
             let representatives =
                 if self.representatives.is_empty() { &usual[..] } else { &self.representatives };
-            for &representative in representatives {
-                for &similarity in &self.similarities {
-                    for &rope in &self.ropes {
-                        for &positions in &self.positions {
-                            for &group_layers in &self.group_layers {
-                                for &scale in &self.scales {
-                                    all.extend(self.within_tenant.iter().map(|&within_tenant| Choices {
-                                        pairing,
-                                        similarity,
-                                        rope,
-                                        positions,
-                                        group_layers,
-                                        representative,
-                                        scale,
-                                        within_tenant,
-                                    }));
-                                }
-                            }
-                        }
-                    }
-                }
-            }
+            all.extend(
+                representatives
+                    .iter()
+                    .map(|&representative| Choices { pairing, representative, ..Choices::default() }),
+            );
         }
-        all
+        let all = combine(all, &self.similarities, |c, &similarity| Choices { similarity, ..c });
+        let all = combine(all, &self.ropes, |c, &rope| Choices { rope, ..c });
+        let all = combine(all, &self.positions, |c, &positions| Choices { positions, ..c });
+        let all = combine(all, &self.spare_layers, |c, &spare_layers| Choices { spare_layers, ..c });
+        let all = combine(all, &self.group_layers, |c, &group_layers| Choices { group_layers, ..c });
+        let all = combine(all, &self.scales, |c, &scale| Choices { scale, ..c });
+        combine(all, &self.within_tenant, |c, &within_tenant| Choices { within_tenant, ..c })
     }
+}
+
+/// Every choice with every value.
+fn combine<T>(all: Vec<Choices>, values: &[T], with: impl Fn(Choices, &T) -> Choices) -> Vec<Choices> {
+    all.into_iter().flat_map(|c| values.iter().map(move |v| (c, v))).map(|(c, v)| with(c, v)).collect()
 }

@@ -1,12 +1,13 @@
 //! Names for the series of a table: the method and those choices in which its rows differ.
 
 /// Columns that tell series apart, and how a cell of theirs reads.
-const CHOICES: [(&str, &str, &str); 12] = [
+const CHOICES: [(&str, &str, &str); 13] = [
     ("pairing", "", ""),
     ("representative", "", ""),
     ("similarity", "on ", ""),
     ("rope", "RoPE ", ""),
     ("positions", "", " position"),
+    ("spare_layers", "sparing ", ""),
     ("group_layers", "", " layers a table"),
     ("scale", "scale ", ""),
     ("within_tenant", "within tenant: ", ""),

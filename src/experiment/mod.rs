@@ -1,7 +1,9 @@
 //! Experiments: a grid of arms over a dump, scored against the no-fusion arm, written as rows.
 
 mod arms;
+mod calibrate;
 mod evaluate;
+mod explain;
 mod grid;
 mod labels;
 mod rows;
@@ -12,7 +14,9 @@ mod sweep;
 mod table;
 
 pub use arms::{Arm, ArmColumns, Chunking, Encoder, Grid, Method};
+pub use calibrate::{CalibrateOptions, LayerReport, Target, calibrate};
 pub use evaluate::FirstToken;
+pub use explain::{ExplainOptions, Explanation, FusedBlock, explain};
 pub use grid::parse_taus;
 pub use labels::{label_columns, series_labels};
 pub use rows::{RequestRow, RequestScore, Row, Timings};

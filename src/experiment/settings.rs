@@ -50,6 +50,9 @@ pub struct Settings {
     /// Positions that two blocks may have [default: any]
     #[arg(long, value_enum, value_delimiter = ',', help_heading = "How blocks fuse")]
     pub positions: Option<Vec<Positions>>,
+    /// Layers left alone at either end of the model [default: 2]
+    #[arg(long, value_name = "N", value_delimiter = ',', help_heading = "How blocks fuse")]
+    pub spare_layers: Option<Vec<usize>>,
     /// Layers that are compared as one and share one block table [default: 1]
     #[arg(long, value_name = "G", value_delimiter = ',', help_heading = "How blocks fuse")]
     pub group_layers: Option<Vec<usize>>,
@@ -167,6 +170,7 @@ impl Settings {
                 similarities: self.similarity.unwrap_or_else(|| vec![Similarity::Keys]),
                 ropes: self.rope.unwrap_or_else(|| vec![RopeMode::Keep]),
                 positions: self.positions.unwrap_or_else(|| vec![Positions::Any]),
+                spare_layers: self.spare_layers.unwrap_or_else(|| vec![2]),
                 group_layers: self.group_layers.unwrap_or_else(|| vec![1]),
                 representatives: self.representative.unwrap_or_default(),
                 scales: self.scale.unwrap_or_else(|| vec![ScaleRule::Norm]),

@@ -6,7 +6,7 @@ use super::rows::{Measured, RequestScore, Row, Setting, Timings};
 use super::runs::RunRecord;
 use super::settings::SweepOptions;
 use crate::block::{BlockTable, RequestCache, Storage};
-use crate::codec::{CacheBatch, Codec, Distortion, Ledger, Memo, Prefix, distortion};
+use crate::codec::{CacheBatch, Codec, Distortion, Ledger, Memo, Prefix, distortion, distortion_in};
 use crate::dump::{Manifest, open_request};
 use crate::error::{Error, Result};
 use crate::interrupt;
@@ -106,7 +106,7 @@ impl<'a> Stage<'a> {
         for lot in &self.lots {
             interrupt::check()?;
             let started = Instant::now();
-            let mut batch = encode(self.model, lot, &encoder)?;
+            let mut batch = encode_batch(self.model, &lot.base.batch, &lot.memo, &encoder)?;
             timings.fuse_seconds += started.elapsed().as_secs_f64();
             ledger += &Ledger::of(&batch, &coverage);
             let (sums, drifts) = distortion(&lot.base.batch, &batch);
@@ -175,7 +175,7 @@ impl<'a> Stage<'a> {
         Ok((ledger, crate::stats::mean(&kl)))
     }
 
-    /// Rate and distortion of a codec.
+    /// Rate of a codec, and its distortion of the layers it touches.
     pub fn rate_and_distortion(&self, codec: &dyn Codec) -> Result<(Ledger, Distortion)> {
         let coverage = codec.coverage(self.model.decoder.config().layers);
         let mut ledger = Ledger::default();
@@ -185,7 +185,7 @@ impl<'a> Stage<'a> {
             let mut batch = lot.base.batch.clone();
             codec.encode(&mut batch, &lot.memo)?;
             ledger += &Ledger::of(&batch, &coverage);
-            error += distortion(&lot.base.batch, &batch).0;
+            error += distortion_in(&lot.base.batch, &batch, coverage.layers.clone()).0;
         }
         Ok((ledger, error))
     }
@@ -196,13 +196,17 @@ impl<'a> Stage<'a> {
     }
 }
 
-/// A lot's caches as the arm stores them.
-fn encode(model: &Model, lot: &Lot, encoder: &Encoder) -> Result<CacheBatch> {
-    let base = &lot.base.batch;
+/// Unfused caches as an arm stores them.
+pub fn encode_batch(
+    model: &Model,
+    base: &CacheBatch,
+    memo: &Memo,
+    encoder: &Encoder,
+) -> Result<CacheBatch> {
     match encoder {
         Encoder::Codec(codec) => {
             let mut batch = base.clone();
-            codec.encode(&mut batch, &lot.memo)?;
+            codec.encode(&mut batch, memo)?;
             Ok(batch)
         }
         Encoder::Chunks(chunks) => {

@@ -1,14 +1,20 @@
 //! Prompt sets: where requests come from, what their prompts look like, and how answers are scored.
 
+mod filler;
+mod niah;
 mod prompts;
 mod qa;
 mod score;
 mod squad;
 
+pub use filler::Filler;
 pub use score::{exact_match, token_f1};
 
 use crate::error::{Error, IoAt, Result};
 use crate::files;
+use rand::SeedableRng;
+use rand::seq::SliceRandom;
+use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
 use std::fs;
 use std::path::PathBuf;
@@ -25,6 +31,13 @@ pub struct Request {
     /// Whose request it is; empty if nobody's in particular.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub tenant: String,
+    /// Filler tokens that were put in front of the prompt (`kvfuse dump --shift`).
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub shift_tokens: usize,
+}
+
+fn is_zero(n: &usize) -> bool {
+    *n == 0
 }
 
 /// The requests of one experiment.
@@ -43,34 +56,74 @@ pub struct PromptSet {
 
 const BUILTIN_QA: &str = include_str!("../../data/qa.json");
 
-/// Loads `builtin:qa`, `squad:PATH` or `prompts:PATH` and draws `requests` prompts with `shots` examples by `seed`.
-pub fn load(spec: &str, requests: usize, shots: usize, seed: u64) -> Result<PromptSet> {
-    if requests == 0 {
+/// Which prompts to draw.
+#[derive(Debug, Clone)]
+pub struct Draw {
+    /// `builtin:qa`, `builtin:longqa`, `synth:niah`, `squad:PATH` or `prompts:PATH`.
+    pub spec: String,
+    pub requests: usize,
+    /// Worked examples in front of a question.
+    pub shots: usize,
+    pub seed: u64,
+    /// Tokens of a prompt, at most: passages are joined, or filler made, up to this.
+    pub length: Option<usize>,
+    /// Codes hidden in a prompt of `synth:niah`.
+    pub needles: usize,
+    /// Tenants that requests are dealt to; 0 for none.
+    pub tenants: usize,
+}
+
+impl Draw {
+    /// Prompts as they come: no joining, no tenants.
+    pub fn plain(spec: &str, requests: usize, shots: usize, seed: u64) -> Self {
+        Draw { spec: spec.to_owned(), requests, shots, seed, length: None, needles: 1, tenants: 0 }
+    }
+}
+
+/// Draws prompts. `tokens` counts the tokens of a text.
+pub fn load(draw: &Draw, tokens: &dyn Fn(&str) -> Result<usize>) -> Result<PromptSet> {
+    if draw.requests == 0 {
         return Err(Error::argument("--requests must be at least 1"));
     }
+    let spec = &draw.spec[..];
     let (kind, rest) = spec.split_once(':').unwrap_or((spec, ""));
     let path = PathBuf::from(rest);
-    match (kind, rest) {
-        ("builtin", "qa") => qa::draw(
-            &squad::parse(&PathBuf::from(spec), BUILTIN_QA)?,
-            BUILTIN_QA,
-            spec,
-            requests,
-            shots,
-            seed,
-        ),
+    let fixed = |set: PromptSet| match draw.length {
+        Some(_) => Err(Error::argument(format!("--length does not go with --data {spec}"))),
+        None => Ok(set),
+    };
+    let mut set = match (kind, rest) {
+        ("builtin", "qa" | "longqa") => {
+            let length = draw.length.or((rest == "longqa").then_some(qa::LONG));
+            let passages = squad::parse(&PathBuf::from(spec), BUILTIN_QA)?;
+            qa::draw(&passages, BUILTIN_QA, &Draw { length, ..draw.clone() }, tokens)
+        }
+        ("synth", "niah") => niah::draw(draw, tokens),
         ("squad", _) if !rest.is_empty() => {
             let text = fs::read_to_string(&path).at(&path)?;
-            qa::draw(&squad::parse(&path, &text)?, &text, spec, requests, shots, seed)
+            qa::draw(&squad::parse(&path, &text)?, &text, draw, tokens)
         }
         ("prompts", _) if !rest.is_empty() => {
             let text = fs::read_to_string(&path).at(&path)?;
-            prompts::take(&path, &text, requests)
+            prompts::take(&path, &text, draw.requests).and_then(fixed)
         }
         _ => {
-            let message = format!("--data {spec}: use builtin:qa, squad:FILE or prompts:FILE");
-            Err(Error::argument(message))
+            let known = "builtin:qa, builtin:longqa, synth:niah, squad:FILE or prompts:FILE";
+            Err(Error::argument(format!("--data {spec}: use {known}")))
         }
+    }?;
+    if draw.tenants > 0 {
+        deal(&mut set.requests, draw);
+    }
+    Ok(set)
+}
+
+/// Deals requests to tenants, as evenly as can be, by seed.
+fn deal(requests: &mut [Request], draw: &Draw) {
+    let mut labels: Vec<usize> = (0..requests.len()).map(|i| i % draw.tenants + 1).collect();
+    labels.shuffle(&mut ChaCha8Rng::seed_from_u64(draw.seed));
+    for (request, label) in requests.iter_mut().zip(labels) {
+        request.tenant = format!("tenant-{label}");
     }
 }
 

@@ -37,6 +37,7 @@ pub fn take(path: &Path, text: &str, requests: usize) -> Result<PromptSet> {
             references: line.answers,
             prompt: line.prompt,
             tenant: line.tenant,
+            shift_tokens: 0,
         })
     };
     Ok(PromptSet {

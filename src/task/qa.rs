@@ -1,10 +1,10 @@
 //! Few-shot plain-text prompts over passages.
 
 use super::squad::{Passage, Question};
-use super::{PromptSet, Request, checksum};
+use super::{Draw, PromptSet, Request, checksum};
 use crate::error::{Error, Result};
-use rand::SeedableRng;
 use rand::seq::SliceRandom;
+use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde::Deserialize;
 use std::path::Path;
@@ -24,21 +24,25 @@ struct Shot {
     answer: String,
 }
 
-fn unanswered(passage: &str, question: &str) -> String {
-    format!("Passage: {passage}\nQuestion: {question}\nAnswer:")
+fn unanswered(passages: &[&str], question: &str) -> String {
+    let passages: String = passages.iter().map(|p| format!("Passage: {p}\n")).collect();
+    format!("{passages}Question: {question}\nAnswer:")
 }
 
-/// Draws examples and questions by seed. All requests share the same examples in the same order.
+/// Tokens of a prompt of `builtin:longqa` where none are asked for: five chunks of 512 and some.
+pub const LONG: usize = 2700;
+
+/// Draws examples and questions by seed. All requests share the same examples in the same order. With a length, other
+/// passages are put around the question's own, in an order drawn by seed, as many as fit.
 pub fn draw(
     passages: &[Passage],
     text: &str,
-    spec: &str,
-    requests: usize,
-    shots: usize,
-    seed: u64,
+    options: &Draw,
+    tokens: &dyn Fn(&str) -> Result<usize>,
 ) -> Result<PromptSet> {
     let all: Vec<Shot> =
         serde_json::from_str(SHOTS).map_err(|e| Error::file(Path::new("data/shots.json"), e.to_string()))?;
+    let Draw { shots, requests, seed, .. } = *options;
     if shots > all.len() {
         return Err(Error::argument(format!("--shots {shots}: there are {} worked examples", all.len())));
     }
@@ -47,27 +51,43 @@ pub fn draw(
     order.shuffle(&mut rng);
     let chosen = &order[..shots];
     let example =
-        |&i: &usize| format!("{} {}\n\n", unanswered(&all[i].passage, &all[i].question), all[i].answer);
+        |&i: &usize| format!("{} {}\n\n", unanswered(&[&all[i].passage], &all[i].question), all[i].answer);
     let preamble: String = chosen.iter().map(example).collect();
 
-    let mut questions: Vec<(&Passage, &Question)> =
-        passages.iter().flat_map(|p| p.questions.iter().map(move |q| (p, q))).collect();
+    let mut questions: Vec<(usize, &Question)> =
+        passages.iter().enumerate().flat_map(|(i, p)| p.questions.iter().map(move |q| (i, q))).collect();
     if requests > questions.len() {
         return Err(Error::argument(format!(
-            "--requests {requests}: {spec} has {} questions",
+            "--requests {requests}: {} has {} questions",
+            options.spec,
             questions.len()
         )));
     }
     questions.shuffle(&mut rng);
-    let request = |(passage, question): &(&Passage, &Question)| Request {
-        id: question.id.clone(),
-        question: question.text.clone(),
-        references: question.references.clone(),
-        prompt: preamble.clone() + &unanswered(&passage.text, &question.text),
-        tenant: String::new(),
+    let sizes: Vec<usize> = match options.length {
+        Some(_) => passages.iter().map(|p| tokens(&format!("Passage: {}\n", p.text))).collect::<Result<_>>()?,
+        None => Vec::new(),
+    };
+    let request = |&(own, question): &(usize, &Question)| -> Result<Request> {
+        let around = match options.length {
+            Some(length) => {
+                let alone = preamble.clone() + &unanswered(&[&passages[own].text], &question.text);
+                surround(own, length, tokens(&alone)?, &sizes, &mut rng)?
+            }
+            None => vec![own],
+        };
+        let texts: Vec<&str> = around.iter().map(|&i| &passages[i].text[..]).collect();
+        Ok(Request {
+            id: question.id.clone(),
+            question: question.text.clone(),
+            references: question.references.clone(),
+            prompt: preamble.clone() + &unanswered(&texts, &question.text),
+            tenant: String::new(),
+            shift_tokens: 0,
+        })
     };
     Ok(PromptSet {
-        requests: questions[..requests].iter().map(request).collect(),
+        requests: questions[..requests].iter().map(request).collect::<Result<_>>()?,
         template: TEMPLATE.to_owned(),
         shots: chosen.iter().map(|i| format!("shot-{}", i + 1)).collect(),
         stop: Some("\n".to_owned()),
@@ -75,10 +95,90 @@ pub fn draw(
     })
 }
 
+/// Passages whose `sizes` (tokens) with the prompt that has only passage `own` (`alone` tokens) stay within `length`, in a
+/// random order with `own` somewhere among them.
+fn surround(
+    own: usize,
+    length: usize,
+    alone: usize,
+    sizes: &[usize],
+    rng: &mut ChaCha8Rng,
+) -> Result<Vec<usize>> {
+    if alone > length {
+        let message = format!("--length {length}: a question with its own passage alone takes {alone} tokens");
+        return Err(Error::argument(message));
+    }
+    let all: usize = sizes.iter().sum::<usize>() - sizes[own] + alone;
+    let largest = sizes.iter().copied().max().unwrap_or(0);
+    if all + largest < length {
+        return Err(Error::argument(format!("--length {length}: all passages together take {all} tokens")));
+    }
+    let mut others: Vec<usize> = (0..sizes.len()).filter(|&i| i != own).collect();
+    others.shuffle(rng);
+    let (mut chosen, mut used) = (Vec::new(), alone);
+    for other in others {
+        if used + sizes[other] <= length {
+            used += sizes[other];
+            chosen.push(other);
+        }
+    }
+    chosen.insert(rng.random_range(0..=chosen.len()), own);
+    Ok(chosen)
+}
+
 #[cfg(test)]
 mod tests {
-    use super::super::{BUILTIN_QA, load, squad};
+    use super::super::{BUILTIN_QA, squad};
     use super::*;
+
+    /// One token a word.
+    fn words(text: &str) -> Result<usize> {
+        Ok(text.split_whitespace().count())
+    }
+
+    fn load(spec: &str, requests: usize, shots: usize, seed: u64) -> Result<PromptSet> {
+        super::super::load(&Draw::plain(spec, requests, shots, seed), &words)
+    }
+
+    #[test]
+    fn long_prompts_hold_the_own_passage_once_and_keep_to_their_length() {
+        let draw = Draw { length: Some(1500), ..Draw::plain("builtin:longqa", 20, 2, 3) };
+        let set = super::super::load(&draw, &words).unwrap();
+        assert_eq!(set, super::super::load(&draw, &words).unwrap());
+        let passages = squad::parse("qa.json".as_ref(), BUILTIN_QA).unwrap();
+        for r in &set.requests {
+            let n = words(&r.prompt).unwrap();
+            assert!((1300..=1500).contains(&n), "{n}");
+            let own = passages.iter().find(|p| p.questions.iter().any(|q| q.id == r.id)).unwrap();
+            assert_eq!(r.prompt.matches(&own.text).count(), 1);
+        }
+        let places: Vec<usize> = set.requests.iter().map(|r| r.prompt.find(&r.references[0]).unwrap()).collect();
+        assert!(places.iter().max() > places.iter().min());
+        let refused = |length| {
+            let draw = Draw { length: Some(length), ..draw.clone() };
+            super::super::load(&draw, &words).unwrap_err().to_string()
+        };
+        assert!(refused(100).contains("alone takes") && refused(100_000).contains("all passages together"));
+    }
+
+    #[test]
+    fn needles_are_where_and_what_the_seed_says() {
+        let draw = Draw { length: Some(400), needles: 3, tenants: 2, ..Draw::plain("synth:niah", 12, 0, 5) };
+        let set = super::super::load(&draw, &words).unwrap();
+        assert_eq!(set, super::super::load(&draw, &words).unwrap());
+        assert_ne!(set.requests, super::super::load(&Draw { seed: 6, ..draw.clone() }, &words).unwrap().requests);
+        for r in &set.requests {
+            assert_eq!(r.prompt.matches(&format!("is {}.", r.references[0])).count(), 1);
+            assert_eq!(r.prompt.matches("The code of").count(), 4, "three needles and the answer's beginning");
+            assert!((350..=400).contains(&words(&r.prompt).unwrap()));
+        }
+        let of = |tenant: &str| set.requests.iter().filter(|r| r.tenant == tenant).count();
+        assert_eq!((of("tenant-1"), of("tenant-2")), (6, 6));
+        // The first of many are the same as those of few.
+        let fewer = Draw { requests: 4, tenants: 0, ..draw };
+        let prompts = |s: &PromptSet| s.requests[..4].iter().map(|r| r.prompt.clone()).collect::<Vec<_>>();
+        assert_eq!(prompts(&super::super::load(&fewer, &words).unwrap()), prompts(&set));
+    }
 
     #[test]
     fn the_seed_decides_and_all_requests_share_the_examples() {

@@ -105,6 +105,8 @@ pub struct Choices {
     pub similarity: Similarity,
     pub rope: RopeMode,
     pub positions: Positions,
+    /// Layers left alone at either end of the model.
+    pub spare_layers: usize,
     /// Layers that are compared as one and share one block table.
     pub group_layers: usize,
     pub representative: Representative,
@@ -120,6 +122,7 @@ impl Default for Choices {
             similarity: Similarity::Keys,
             rope: RopeMode::Keep,
             positions: Positions::Any,
+            spare_layers: 2,
             group_layers: 1,
             representative: Representative::Mean,
             scale: ScaleRule::Norm,

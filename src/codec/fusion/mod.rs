@@ -39,9 +39,6 @@ pub struct Fusion {
     only: Option<Range<usize>>,
 }
 
-/// Layers the paper leaves alone at either end of the model.
-const SPARED: usize = 2;
-
 impl Fusion {
     pub fn new(choices: Choices, rule: Rule) -> Result<Self> {
         rule.check(&choices)?;
@@ -150,9 +147,10 @@ impl Fusion {
 
 impl Codec for Fusion {
     fn coverage(&self, layers: usize) -> Coverage {
-        let spared = SPARED.min(layers)..layers.saturating_sub(SPARED).max(SPARED.min(layers));
+        let first = self.choices.spare_layers.min(layers);
+        let touched = first..(layers - first).max(first);
         Coverage {
-            layers: self.only.clone().unwrap_or(spared),
+            layers: self.only.clone().unwrap_or(touched),
             table_layers: self.choices.group_layers,
         }
     }

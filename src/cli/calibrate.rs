@@ -1,0 +1,129 @@
+//! `kvfuse calibrate`.
+
+use super::table::table;
+use super::{say, typed_command};
+use crate::codec::fusion::{Choices, Pairing, Positions, Representative, RopeMode, ScaleRule, Similarity};
+use crate::experiment::{CalibrateOptions, Settings, Target, calibrate};
+use anyhow::{Result, bail};
+use std::path::PathBuf;
+
+/// Find thresholds of single layers on some of a dump's questions; a sweep over the others then uses them.
+///
+/// Every layer is fused alone at a grid of thresholds on keys and values. With --target-kl the layers' thresholds minimise
+/// stored bits while the measured KL of all layers together stays within the target; with --target-error every layer's
+/// relative squared error does.
+#[derive(Debug, clap::Args)]
+#[command(
+    after_help = "Example:\n  kvfuse calibrate dumps/qa --target-kl 0.02 -o qa.toml\n  kvfuse sweep dumps/qa --thresholds qa.toml"
+)]
+pub struct Args {
+    /// Folder that `kvfuse dump` wrote
+    dump: PathBuf,
+    /// KL from no fusion, nats a token, that the calibration questions may reach
+    #[arg(long, value_name = "NATS", conflicts_with = "target_error", required_unless_present = "target_error")]
+    target_kl: Option<f64>,
+    /// Relative squared error that each layer's keys, and its values, may reach
+    #[arg(long, value_name = "E")]
+    target_error: Option<f64>,
+    /// Questions to calibrate on, drawn by seed [default: half of the dump's]
+    #[arg(long, value_name = "N")]
+    questions: Option<usize>,
+    /// Let no threshold lie below this quantile of the similarity of unrelated blocks, as 0.99
+    #[arg(long, value_name = "QUANTILE")]
+    floor: Option<f64>,
+    /// Which blocks fuse with which
+    #[arg(long, value_enum, default_value_t = Pairing::Best)]
+    pairing: Pairing,
+    /// What a cluster stores [default: the pairing's usual one]
+    #[arg(long, value_enum)]
+    representative: Option<Representative>,
+    /// Factors that restore a block from its representative
+    #[arg(long, value_enum, default_value_t = ScaleRule::Norm)]
+    scale: ScaleRule,
+    /// Compare and share keys as cached, or without their positions
+    #[arg(long, value_enum, default_value_t = RopeMode::Keep)]
+    rope: RopeMode,
+    /// Positions that two blocks may have
+    #[arg(long, value_enum, default_value_t = Positions::Any)]
+    positions: Positions,
+    /// Layers left alone at either end of the model; a calibration can do without
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    spare_layers: usize,
+    /// Tokens a block
+    #[arg(long, default_value_t = 16)]
+    block_size: usize,
+    /// Requests fused together; a sweep should take as many
+    #[arg(long, default_value_t = 64)]
+    batch: usize,
+    /// Decides which questions are drawn
+    #[arg(long, default_value_t = 0)]
+    seed: u64,
+    /// Model to run, if it lies elsewhere than when dumped
+    #[arg(long)]
+    model: Option<String>,
+    /// File to write
+    #[arg(short, long, value_name = "FILE", default_value = "thresholds.toml")]
+    out: PathBuf,
+}
+
+pub fn run(args: Args) -> Result<()> {
+    let (name, level, target) = match (args.target_kl, args.target_error) {
+        (_, Some(error)) => ("--target-error", error, Target::Error(error)),
+        (kl, None) => ("--target-kl", kl.unwrap_or_default(), Target::Kl(kl.unwrap_or_default())),
+    };
+    if !(level > 0.0 && level.is_finite()) {
+        bail!("{name} {level}: must be above 0");
+    }
+    if let Some(floor) = args.floor.filter(|f| !(*f > 0.0 && *f < 1.0)) {
+        bail!("--floor {floor}: must lie between 0 and 1");
+    }
+    let settings = Settings {
+        dump: Some(args.dump),
+        block_size: Some(vec![args.block_size]),
+        batch: Some(args.batch),
+        model: args.model,
+        ..Settings::default()
+    };
+    let options = CalibrateOptions {
+        sweep: settings.options(typed_command())?,
+        choices: Choices {
+            pairing: args.pairing,
+            similarity: Similarity::Lower,
+            rope: args.rope,
+            positions: args.positions,
+            spare_layers: args.spare_layers,
+            representative: args.representative.unwrap_or(args.pairing.usual_representative()),
+            scale: args.scale,
+            ..Choices::default()
+        },
+        target,
+        questions: args.questions,
+        floor: args.floor,
+        seed: args.seed,
+    };
+    let (thresholds, layers) = calibrate(&options)?;
+    thresholds.write(&args.out)?;
+    let value = |t: f64| if t < 0.0 { "-".to_owned() } else { t.to_string() };
+    let rows: Vec<Vec<String>> = layers
+        .iter()
+        .map(|l| {
+            vec![
+                l.thresholds.layer.to_string(),
+                l.thresholds.key.to_string(),
+                value(l.thresholds.value),
+                l.floor.map_or("-".to_owned(), |(k, v)| format!("{k:.3} {v:.3}")),
+                format!("{:.2}", l.cr),
+                l.kl.map_or("-".to_owned(), |kl| format!("{kl:.5}")),
+            ]
+        })
+        .collect();
+    say(table(&["layer", "key tau", "value tau", "floors K V", "CR audited", "KL alone"], &rows));
+    say(format!(
+        "\n{} questions: CR audited {:.2}{}\n{}",
+        thresholds.questions.len(),
+        thresholds.calibration_cr_audited,
+        thresholds.calibration_kl.map_or(String::new(), |kl| format!(", KL {kl:.4} nats a token")),
+        args.out.display()
+    ));
+    Ok(())
+}

@@ -1,0 +1,324 @@
+//! `kvfuse calibrate`: thresholds of single layers from questions that a sweep will then leave out.
+//!
+//! Every layer is fused alone at every candidate pair of thresholds, which gives its rate and the KL it causes. The layers'
+//! choices then minimise stored bits + lambda * KL, as if the layers' KLs added up; because they do not quite, lambda is
+//! found by bisection on the KL that all layers together really cause.
+
+use super::settings::SweepOptions;
+use super::stage::Stage;
+use super::sweep::open_model;
+use crate::codec::fusion::{Choices, Fusion, LayerThresholds, Rule, Thresholds};
+use crate::codec::CacheBatch;
+use crate::dump::Manifest;
+use crate::error::{Error, Result};
+use crate::interrupt;
+use crate::model::kernels::inner;
+use crate::progress::{Progress, Unit};
+use rand::seq::SliceRandom;
+use rand::{RngExt, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+use rayon::prelude::*;
+use std::collections::HashSet;
+use std::sync::Arc;
+
+/// What the thresholds must keep to on the calibration questions.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Target {
+    /// KL from no fusion, nats a token, mean over the questions.
+    Kl(f64),
+    /// Relative squared error of every layer's keys, and of its values.
+    Error(f64),
+}
+
+/// What to calibrate.
+pub struct CalibrateOptions {
+    /// Dump, block size, batch and model; its grid is not looked at.
+    pub sweep: SweepOptions,
+    pub choices: Choices,
+    pub target: Target,
+    /// Questions to look at; absent: half of the dump's.
+    pub questions: Option<usize>,
+    /// Quantile of the similarity of unrelated blocks below which no threshold may lie.
+    pub floor: Option<f64>,
+    pub seed: u64,
+}
+
+/// What was found out about one layer.
+#[derive(Debug, Clone)]
+pub struct LayerReport {
+    pub thresholds: LayerThresholds,
+    /// Floors of keys and values, where asked for.
+    pub floor: Option<(f64, f64)>,
+    /// Audited compression ratio of the layer.
+    pub cr: f64,
+    /// KL of the layer fused alone; absent if not measured.
+    pub kl: Option<f64>,
+}
+
+const KEYS: [f64; 14] = [0.99, 0.97, 0.95, 0.93, 0.91, 0.89, 0.87, 0.85, 0.83, 0.81, 0.78, 0.75, 0.72, 0.68];
+const VALUES: [f64; 5] = [-1.0, 0.4, 0.6, 0.75, 0.9];
+/// Pairs of unrelated blocks that a floor is taken from, in each layer.
+const FLOOR_PAIRS: usize = 20_000;
+/// Candidates of a layer whose KL is measured, at most: each takes a pass over all answers.
+const FRONT: usize = 12;
+/// Bisection steps on the logarithm of lambda.
+const STEPS: usize = 14;
+
+/// One possible choice of a layer.
+#[derive(Clone)]
+struct Candidate {
+    thresholds: LayerThresholds,
+    bits: u64,
+    key_error: f64,
+    value_error: f64,
+    kl: f64,
+}
+
+/// Calibrates; returns the thresholds and a report of each layer.
+pub fn calibrate(options: &CalibrateOptions) -> Result<(Thresholds, Vec<LayerReport>)> {
+    let manifest = Manifest::read(&options.sweep.dump)?;
+    let questions = draw(options, &manifest)?;
+    let [block_size] = options.sweep.block_sizes[..] else {
+        return Err(Error::argument("calibration takes one --block-size"));
+    };
+    let model = open_model(&options.sweep.dump, options.sweep.model.as_deref(), &manifest)?;
+    let layers = model.decoder.config().layers;
+    let mut stage = Stage::new(&model, &options.sweep, &manifest, &questions, block_size, None)?;
+    let spare = options.choices.spare_layers.min(layers);
+    let touched: Vec<usize> = (spare..layers.saturating_sub(spare)).collect();
+    let floors = match options.floor {
+        Some(quantile) => Some(floors(&stage, &touched, quantile, options.seed)?),
+        None => None,
+    };
+    let thresholds = |layers: Vec<LayerThresholds>| Thresholds {
+        schema: Thresholds::schema(),
+        name: String::new(),
+        model: manifest.model.name.clone(),
+        model_sha256: manifest.model.sha256.clone(),
+        block_size,
+        seed: options.seed,
+        target: match options.target {
+            Target::Kl(kl) => format!("kl {kl}"),
+            Target::Error(error) => format!("error {error}"),
+        },
+        floor: options.floor,
+        calibration_kl: None,
+        calibration_cr_audited: 1.0,
+        questions: questions.iter().map(|&i| manifest.requests[i].request.id.clone()).collect(),
+        choices: options.choices,
+        layers,
+    };
+    let codec = |layers: Vec<LayerThresholds>| {
+        Fusion::new(options.choices, Rule::Thresholds(Arc::new(thresholds(layers))))
+    };
+
+    let progress = Progress::new("calibrating", touched.len() as u64, Unit::Items("layers"));
+    let mut all: Vec<Vec<Candidate>> = Vec::new();
+    for (i, &layer) in touched.iter().enumerate() {
+        let floor = floors.as_ref().map(|f| f[i]);
+        let alone = |t: LayerThresholds| {
+            Fusion::of_layer(options.choices, Rule::Thresholds(Arc::new(thresholds(vec![t]))), layer)
+        };
+        let mut candidates = candidates(&stage, layer, floor, &alone)?;
+        if let Target::Kl(_) = options.target {
+            candidates = front(candidates);
+            for c in &mut candidates {
+                c.kl = stage.rate_and_kl(&alone(c.thresholds)?)?.1;
+            }
+        }
+        all.push(candidates);
+        progress.increment();
+    }
+    progress.finish();
+
+    let (chosen, kl) = match options.target {
+        Target::Error(most) => {
+            let within = |c: &&Candidate| c.key_error <= most && c.value_error <= most;
+            (all.iter().filter_map(|c| c.iter().filter(within).min_by_key(|c| c.bits).cloned()).collect(), None)
+        }
+        Target::Kl(most) => {
+            let (chosen, kl) = within_kl(&mut stage, &all, most, |chosen| codec(thresholds_of(chosen)))?;
+            (chosen, Some(kl))
+        }
+    };
+    let (ledger, _) = stage.rate_and_distortion(&codec(thresholds_of(&chosen))?)?;
+    let mut found = thresholds(thresholds_of(&chosen));
+    found.calibration_kl = kl;
+    found.calibration_cr_audited = ledger.cr_audited();
+    let report = chosen
+        .iter()
+        .enumerate()
+        .map(|(i, c)| LayerReport {
+            thresholds: c.thresholds,
+            floor: floors.as_ref().map(|f| f[i]),
+            cr: ledger.layers[c.thresholds.layer].cr(),
+            kl: kl.map(|_| c.kl),
+        })
+        .collect();
+    Ok((found, report))
+}
+
+fn thresholds_of(chosen: &[Candidate]) -> Vec<LayerThresholds> {
+    chosen.iter().map(|c| c.thresholds).collect()
+}
+
+/// The calibration questions, by seed, in the order of the dump.
+fn draw(options: &CalibrateOptions, manifest: &Manifest) -> Result<Vec<usize>> {
+    let all = manifest.requests.len();
+    let wanted = options.questions.unwrap_or(all / 2);
+    if wanted < 2 || wanted >= all {
+        let problem =
+            format!("has {all} questions: calibration needs at least 2 and must leave some, not {wanted}");
+        return Err(Error::file(&options.sweep.dump, problem));
+    }
+    let mut order: Vec<usize> = (0..all).collect();
+    order.shuffle(&mut ChaCha8Rng::seed_from_u64(options.seed));
+    order.truncate(wanted);
+    order.sort_unstable();
+    Ok(order)
+}
+
+/// Rates and errors of a layer at all thresholds of the grid; of several that fuse alike, the strictest.
+fn candidates(
+    stage: &Stage,
+    layer: usize,
+    floor: Option<(f64, f64)>,
+    codec: &dyn Fn(LayerThresholds) -> Result<Fusion>,
+) -> Result<Vec<Candidate>> {
+    let (key_floor, value_floor) = floor.unwrap_or((-1.0, -1.0));
+    let mut grid = vec![LayerThresholds { layer, key: 1.0, value: -1.0 }];
+    for &value in VALUES.iter().rev() {
+        for &key in &KEYS {
+            // A value that is not looked at has no threshold to raise.
+            let value = if value < 0.0 { value } else { value.max(rounded(value_floor)) };
+            let at = LayerThresholds { layer, key: key.max(rounded(key_floor)), value };
+            if !grid.contains(&at) {
+                grid.push(at);
+            }
+        }
+    }
+    let mut seen = HashSet::new();
+    let mut found = Vec::new();
+    for thresholds in grid {
+        interrupt::check()?;
+        let (ledger, error) = stage.rate_and_distortion(&codec(thresholds)?)?;
+        let candidate = Candidate {
+            thresholds,
+            bits: ledger.layers[layer].bits,
+            key_error: error.keys(),
+            value_error: error.values(),
+            kl: 0.0,
+        };
+        if seen.insert((candidate.bits, candidate.key_error.to_bits(), candidate.value_error.to_bits())) {
+            found.push(candidate);
+        }
+    }
+    Ok(found)
+}
+
+/// Three digits, upwards: a floor may only rise.
+fn rounded(x: f64) -> f64 {
+    (x * 1e3).ceil() / 1e3
+}
+
+/// Candidates that no other beats in both bits and error, most bits first.
+fn front(mut candidates: Vec<Candidate>) -> Vec<Candidate> {
+    let error = |c: &Candidate| c.key_error + c.value_error;
+    candidates.sort_by(|a, b| a.bits.cmp(&b.bits).then(error(a).total_cmp(&error(b))));
+    let mut least = f64::INFINITY;
+    candidates.retain(|c| {
+        let better = error(c) < least;
+        least = least.min(error(c));
+        better
+    });
+    candidates.reverse();
+    thinned(candidates, FRONT)
+}
+
+/// So many of a list, both ends and others at even distances.
+fn thinned<T>(list: Vec<T>, most: usize) -> Vec<T> {
+    let n = list.len();
+    if n <= most {
+        return list;
+    }
+    let kept: HashSet<usize> = (0..most).map(|i| i * (n - 1) / (most - 1)).collect();
+    list.into_iter().enumerate().filter(|(i, _)| kept.contains(i)).map(|(_, x)| x).collect()
+}
+
+/// The choices with the fewest bits whose joint KL stays within `most`, and that KL.
+fn within_kl(
+    stage: &mut Stage,
+    all: &[Vec<Candidate>],
+    most: f64,
+    codec: impl Fn(&[Candidate]) -> Result<Fusion>,
+) -> Result<(Vec<Candidate>, f64)> {
+    // Bits a nat is worth; at the highest only what is free is taken.
+    let choose = |log_lambda: f64| -> Vec<Candidate> {
+        let lambda = log_lambda.exp();
+        let cost = |c: &Candidate| c.bits as f64 + lambda * c.kl;
+        all.iter().filter_map(|c| c.iter().min_by(|a, b| cost(a).total_cmp(&cost(b))).cloned()).collect()
+    };
+    let bits: u64 = all.iter().filter_map(|c| c.iter().map(|c| c.bits).max()).sum();
+    let (mut loose, mut strict) = (((bits as f64) * 1e-4).ln(), ((bits as f64) * 1e8).ln());
+    let mut best = choose(strict);
+    let mut best_kl = stage.rate_and_kl(&codec(&best)?)?.1;
+    for _ in 0..STEPS {
+        let middle = 0.5 * (loose + strict);
+        let chosen = choose(middle);
+        let (_, kl) = stage.rate_and_kl(&codec(&chosen)?)?;
+        if kl <= most {
+            (strict, best, best_kl) = (middle, chosen, kl);
+        } else {
+            loose = middle;
+        }
+    }
+    Ok((best, best_kl))
+}
+
+/// For every layer, the quantile of the cosines (keys, values) of pairs of unrelated blocks: of different requests, with no
+/// three consecutive tokens in common.
+fn floors(stage: &Stage, layers: &[usize], quantile: f64, seed: u64) -> Result<Vec<(f64, f64)>> {
+    let mut pairs: Vec<(&CacheBatch, [(usize, usize); 2])> = Vec::new();
+    let mut rng = ChaCha8Rng::seed_from_u64(seed);
+    for batch in stage.batches().filter(|b| b.caches.len() > 1) {
+        let size = batch.pool.shape().block_size;
+        let trigrams = |(request, block): (usize, usize)| -> HashSet<&[u32]> {
+            batch.tokens[request][block * size..(block + 1) * size].windows(3).collect()
+        };
+        for _ in 0..FLOOR_PAIRS {
+            let mut pick = || {
+                let request = rng.random_range(0..batch.caches.len());
+                let full = batch.tokens[request].len() / size;
+                (full > 0).then(|| (request, rng.random_range(0..full)))
+            };
+            if let (Some(a), Some(b)) = (pick(), pick())
+                && a.0 != b.0
+                && trigrams(a).is_disjoint(&trigrams(b))
+            {
+                pairs.push((batch, [a, b]));
+            }
+        }
+    }
+    if pairs.len() < 100 {
+        return Err(Error::argument(format!("--floor: only {} pairs of unrelated blocks; take more questions", pairs.len())));
+    }
+    let of = |&layer: &usize| {
+        let cosines = pairs.iter().map(|(batch, [a, b])| {
+            let block = |&(request, block): &(usize, usize)| batch.caches[request].layers[layer].entries[block].block;
+            let (a, b) = (block(a), block(b));
+            (cosine(batch.pool.keys(a), batch.pool.keys(b)), cosine(batch.pool.values(a), batch.pool.values(b)))
+        });
+        let (mut keys, mut values): (Vec<f64>, Vec<f64>) = cosines.unzip();
+        let at = |x: &mut Vec<f64>| {
+            x.sort_by(f64::total_cmp);
+            x[((x.len() - 1) as f64 * quantile).round() as usize]
+        };
+        (at(&mut keys), at(&mut values))
+    };
+    Ok(layers.par_iter().map(of).collect())
+}
+
+fn cosine(a: &[f32], b: &[f32]) -> f64 {
+    let norm = f64::from(inner(a, a)).sqrt() * f64::from(inner(b, b)).sqrt();
+    if norm > 0.0 { f64::from(inner(a, b)) / norm } else { 0.0 }
+}
