@@ -3,9 +3,9 @@
 use super::table::table;
 use super::{say, typed_command};
 use crate::codec::fusion::{Choices, Pairing, Positions, Representative, RopeMode, ScaleRule, Similarity};
-use crate::experiment::{CalibrateOptions, Settings, Target, calibrate};
+use crate::experiment::{CalibrateOptions, LayerReport, Settings, Target, calibrate};
 use anyhow::{Result, bail};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// Find thresholds of single layers on some of a dump's questions; a sweep over the others then uses them.
 ///
@@ -19,12 +19,12 @@ use std::path::PathBuf;
 pub struct Args {
     /// Folder that `kvfuse dump` wrote
     dump: PathBuf,
-    /// KL from no fusion, nats a token, that the calibration questions may reach
-    #[arg(long, value_name = "NATS", conflicts_with = "target_error", required_unless_present = "target_error")]
-    target_kl: Option<f64>,
-    /// Relative squared error that each layer's keys, and its values, may reach
-    #[arg(long, value_name = "E")]
-    target_error: Option<f64>,
+    /// KL from no fusion, nats a token, that the calibration questions may reach; a list writes a file for each
+    #[arg(long, value_name = "NATS", value_delimiter = ',', required_unless_present = "target_error")]
+    target_kl: Vec<f64>,
+    /// Relative squared error that each layer's keys, and its values, may reach; a list writes a file for each
+    #[arg(long, value_name = "E", value_delimiter = ',')]
+    target_error: Vec<f64>,
     /// Questions to calibrate on, drawn by seed [default: half of the dump's]
     #[arg(long, value_name = "N")]
     questions: Option<usize>,
@@ -61,17 +61,16 @@ pub struct Args {
     /// Model to run, if it lies elsewhere than when dumped
     #[arg(long)]
     model: Option<String>,
-    /// File to write
+    /// File to write; of several targets, each has its number in its name
     #[arg(short, long, value_name = "FILE", default_value = "thresholds.toml")]
     out: PathBuf,
 }
 
 pub fn run(args: Args) -> Result<()> {
-    let (name, level, target) = match (args.target_kl, args.target_error) {
-        (_, Some(error)) => ("--target-error", error, Target::Error(error)),
-        (kl, None) => ("--target-kl", kl.unwrap_or_default(), Target::Kl(kl.unwrap_or_default())),
-    };
-    if !(level > 0.0 && level.is_finite()) {
+    let kls = args.target_kl.iter().map(|&kl| ("--target-kl", kl, Target::Kl(kl)));
+    let errors = args.target_error.iter().map(|&e| ("--target-error", e, Target::Error(e)));
+    let targets: Vec<_> = kls.chain(errors).collect();
+    if let Some((name, level, _)) = targets.iter().find(|(_, level, _)| !(*level > 0.0 && level.is_finite())) {
         bail!("{name} {level}: must be above 0");
     }
     if let Some(floor) = args.floor.filter(|f| !(*f > 0.0 && *f < 1.0)) {
@@ -96,13 +95,34 @@ pub fn run(args: Args) -> Result<()> {
             scale: args.scale,
             ..Choices::default()
         },
-        target,
+        targets: targets.iter().map(|(.., target)| *target).collect(),
         questions: args.questions,
         floor: args.floor,
         seed: args.seed,
     };
-    let (thresholds, layers) = calibrate(&options)?;
-    thresholds.write(&args.out)?;
+    for (thresholds, layers) in calibrate(&options)? {
+        let path = if targets.len() == 1 { args.out.clone() } else { numbered(&args.out, &thresholds.target) };
+        thresholds.write(&path)?;
+        say(report(&layers));
+        say(format!(
+            "\n{} questions, target {}: CR audited {:.2}{}\n{}\n",
+            thresholds.questions.len(),
+            thresholds.target,
+            thresholds.calibration_cr_audited,
+            thresholds.calibration_kl.map_or(String::new(), |kl| format!(", KL {kl:.4} nats a token")),
+            path.display()
+        ));
+    }
+    Ok(())
+}
+
+/// `qa.toml` of target `kl 0.02` becomes `qa-kl-0.02.toml`.
+fn numbered(path: &Path, target: &str) -> PathBuf {
+    let stem = path.file_stem().unwrap_or_default().to_string_lossy();
+    path.with_file_name(format!("{stem}-{}.toml", target.replace(' ', "-")))
+}
+
+fn report(layers: &[LayerReport]) -> String {
     let value = |t: f64| if t < 0.0 { "-".to_owned() } else { t.to_string() };
     let rows: Vec<Vec<String>> = layers
         .iter()
@@ -117,13 +137,5 @@ pub fn run(args: Args) -> Result<()> {
             ]
         })
         .collect();
-    say(table(&["layer", "key tau", "value tau", "floors K V", "CR audited", "KL alone"], &rows));
-    say(format!(
-        "\n{} questions: CR audited {:.2}{}\n{}",
-        thresholds.questions.len(),
-        thresholds.calibration_cr_audited,
-        thresholds.calibration_kl.map_or(String::new(), |kl| format!(", KL {kl:.4} nats a token")),
-        args.out.display()
-    ));
-    Ok(())
+    table(&["layer", "key tau", "value tau", "floors K V", "CR audited", "KL alone"], &rows)
 }

@@ -59,7 +59,12 @@ pub fn summary(rows: &[Row]) -> String {
         .map(|(r, label)| {
             vec![
                 label,
-                r.arm.tau.or(r.arm.max_error).map_or("-".to_owned(), |t| t.to_string()),
+                r.arm
+                    .tau
+                    .or(r.arm.max_error)
+                    .map(|t| t.to_string())
+                    .or(r.arm.thresholds.clone())
+                    .unwrap_or("-".to_owned()),
                 r.arm.block_size.to_string(),
                 format!("{:.2}", r.cr_audited),
                 format!("{:.2}", r.cr_paper),

@@ -35,7 +35,8 @@ pub struct CalibrateOptions {
     /// Dump, block size, batch and model; its grid is not looked at.
     pub sweep: SweepOptions,
     pub choices: Choices,
-    pub target: Target,
+    /// Each gets thresholds of its own; the layers are measured once.
+    pub targets: Vec<Target>,
     /// Questions to look at; absent: half of the dump's.
     pub questions: Option<usize>,
     /// Quantile of the similarity of unrelated blocks below which no threshold may lie.
@@ -71,11 +72,12 @@ struct Candidate {
     bits: u64,
     key_error: f64,
     value_error: f64,
-    kl: f64,
+    /// Measured where a KL is asked for.
+    kl: Option<f64>,
 }
 
-/// Calibrates; returns the thresholds and a report of each layer.
-pub fn calibrate(options: &CalibrateOptions) -> Result<(Thresholds, Vec<LayerReport>)> {
+/// Calibrates; returns for each target the thresholds and a report of each layer.
+pub fn calibrate(options: &CalibrateOptions) -> Result<Vec<(Thresholds, Vec<LayerReport>)>> {
     let manifest = Manifest::read(&options.sweep.dump)?;
     let questions = draw(options, &manifest)?;
     let [block_size] = options.sweep.block_sizes[..] else {
@@ -97,10 +99,7 @@ pub fn calibrate(options: &CalibrateOptions) -> Result<(Thresholds, Vec<LayerRep
         model_sha256: manifest.model.sha256.clone(),
         block_size,
         seed: options.seed,
-        target: match options.target {
-            Target::Kl(kl) => format!("kl {kl}"),
-            Target::Error(error) => format!("error {error}"),
-        },
+        target: String::new(),
         floor: options.floor,
         calibration_kl: None,
         calibration_cr_audited: 1.0,
@@ -120,10 +119,10 @@ pub fn calibrate(options: &CalibrateOptions) -> Result<(Thresholds, Vec<LayerRep
             Fusion::of_layer(options.choices, Rule::Thresholds(Arc::new(thresholds(vec![t]))), layer)
         };
         let mut candidates = candidates(&stage, layer, floor, &alone)?;
-        if let Target::Kl(_) = options.target {
+        if options.targets.iter().any(|t| matches!(t, Target::Kl(_))) {
             candidates = front(candidates);
             for c in &mut candidates {
-                c.kl = stage.rate_and_kl(&alone(c.thresholds)?)?.1;
+                c.kl = Some(stage.rate_and_kl(&alone(c.thresholds)?)?.1);
             }
         }
         all.push(candidates);
@@ -131,31 +130,44 @@ pub fn calibrate(options: &CalibrateOptions) -> Result<(Thresholds, Vec<LayerRep
     }
     progress.finish();
 
-    let (chosen, kl) = match options.target {
-        Target::Error(most) => {
-            let within = |c: &&Candidate| c.key_error <= most && c.value_error <= most;
-            (all.iter().filter_map(|c| c.iter().filter(within).min_by_key(|c| c.bits).cloned()).collect(), None)
-        }
-        Target::Kl(most) => {
-            let (chosen, kl) = within_kl(&mut stage, &all, most, |chosen| codec(thresholds_of(chosen)))?;
-            (chosen, Some(kl))
-        }
-    };
-    let (ledger, _) = stage.rate_and_distortion(&codec(thresholds_of(&chosen))?)?;
-    let mut found = thresholds(thresholds_of(&chosen));
-    found.calibration_kl = kl;
-    found.calibration_cr_audited = ledger.cr_audited();
-    let report = chosen
-        .iter()
-        .enumerate()
-        .map(|(i, c)| LayerReport {
+    let mut results = Vec::new();
+    for &target in &options.targets {
+        let (chosen, kl) = match target {
+            Target::Error(most) => {
+                let within = |c: &&Candidate| c.key_error <= most && c.value_error <= most;
+                let least = |c: &Vec<Candidate>| c.iter().filter(within).min_by_key(|c| c.bits).cloned();
+                (all.iter().filter_map(least).collect(), None)
+            }
+            Target::Kl(most) => {
+                let (chosen, kl) = within_kl(&mut stage, &all, most, |chosen| codec(thresholds_of(chosen)))?;
+                (chosen, Some(kl))
+            }
+        };
+        let (ledger, _) = stage.rate_and_distortion(&codec(thresholds_of(&chosen))?)?;
+        let found = Thresholds {
+            target: target.to_string(),
+            calibration_kl: kl,
+            calibration_cr_audited: ledger.cr_audited(),
+            ..thresholds(thresholds_of(&chosen))
+        };
+        let report = |(i, c): (usize, &Candidate)| LayerReport {
             thresholds: c.thresholds,
             floor: floors.as_ref().map(|f| f[i]),
             cr: ledger.layers[c.thresholds.layer].cr(),
-            kl: kl.map(|_| c.kl),
-        })
-        .collect();
-    Ok((found, report))
+            kl: c.kl,
+        };
+        results.push((found, chosen.iter().enumerate().map(report).collect()));
+    }
+    Ok(results)
+}
+
+impl std::fmt::Display for Target {
+    fn fmt(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
+        match self {
+            Target::Kl(kl) => write!(f, "kl {kl}"),
+            Target::Error(error) => write!(f, "error {error}"),
+        }
+    }
 }
 
 fn thresholds_of(chosen: &[Candidate]) -> Vec<LayerThresholds> {
@@ -207,7 +219,7 @@ fn candidates(
             bits: ledger.layers[layer].bits,
             key_error: error.keys(),
             value_error: error.values(),
-            kl: 0.0,
+            kl: None,
         };
         if seen.insert((candidate.bits, candidate.key_error.to_bits(), candidate.value_error.to_bits())) {
             found.push(candidate);
@@ -255,7 +267,7 @@ fn within_kl(
     // Bits a nat is worth; at the highest only what is free is taken.
     let choose = |log_lambda: f64| -> Vec<Candidate> {
         let lambda = log_lambda.exp();
-        let cost = |c: &Candidate| c.bits as f64 + lambda * c.kl;
+        let cost = |c: &Candidate| c.bits as f64 + lambda * c.kl.unwrap_or(0.0);
         all.iter().filter_map(|c| c.iter().min_by(|a, b| cost(a).total_cmp(&cost(b))).cloned()).collect()
     };
     let bits: u64 = all.iter().filter_map(|c| c.iter().map(|c| c.bits).max()).sum();

@@ -1,7 +1,10 @@
 //! Names for the series of a table: the method and those choices in which its rows differ.
 
+/// Columns before those of [`CHOICES`]: the method and what kind of rule it follows.
+const KINDS: usize = 3;
+
 /// Columns that tell series apart, and how a cell of theirs reads.
-const CHOICES: [(&str, &str, &str); 13] = [
+const CHOICES: [(&str, &str, &str); 12] = [
     ("pairing", "", ""),
     ("representative", "", ""),
     ("similarity", "on ", ""),
@@ -14,12 +17,11 @@ const CHOICES: [(&str, &str, &str); 13] = [
     ("chunk_tokens", "chunk ", ""),
     ("fuse_chunks", "", " chunks"),
     ("block_size", "block ", ""),
-    ("thresholds", "", ""),
 ];
 
 /// The columns that [`series_labels`] wants, in order.
 pub fn label_columns() -> impl Iterator<Item = &'static str> {
-    ["method", "max_error"].into_iter().chain(CHOICES.iter().map(|(name, ..)| *name))
+    ["method", "max_error", "thresholds"].into_iter().chain(CHOICES.iter().map(|(name, ..)| *name))
 }
 
 /// A label for each row; `rows` hold the cells of [`label_columns`], empty where a column means nothing to a row. Rows of
@@ -30,20 +32,25 @@ pub fn series_labels(rows: &[Vec<String>]) -> Vec<String> {
         let first = cells.next();
         cells.any(|c| Some(c) != first)
     };
-    let varying: Vec<bool> = (0..CHOICES.len()).map(|i| varies(i + 2)).collect();
+    let varying: Vec<bool> = (0..CHOICES.len()).map(|i| varies(i + KINDS)).collect();
     let label = |row: &Vec<String>| {
+        let (budget, calibrated) = (!row[1].is_empty(), !row[2].is_empty());
+        let is_control = row[KINDS].is_empty();
         let mut words = vec![row[0].clone()];
-        for ((&(name, before, after), cell), varies) in CHOICES.iter().zip(&row[2..]).zip(&varying) {
-            let is_control = row[2].is_empty();
-            if !cell.is_empty() && (*varies && !is_control || name == "thresholds") {
+        for ((&(name, before, after), cell), varies) in CHOICES.iter().zip(&row[KINDS..]).zip(&varying) {
+            // A budget and a calibration look at keys and values in any case.
+            let known = name == "similarity" && (budget || calibrated);
+            if is_control && name == "within_tenant" && cell == "true" {
+                words.push("within tenant".to_owned());
+            } else if !is_control && *varies && !known {
                 words.push(format!("{before}{cell}{after}"));
             }
-            if name == "within_tenant" && is_control && cell == "true" {
-                words.push("within tenant".to_owned());
-            }
         }
-        if !row[1].is_empty() {
+        if budget {
             words.push("max error".to_owned());
+        }
+        if calibrated {
+            words.push("calibrated".to_owned());
         }
         words.join(" ")
     };
@@ -57,13 +64,15 @@ mod tests {
     #[test]
     fn only_what_differs_is_named() {
         let row = |method: &str, error: &str, pairing: &str, similarity: &str| {
-            let mut row = vec![method.to_owned(), error.to_owned(), pairing.to_owned(), "first".to_owned()];
+            let mut row: Vec<String> =
+                [method, error, "", pairing, "first"].iter().map(|s| s.to_string()).collect();
             row.push(similarity.to_owned());
             row.resize(label_columns().count(), String::new());
             row
         };
         let rows = [row("bff", "", "tree", "keys"), row("bff", "", "best", "keys"), row("bff", "0.1", "best", "lower")];
-        assert_eq!(series_labels(&rows), ["bff tree on keys", "bff best on keys", "bff best on lower max error"]);
+        assert_eq!(series_labels(&rows), ["bff tree on keys", "bff best on keys", "bff best max error"]);
         assert_eq!(series_labels(&rows[..1]), ["bff"]);
+        assert_eq!(series_labels(&[row("prefix", "", "", ""), rows[0].clone()]), ["prefix", "bff"]);
     }
 }

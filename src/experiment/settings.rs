@@ -33,7 +33,7 @@ pub struct Settings {
     #[arg(long, allow_hyphen_values = true, help_heading = "When blocks fuse")]
     pub tau: Option<String>,
     /// Instead of --tau: fuse a block only if its relative squared error, of keys and of values, stays below this
-    #[arg(long, value_name = "E", value_delimiter = ',', help_heading = "When blocks fuse")]
+    #[arg(long, value_name = "E", value_delimiter = ',', value_parser = finite, help_heading = "When blocks fuse")]
     pub max_error: Option<Vec<f64>>,
     /// Instead of --tau: thresholds of single layers from `kvfuse calibrate`; its questions are left out of the sweep
     #[arg(long, value_name = "FILE", value_delimiter = ',', help_heading = "When blocks fuse")]
@@ -95,6 +95,11 @@ pub struct Settings {
     /// Model to decode with, if it lies elsewhere than when dumped
     #[arg(long)]
     pub model: Option<String>,
+}
+
+/// A number of the command line that can be written to a manifest.
+fn finite(text: &str) -> std::result::Result<f64, String> {
+    text.parse().ok().filter(|x: &f64| x.is_finite()).ok_or_else(|| "is not a finite number".to_owned())
 }
 
 /// What to sweep.

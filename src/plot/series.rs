@@ -21,6 +21,8 @@ pub struct Point {
     pub label: String,
     /// Threshold or error budget; NaN where there is none.
     pub tau: f64,
+    /// What tells the point from others of its series: the threshold, the budget, or the name of a thresholds file.
+    pub name: String,
     pub block_size: u64,
     pub cr_audited: f64,
     pub cr_paper: f64,
@@ -66,6 +68,7 @@ impl SweepTable {
         let (method, model, data) = (strings("method")?, strings("model")?, strings("data")?);
         let (tau, budget) = (floats("tau")?, floats("max_error")?);
         let (block_size, requests) = (floats("block_size")?, floats("requests")?);
+        let thresholds = strings("thresholds")?;
         let cells: Vec<Vec<String>> = label_columns().map(strings).collect::<Result<_>>()?;
         let rows: Vec<Vec<String>> =
             (0..frame.height()).map(|i| cells.iter().map(|column| column[i].clone()).collect()).collect();
@@ -77,6 +80,12 @@ impl SweepTable {
                 method: method[i].clone(),
                 label: labels[i].clone(),
                 tau: if tau[i].is_finite() { tau[i] } else { budget[i] },
+                name: match (tau[i].is_finite(), budget[i].is_finite()) {
+                    (true, _) => tau[i].to_string(),
+                    (_, true) => budget[i].to_string(),
+                    // Without the checksum.
+                    _ => thresholds[i].rsplit_once('-').map_or(String::new(), |(stem, _)| stem.to_owned()),
+                },
                 block_size: block_size[i] as u64,
                 cr_audited: audited[i],
                 cr_paper: paper[i],

@@ -103,7 +103,7 @@ impl Tradeoff<'_> {
             for (i, p) in series.iter().enumerate() {
                 // Alternating sides: neighbours lie close where the curve is steep.
                 let offset = if i % 2 == 0 { (9, -16) } else { (9, 5) };
-                let label = Text::new(format!("{}", p.tau), offset, (FONT, 14).into_font().color(&color));
+                let label = Text::new(p.name.clone(), offset, (FONT, 14).into_font().color(&color));
                 chart.draw_series(std::iter::once(EmptyElement::at(at(p)) + label)).map_err(said)?;
             }
         }
