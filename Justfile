@@ -1,11 +1,15 @@
 # `just` alone lists what can be done.
 
+# A SQuAD v1.1 file for the figures on real questions: just xquad=FILE fig-pairings
+xquad := "../shared/data/xquad-en-a.json"
+kvfuse := "cargo run --release --"
+
 default:
     @just --list
 
 # All of it with defaults: model, dump, sweep, figures into results/demo
 demo:
-    cargo run --release -- demo
+    {{kvfuse}} demo
 
 # Format check, lints, docs, tests: what CI runs
 ci:
@@ -14,18 +18,64 @@ ci:
 test:
     cargo test --release
 
-# GEMM, prefill, batched decode and fusion on this machine
+# FMA peak, GEMM, similarities, prefill, batched decode and fusion on this machine
 bench:
     cargo bench
 
 # The figures of results/bff-qa: BFF on the built-in questions
 fig-bff-qa:
-    cargo run --release -- dump --requests 64 --shots 3 --dtype f16 -o dumps/qa
-    cargo run --release -- sweep --config experiments/bff-qa.toml
-    cargo run --release -- plot results/bff-qa
+    {{kvfuse}} dump --requests 64 --shots 3 --dtype f16 -o dumps/qa
+    {{kvfuse}} sweep --config experiments/bff-qa.toml
+    {{kvfuse}} plot results/bff-qa
+
+# All figures on real questions and long prompts (about an hour on 2 cores)
+figs: fig-pairings fig-spare-layers fig-representatives fig-similarities fig-max-error fig-calibrated fig-tenants fig-shift fig-cff
+
+# Which pairing stores least at the same damage
+fig-pairings: dump-xquad (fig "pairings")
+
+# What it costs to leave the first and last layers alone
+fig-spare-layers: dump-xquad (fig "spare-layers")
+
+# What a cluster should store
+fig-representatives: dump-xquad (fig "representatives")
+
+# What should be compared
+fig-similarities: dump-xquad (fig "similarities")
+
+# An error budget instead of a threshold
+fig-max-error: dump-xquad (fig "max-error")
+
+# What it costs to fuse within tenants only
+fig-tenants: dump-xquad (fig "tenants")
+
+# Thresholds of single layers against one for all, on unseen questions
+fig-calibrated:
+    {{kvfuse}} dump --data squad:{{xquad}} --requests 128 --shots 3 --dtype f16 -o dumps/xquad-128
+    mkdir -p results/calibrated
+    {{kvfuse}} calibrate dumps/xquad-128 --target-kl 0.005,0.02,0.05,0.2 -o results/calibrated/xquad.toml
+    {{just_executable()}} xquad={{xquad}} fig calibrated
+
+# Equal text at other positions
+fig-shift:
+    {{kvfuse}} dump --data squad:{{xquad}} --requests 64 --shots 3 --shift 64 --dtype f16 -o dumps/xquad-shift
+    {{just_executable()}} xquad={{xquad}} fig shift
+
+# Chunks fast-fusion on long prompts
+fig-cff:
+    {{kvfuse}} dump --data builtin:longqa --requests 16 --shots 3 --dtype f16 -o dumps/longqa
+    {{just_executable()}} fig cff
+
+# Sweep and plot what experiments/NAME.toml says
+fig NAME:
+    {{kvfuse}} sweep --config experiments/{{NAME}}.toml
+    {{kvfuse}} plot results/{{NAME}}
+
+dump-xquad:
+    {{kvfuse}} dump --data squad:{{xquad}} --requests 64 --shots 3 --tenants 4 --dtype f16 -o dumps/xquad
 
 # BFF on a SQuAD v1.1 file: just squad ../shared/data/xquad-en-a.json
 squad FILE:
-    cargo run --release -- dump --data squad:{{FILE}} --requests 64 --shots 3 -o dumps/squad
-    cargo run --release -- sweep dumps/squad -o dumps/squad/sweep
-    cargo run --release -- plot dumps/squad/sweep
+    {{kvfuse}} dump --data squad:{{FILE}} --requests 64 --shots 3 -o dumps/squad
+    {{kvfuse}} sweep dumps/squad -o dumps/squad/sweep
+    {{kvfuse}} plot dumps/squad/sweep

@@ -69,7 +69,10 @@ pub fn bench(model: &str) -> Result<Vec<Measurement>> {
     };
     let side = GEMM_SIDE as f64;
     let mut out = vec![
-        Measurement { share_of_core: Some(1.0), ..line("fused multiply-adds, one core".to_owned(), 0.0, Some(peak)) },
+        Measurement {
+            share_of_core: Some(1.0),
+            ..line("fused multiply-adds, one core".to_owned(), 0.0, Some(peak))
+        },
         line(
             format!("f32 matrix product, {GEMM_SIDE} cubed, {} threads", rayon::current_num_threads()),
             2e-9 * side.powi(3) / gemm,
@@ -106,7 +109,8 @@ pub fn bench(model: &str) -> Result<Vec<Measurement>> {
     out.push(tokens_line(what, request.len(), seconds));
     for pairing in [Pairing::Tree, Pairing::Best, Pairing::Components, Pairing::Lsh] {
         let representative = pairing.usual_representative();
-        let codec = Fusion::new(Choices { pairing, representative, ..Choices::default() }, Rule::Tau(FUSION_TAU))?;
+        let codec =
+            Fusion::new(Choices { pairing, representative, ..Choices::default() }, Rule::Tau(FUSION_TAU))?;
         let name = format!("{pairing:?}").to_lowercase();
         let what = format!("{name} fusion of {FUSION_REQUESTS} requests, all layers, tau {FUSION_TAU}");
         let first = best(|| codec.encode(&mut batch.clone(), &Memo::default()))?;
@@ -141,7 +145,8 @@ fn on_one_thread<T: Send>(f: impl FnOnce() -> Result<T> + Send) -> Result<T> {
 
 fn fma_gflops() -> Result<f64> {
     let (operations, _) = fma_chains(FMA_ROUNDS, 0.999, 0.001);
-    let seconds = best(|| Ok(fma_chains(FMA_ROUNDS, std::hint::black_box(0.999), std::hint::black_box(0.001))))?;
+    let seconds =
+        best(|| Ok(fma_chains(FMA_ROUNDS, std::hint::black_box(0.999), std::hint::black_box(0.001))))?;
     Ok(1e-9 * operations as f64 / seconds)
 }
 
@@ -166,7 +171,11 @@ fn real_batch(model: &Model) -> Result<CacheBatch> {
     let common = shared_prefix(&prompts);
     let mut batch = CacheBatch::empty(decoder.block_shape(BLOCK_SIZE), Storage::F16, decoder.rope());
     let mut prefix = decoder.new_cache();
-    decoder.forward(&mut batch.pool, &mut [Segment { cache: &mut prefix, tokens: &prompts[0][..common] }], None);
+    decoder.forward(
+        &mut batch.pool,
+        &mut [Segment { cache: &mut prefix, tokens: &prompts[0][..common] }],
+        None,
+    );
     for prompt in prompts {
         interrupt::check()?;
         let mut cache = prefix.fork(&mut batch.pool);
@@ -175,7 +184,8 @@ fn real_batch(model: &Model) -> Result<CacheBatch> {
         // Every request owns its blocks, as it does when it comes from a dump.
         for table in &mut cache.layers {
             for entry in &mut table.entries {
-                let (keys, values) = (batch.pool.keys(entry.block).to_vec(), batch.pool.values(entry.block).to_vec());
+                let (keys, values) =
+                    (batch.pool.keys(entry.block).to_vec(), batch.pool.values(entry.block).to_vec());
                 batch.pool.release(entry.block);
                 entry.block = batch.pool.allocate(&keys, &values);
             }

@@ -2,7 +2,7 @@
 
 use kvfuse::block::{BlockPool, BlockShape, RequestCache, Scale, Storage};
 use kvfuse::codec::fusion::{
-    ChunkFusion, Choices, Fusion, Pairing, Positions, Representative, RopeMode, Rule, ScaleRule, Similarity,
+    Choices, ChunkFusion, Fusion, Pairing, Positions, Representative, RopeMode, Rule, ScaleRule, Similarity,
 };
 use kvfuse::codec::{CacheBatch, Codec, Ledger, Memo, Prefix, Unfused, distortion};
 use kvfuse::model::{Rope, RopeConfig, to_f32};
@@ -203,8 +203,8 @@ fn any_choices() -> impl Strategy<Value = Choices> {
         prop::sample::select(vec![Norm, LeastSquares, ScaleRule::None]),
         any::<bool>(),
     );
-    (first, second).prop_map(|((pairing, similarity, rope, positions), (group, representative, scale, tenant))| {
-        Choices {
+    (first, second).prop_map(
+        |((pairing, similarity, rope, positions), (group, representative, scale, tenant))| Choices {
             pairing,
             similarity,
             rope,
@@ -214,8 +214,8 @@ fn any_choices() -> impl Strategy<Value = Choices> {
             representative,
             scale,
             within_tenant: tenant,
-        }
-    })
+        },
+    )
 }
 
 /// The blocks that share storage, as sets of (request, block), in one layer.
@@ -540,7 +540,8 @@ fn stripped_keys_match_at_other_positions() {
 #[test]
 fn pairings_differ_on_a_chain() {
     let angle = |degrees: f32| vec![degrees.to_radians().cos(), degrees.to_radians().sin(), 0.0, 0.0];
-    let mut batch = CacheBatch::empty(BlockShape { block_size: 1, kv_heads: 1, head_dim: 4 }, Storage::F32, rope(4));
+    let mut batch =
+        CacheBatch::empty(BlockShape { block_size: 1, kv_heads: 1, head_dim: 4 }, Storage::F32, rope(4));
     // Neighbours are 20, 21 and 22 degrees apart: cosines 0.940, 0.934, 0.927; two steps apart at most 0.755.
     for degrees in [0.0, 20.0, 41.0, 63.0] {
         let data = vec![(angle(degrees), angle(degrees)); 5];
@@ -550,8 +551,10 @@ fn pairings_differ_on_a_chain() {
     let sets = |pairing: Pairing, representative: Representative, scale: ScaleRule| {
         let choices = Choices { pairing, representative, scale, ..Choices::default() };
         let fused = encoded(&batch, &Fusion::new(choices, Rule::Tau(0.92)).unwrap());
-        let sets: Vec<Vec<usize>> =
-            partition(&fused, 2).into_iter().map(|s| s.into_iter().map(|(request, _)| request).collect()).collect();
+        let sets: Vec<Vec<usize>> = partition(&fused, 2)
+            .into_iter()
+            .map(|s| s.into_iter().map(|(request, _)| request).collect())
+            .collect();
         (sets, fused)
     };
     let (best, _) = sets(Pairing::Best, Representative::First, ScaleRule::Norm);

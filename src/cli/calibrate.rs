@@ -70,7 +70,8 @@ pub fn run(args: Args) -> Result<()> {
     let kls = args.target_kl.iter().map(|&kl| ("--target-kl", kl, Target::Kl(kl)));
     let errors = args.target_error.iter().map(|&e| ("--target-error", e, Target::Error(e)));
     let targets: Vec<_> = kls.chain(errors).collect();
-    if let Some((name, level, _)) = targets.iter().find(|(_, level, _)| !(*level > 0.0 && level.is_finite())) {
+    if let Some((name, level, _)) = targets.iter().find(|(_, level, _)| !(*level > 0.0 && level.is_finite()))
+    {
         bail!("{name} {level}: must be above 0");
     }
     if let Some(floor) = args.floor.filter(|f| !(*f > 0.0 && *f < 1.0)) {
@@ -101,7 +102,8 @@ pub fn run(args: Args) -> Result<()> {
         seed: args.seed,
     };
     for (thresholds, layers) in calibrate(&options)? {
-        let path = if targets.len() == 1 { args.out.clone() } else { numbered(&args.out, &thresholds.target) };
+        let path =
+            if targets.len() == 1 { args.out.clone() } else { numbered(&args.out, &thresholds.target) };
         thresholds.write(&path)?;
         say(report(&layers));
         say(format!(

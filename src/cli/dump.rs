@@ -87,8 +87,14 @@ fn default_name(args: &Args) -> String {
         let stem = last.split('.').next().unwrap_or(last);
         stem.chars().map(|c| if c.is_ascii_alphanumeric() || c == '-' { c } else { '_' }).collect::<String>()
     };
-    let plain =
-        format!("{}-{}-n{}-k{}-s{}", stem(&args.model), stem(&args.data), args.requests, args.shots, args.seed);
+    let plain = format!(
+        "{}-{}-n{}-k{}-s{}",
+        stem(&args.model),
+        stem(&args.data),
+        args.requests,
+        args.shots,
+        args.seed
+    );
     let length = args.length.map(|l| format!("-l{l}")).unwrap_or_default();
     let optional = [("-m", args.needles - args.needles.min(1)), ("-t", args.tenants), ("-p", args.shift)];
     let optional = optional.iter().filter(|(_, n)| *n > 0).map(|(name, n)| format!("{name}{n}"));

@@ -11,10 +11,8 @@ use std::path::PathBuf;
 ///
 /// The batch is encoded again from the dump, exactly as the sweep did.
 #[derive(Debug, clap::Args)]
-#[command(
-    after_help = "Examples:\n  kvfuse explain results/qa --request 3 --tau 0.85\n  \
-    kvfuse explain results/pairings --request 3 --tau 0.85 --only pairing=best --layer 12"
-)]
+#[command(after_help = "Examples:\n  kvfuse explain results/qa --request 3 --tau 0.85\n  \
+    kvfuse explain results/pairings --request 3 --tau 0.85 --only pairing=best --layer 12")]
 pub struct Args {
     /// Folder that `kvfuse sweep` wrote
     out: PathBuf,
@@ -88,7 +86,11 @@ pub fn run(args: Args) -> Result<()> {
 fn excerpt(text: &str) -> String {
     const LENGTH: usize = 34;
     let line = text.split_whitespace().collect::<Vec<_>>().join(" ");
-    if line.chars().count() <= LENGTH { line } else { line.chars().take(LENGTH - 2).collect::<String>() + ".." }
+    if line.chars().count() <= LENGTH {
+        line
+    } else {
+        line.chars().take(LENGTH - 2).collect::<String>() + ".."
+    }
 }
 
 fn partner(&(request, block): &(usize, usize)) -> String {
@@ -122,9 +124,18 @@ fn all_layers(e: &Explanation) -> String {
             ]
         })
         .collect();
-    let header =
-        ["block", "text", "layers fused", "partners", "most often with", "least K cos", "least V cos", "worst error"];
-    table(&header, &rows) + "\n\n(partners are request:block; cosines are with what is read instead of the block)"
+    let header = [
+        "block",
+        "text",
+        "layers fused",
+        "partners",
+        "most often with",
+        "least K cos",
+        "least V cos",
+        "worst error",
+    ];
+    table(&header, &rows)
+        + "\n\n(partners are request:block; cosines are with what is read instead of the block)"
 }
 
 /// A line a fused block of one layer, with its partners.

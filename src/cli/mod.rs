@@ -46,7 +46,7 @@ enum Command {
     /// Check a dump and summarise it
     Inspect(inspect::Args),
     /// Fuse a dump's caches at many thresholds and measure rate and damage
-    Sweep(sweep::Args),
+    Sweep(Box<sweep::Args>),
     /// Find thresholds of single layers for a target KL or error
     Calibrate(calibrate::Args),
     /// Say what a sweep's arm did to one request
@@ -71,7 +71,7 @@ impl Cli {
             Command::Model(command) => model::run(command),
             Command::Dump(args) => dump::run(args),
             Command::Inspect(args) => inspect::run(args),
-            Command::Sweep(args) => sweep::run(args),
+            Command::Sweep(args) => sweep::run(*args),
             Command::Calibrate(args) => calibrate::run(args),
             Command::Explain(args) => explain::run(args),
             Command::Plot(args) => plot::run(args),

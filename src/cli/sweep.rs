@@ -11,11 +11,9 @@ use std::path::PathBuf;
 /// Writes sweep.csv (a row an arm; columns in docs/sweep-columns.md), timings.csv, manifest.json and runs/ (every
 /// request's answers). The controls `none` and `prefix` always run. Finished arms are skipped when run again.
 #[derive(Debug, clap::Args)]
-#[command(
-    after_help = "Examples:\n  \
+#[command(after_help = "Examples:\n  \
     kvfuse sweep dumps/qa --method bff --tau 0.95:0.60:0.05 -o results/qa\n  \
-    kvfuse sweep dumps/qa --pairing tree,best,components --tau 0.99,0.95:0.80:0.05 -o results/pairings"
-)]
+    kvfuse sweep dumps/qa --pairing tree,best,components --tau 0.99,0.95:0.80:0.05 -o results/pairings")]
 pub struct Args {
     #[command(flatten)]
     settings: Settings,

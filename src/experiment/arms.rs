@@ -1,7 +1,7 @@
 //! The arms of a sweep: a method, its choices, and the codec they name.
 
 use crate::codec::fusion::{
-    ChunkFusion, Choices, Fusion, Pairing, Positions, Representative, RopeMode, Rule, ScaleRule, Similarity,
+    Choices, ChunkFusion, Fusion, Pairing, Positions, Representative, RopeMode, Rule, ScaleRule, Similarity,
     Thresholds,
 };
 use crate::codec::{Codec, Coverage, Prefix, Unfused};
@@ -105,7 +105,8 @@ impl Arm {
             method: self.method,
             tau: rule.and_then(|r| if let Rule::Tau(tau) = r { Some(*tau) } else { None }),
             max_error: rule.and_then(|r| if let Rule::MaxError(error) = r { Some(*error) } else { None }),
-            thresholds: rule.and_then(|r| if let Rule::Thresholds(t) = r { Some(t.name.clone()) } else { None }),
+            thresholds: rule
+                .and_then(|r| if let Rule::Thresholds(t) = r { Some(t.name.clone()) } else { None }),
             block_size: self.block_size,
             pairing: fuses.then_some(choices.pairing),
             similarity: fuses.then_some(choices.similarity),
@@ -153,7 +154,8 @@ impl ArmColumns {
             (_, Some(error), _) => Some(Rule::MaxError(error)),
             (.., Some(name)) => {
                 let file = thresholds.iter().find(|t| t.name == *name);
-                let missing = || Error::argument(format!("the thresholds file {name} has changed or is gone"));
+                let missing =
+                    || Error::argument(format!("the thresholds file {name} has changed or is gone"));
                 Some(Rule::Thresholds(Arc::clone(file.ok_or_else(missing)?)))
             }
             _ => None,
@@ -173,10 +175,10 @@ impl ArmColumns {
                 within_tenant: self.within_tenant,
             },
             rule,
-            chunking: self.chunk_tokens.zip(self.fuse_chunks).map(|(chunk_tokens, fuse_chunks)| Chunking {
-                chunk_tokens,
-                fuse_chunks,
-            }),
+            chunking: self
+                .chunk_tokens
+                .zip(self.fuse_chunks)
+                .map(|(chunk_tokens, fuse_chunks)| Chunking { chunk_tokens, fuse_chunks }),
         })
     }
 }
@@ -253,11 +255,11 @@ impl Grid {
             let usual = [pairing.usual_representative()];
             let representatives =
                 if self.representatives.is_empty() { &usual[..] } else { &self.representatives };
-            all.extend(
-                representatives
-                    .iter()
-                    .map(|&representative| Choices { pairing, representative, ..Choices::default() }),
-            );
+            all.extend(representatives.iter().map(|&representative| Choices {
+                pairing,
+                representative,
+                ..Choices::default()
+            }));
         }
         let all = combine(all, &self.similarities, |c, &similarity| Choices { similarity, ..c });
         let all = combine(all, &self.ropes, |c, &rope| Choices { rope, ..c });

@@ -7,8 +7,8 @@
 use super::settings::SweepOptions;
 use super::stage::Stage;
 use super::sweep::open_model;
-use crate::codec::fusion::{Choices, Fusion, LayerThresholds, Rule, Thresholds};
 use crate::codec::CacheBatch;
+use crate::codec::fusion::{Choices, Fusion, LayerThresholds, Rule, Thresholds};
 use crate::dump::Manifest;
 use crate::error::{Error, Result};
 use crate::interrupt;
@@ -312,13 +312,20 @@ fn floors(stage: &Stage, layers: &[usize], quantile: f64, seed: u64) -> Result<V
         }
     }
     if pairs.len() < 100 {
-        return Err(Error::argument(format!("--floor: only {} pairs of unrelated blocks; take more questions", pairs.len())));
+        return Err(Error::argument(format!(
+            "--floor: only {} pairs of unrelated blocks; take more questions",
+            pairs.len()
+        )));
     }
     let of = |&layer: &usize| {
         let cosines = pairs.iter().map(|(batch, [a, b])| {
-            let block = |&(request, block): &(usize, usize)| batch.caches[request].layers[layer].entries[block].block;
+            let block =
+                |&(request, block): &(usize, usize)| batch.caches[request].layers[layer].entries[block].block;
             let (a, b) = (block(a), block(b));
-            (cosine(batch.pool.keys(a), batch.pool.keys(b)), cosine(batch.pool.values(a), batch.pool.values(b)))
+            (
+                cosine(batch.pool.keys(a), batch.pool.keys(b)),
+                cosine(batch.pool.values(a), batch.pool.values(b)),
+            )
         });
         let (mut keys, mut values): (Vec<f64>, Vec<f64>) = cosines.unzip();
         let at = |x: &mut Vec<f64>| {

@@ -66,7 +66,10 @@ pub struct Explanation {
 pub fn explain(options: &ExplainOptions) -> Result<Explanation> {
     let path = options.out.join("manifest.json");
     if !path.exists() {
-        return Err(Error::file(&options.out, "holds no manifest.json; name a folder that `kvfuse sweep` wrote"));
+        return Err(Error::file(
+            &options.out,
+            "holds no manifest.json; name a folder that `kvfuse sweep` wrote",
+        ));
     }
     let text = fs::read_to_string(&path).at(&path)?;
     let bad = |problem: String| Error::file(&path, problem);
@@ -82,7 +85,12 @@ pub fn explain(options: &ExplainOptions) -> Result<Explanation> {
     let ids: Vec<String> = questions.iter().map(|&i| manifest.requests[i].request.id.clone()).collect();
     let number = options.request.parse::<usize>().ok().filter(|&n| n < ids.len());
     let at = number.or_else(|| ids.iter().position(|id| *id == options.request)).ok_or_else(|| {
-        let message = format!("--request {}: the sweep has {} requests, 0 to {}", options.request, ids.len(), ids.len() - 1);
+        let message = format!(
+            "--request {}: the sweep has {} requests, 0 to {}",
+            options.request,
+            ids.len(),
+            ids.len() - 1
+        );
         Error::argument(message)
     })?;
 
@@ -91,9 +99,10 @@ pub fn explain(options: &ExplainOptions) -> Result<Explanation> {
     let none = |r: &&RunRecord| {
         r.row.arm.method == Method::None && r.row.arm.block_size == record.row.arm.block_size
     };
-    let plain = records.iter().find(none).ok_or_else(|| {
-        Error::file(&options.out, "has no finished run of the control 'none'; sweep again")
-    })?;
+    let plain = records
+        .iter()
+        .find(none)
+        .ok_or_else(|| Error::file(&options.out, "has no finished run of the control 'none'; sweep again"))?;
     let score = |r: &RunRecord| {
         let missing = || Error::file(&options.out, "its runs are of other requests; sweep again");
         r.requests.get(at).filter(|s| s.id == ids[at]).cloned().ok_or_else(missing)

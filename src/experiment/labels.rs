@@ -70,7 +70,11 @@ mod tests {
             row.resize(label_columns().count(), String::new());
             row
         };
-        let rows = [row("bff", "", "tree", "keys"), row("bff", "", "best", "keys"), row("bff", "0.1", "best", "lower")];
+        let rows = [
+            row("bff", "", "tree", "keys"),
+            row("bff", "", "best", "keys"),
+            row("bff", "0.1", "best", "lower"),
+        ];
         assert_eq!(series_labels(&rows), ["bff tree on keys", "bff best on keys", "bff best max error"]);
         assert_eq!(series_labels(&rows[..1]), ["bff"]);
         assert_eq!(series_labels(&[row("prefix", "", "", ""), rows[0].clone()]), ["prefix", "bff"]);

@@ -3,9 +3,7 @@
 use super::arms::{Grid, Method};
 use super::evaluate::FirstToken;
 use super::grid::parse_taus;
-use crate::codec::fusion::{
-    Pairing, Positions, Representative, RopeMode, ScaleRule, Similarity, Thresholds,
-};
+use crate::codec::fusion::{Pairing, Positions, Representative, RopeMode, ScaleRule, Similarity, Thresholds};
 use crate::error::{Error, IoAt, Result};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -200,8 +198,11 @@ impl Settings {
 
 impl SweepOptions {
     fn check(&self) -> Result<()> {
-        let mut counts =
-            vec![("--batch", self.batch), ("--max-new-tokens", self.max_new_tokens), ("--resamples", self.resamples)];
+        let mut counts = vec![
+            ("--batch", self.batch),
+            ("--max-new-tokens", self.max_new_tokens),
+            ("--resamples", self.resamples),
+        ];
         counts.extend(self.block_sizes.iter().map(|&n| ("--block-size", n)));
         counts.extend(self.grid.group_layers.iter().map(|&n| ("--group-layers", n)));
         if let Some((name, n)) = counts.iter().find(|(_, n)| !(1..=MOST).contains(n)) {

@@ -75,7 +75,9 @@ impl<'a> Stage<'a> {
             }
             let unasked = |&i: &usize| manifest.requests[i].request.references.is_empty();
             let own: Vec<Vec<u32>> = match baseline {
-                Some(r) => r.requests[done..][..requests.len()].iter().map(|r| r.answer_tokens.clone()).collect(),
+                Some(r) => {
+                    r.requests[done..][..requests.len()].iter().map(|r| r.answer_tokens.clone()).collect()
+                }
                 None if requests.iter().any(unasked) => {
                     let (stop, most) = (manifest.stop.as_deref(), options.max_new_tokens);
                     answers(model, &base.spared, &mut base.batch, &prompts, stop, most)?
@@ -87,7 +89,13 @@ impl<'a> Stage<'a> {
             }
             let reference = Reference::of(model, &mut base, &prompts);
             done += requests.len();
-            stage.lots.push(Lot { base, prompts, reference, memo: Memo::default(), requests: requests.to_vec() });
+            stage.lots.push(Lot {
+                base,
+                prompts,
+                reference,
+                memo: Memo::default(),
+                requests: requests.to_vec(),
+            });
         }
         stage.cr_prefix = prefix.map(|ledger| ledger.cr_audited());
         Ok(stage)
@@ -197,12 +205,7 @@ impl<'a> Stage<'a> {
 }
 
 /// Unfused caches as an arm stores them.
-pub fn encode_batch(
-    model: &Model,
-    base: &CacheBatch,
-    memo: &Memo,
-    encoder: &Encoder,
-) -> Result<CacheBatch> {
+pub fn encode_batch(model: &Model, base: &CacheBatch, memo: &Memo, encoder: &Encoder) -> Result<CacheBatch> {
     match encoder {
         Encoder::Codec(codec) => {
             let mut batch = base.clone();

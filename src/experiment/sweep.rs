@@ -69,7 +69,8 @@ pub fn questions(options: &SweepOptions, manifest: &Manifest) -> Result<Vec<usiz
     let mut seen: HashSet<&str> = HashSet::new();
     for file in &options.grid.thresholds {
         if file.model_sha256 != manifest.model.sha256 {
-            let problem = format!("was made with another model than the thresholds {} ({})", file.name, file.model);
+            let problem =
+                format!("was made with another model than the thresholds {} ({})", file.name, file.model);
             return Err(Error::file(&options.dump, problem));
         }
         seen.extend(file.questions.iter().map(String::as_str));
@@ -77,7 +78,10 @@ pub fn questions(options: &SweepOptions, manifest: &Manifest) -> Result<Vec<usiz
     let unseen = |i: &usize| !seen.contains(&manifest.requests[*i].request.id[..]);
     let questions: Vec<usize> = (0..manifest.requests.len()).filter(unseen).collect();
     if questions.is_empty() {
-        return Err(Error::file(&options.dump, "the thresholds were calibrated on all of its questions; dump more"));
+        return Err(Error::file(
+            &options.dump,
+            "the thresholds were calibrated on all of its questions; dump more",
+        ));
     }
     Ok(questions)
 }
@@ -215,7 +219,9 @@ fn write_tables(out: &Path, records: &[Option<RunRecord>]) -> Result<()> {
         .collect();
     write_csv(&out.join(TIMINGS_CSV), &timings)?;
     let baseline = |r: &RunRecord| {
-        let same = |b: &&&RunRecord| b.row.arm.method == Method::None && b.row.arm.block_size == r.row.arm.block_size;
+        let same = |b: &&&RunRecord| {
+            b.row.arm.method == Method::None && b.row.arm.block_size == r.row.arm.block_size
+        };
         done.iter().find(same).copied()
     };
     let pairs = done.iter().filter_map(|r| Some((r, baseline(r)?)));

@@ -106,11 +106,7 @@ struct Seen<'a> {
 }
 
 /// The table's blocks that hold the first `tokens` tokens.
-fn visible<'a>(
-    pool: &'a BlockPool,
-    table: &'a BlockTable,
-    tokens: usize,
-) -> impl Iterator<Item = Seen<'a>> {
+fn visible<'a>(pool: &'a BlockPool, table: &'a BlockTable, tokens: usize) -> impl Iterator<Item = Seen<'a>> {
     let size = pool.shape().block_size;
     let blocks = table.entries[..tokens.div_ceil(size)].iter().enumerate();
     blocks.map(move |(b, entry)| Seen { entry, first: b * size, tokens: size.min(tokens - b * size) })

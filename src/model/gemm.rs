@@ -209,7 +209,7 @@ mod tests {
         assert_eq!(out, naive(&x, &w, 3, 4, 5));
 
         // The same in the right-hand columns of a larger matrix, the others left as they are.
-        let mut wide = vec![7.0; 3 * 8];
+        let mut wide = [7.0; 3 * 8];
         product_into(View::row_major(&x, 3, 4), View::row_major(&w, 5, 4).transposed(), &mut wide[3..], 8);
         for (row, expected) in wide.chunks(8).zip(out.chunks(5)) {
             assert_eq!((&row[..3], &row[3..]), (&[7.0; 3][..], expected));

@@ -147,7 +147,9 @@ pub fn fma_chains(rounds: usize, factor: f32, summand: f32) -> (u64, f32) {
     let (mut a, mut b, mut c, mut d, mut e, mut f) = (start, start, start, start, start, start);
     let (mut g, mut h, mut i, mut j, mut k, mut l) = (start, start, start, start, start, start);
     for _ in 0..rounds {
-        for x in [&mut a, &mut b, &mut c, &mut d, &mut e, &mut f, &mut g, &mut h, &mut i, &mut j, &mut k, &mut l] {
+        for x in
+            [&mut a, &mut b, &mut c, &mut d, &mut e, &mut f, &mut g, &mut h, &mut i, &mut j, &mut k, &mut l]
+        {
             for lane in x {
                 *lane = lane.mul_add(factor, summand);
             }

@@ -109,6 +109,24 @@ where
         .map_err(said)
 }
 
+/// Colours of series: told apart by most colour-blind eyes (Okabe and Ito 2008, without their yellow), then darker ones.
+pub fn series_color(n: usize) -> RGBColor {
+    const COLORS: [(u8, u8, u8); 10] = [
+        (0, 114, 178),
+        (213, 94, 0),
+        (0, 158, 115),
+        (204, 121, 167),
+        (86, 180, 233),
+        (230, 159, 0),
+        (90, 60, 160),
+        (130, 130, 40),
+        (120, 40, 40),
+        (60, 60, 60),
+    ];
+    let (r, g, b) = COLORS[n % COLORS.len()];
+    RGBColor(r, g, b)
+}
+
 /// A backend's error in words.
 pub fn said(error: impl std::fmt::Display) -> String {
     error.to_string()

@@ -32,7 +32,7 @@ impl Figure for LayerMap<'_> {
             .y_label_area_size(60)
             .build_cartesian_2d(0..series.len(), (0..layers - 1).into_segmented())
             .map_err(said)?;
-        let tau = |i: &usize| series.get(*i).map_or(String::new(), |p| p.tau.to_string());
+        let tau = |i: &usize| series.get(*i).map_or(String::new(), |p| p.name.clone());
         chart
             .configure_mesh()
             .disable_mesh()
@@ -43,7 +43,7 @@ impl Figure for LayerMap<'_> {
                 SegmentValue::CenterOf(layer) => layer.to_string(),
                 _ => String::new(),
             })
-            .x_desc("threshold tau on cosine similarity of keys (number in a cell: ratio; grey: layer left alone)")
+            .x_desc("threshold tau, error budget or thresholds file (number in a cell: ratio; grey: nothing saved)")
             .y_desc("layer")
             .label_style((FONT, 13))
             .axis_desc_style((FONT, 15))

@@ -1,6 +1,6 @@
 //! Compression ratio against the threshold: the paper's figure beside the audited one.
 
-use super::canvas::{Area, Drawn, FONT, Figure, axes, legend, said};
+use super::canvas::{Area, Drawn, FONT, Figure, axes, legend, said, series_color};
 use super::series::{Point, SweepTable, series_name};
 use plotters::prelude::*;
 
@@ -26,7 +26,7 @@ impl Figure for Rate<'_> {
             .y_label_area_size(70)
             .build_cartesian_2d(low - 0.02..high + 0.02, (0.9..top * 1.3).log_scale())
             .map_err(said)?;
-        axes(&mut chart, "threshold tau on cosine similarity of keys", "compression ratio (log axis)", true)?;
+        axes(&mut chart, "threshold tau on similarity", "compression ratio (log axis)", true)?;
         let grey = RGBColor(110, 110, 110);
         let prefix = [(low - 0.02, t.prefix.cr_audited), (high + 0.02, t.prefix.cr_audited)];
         chart
@@ -37,13 +37,13 @@ impl Figure for Rate<'_> {
         for (n, series) in t.fusion.iter().enumerate() {
             for (kind, cr, shade) in [
                 (
-                    "audited: whole cache, all side information",
+                    "audited (whole cache, side information)",
                     (|p: &Point| p.cr_audited) as fn(&Point) -> f64,
                     1.0,
                 ),
-                ("as the paper counts: full blocks of fused layers", |p: &Point| p.cr_paper, 0.4),
+                ("as the paper counts", |p: &Point| p.cr_paper, 0.4),
             ] {
-                let color = Palette99::pick(n + 1).mix(shade);
+                let color = series_color(n).mix(shade);
                 let line = series.iter().map(|p| (p.tau, cr(p)));
                 chart
                     .draw_series(LineSeries::new(line.clone(), color.stroke_width(3)))

@@ -1,6 +1,6 @@
 //! F1 and KL against the audited compression ratio.
 
-use super::canvas::{Area, Drawn, FONT, Figure, axes, legend, said};
+use super::canvas::{Area, Drawn, FONT, Figure, axes, legend, said, series_color};
 use super::series::{Estimate, Point, SweepTable, series_name};
 use plotters::coord::ranged1d::ValueFormatter;
 use plotters::prelude::*;
@@ -80,8 +80,11 @@ impl Tradeoff<'_> {
             let line = [(chart.x_range().start, level), (right, level)];
             chart.draw_series(DashedLineSeries::new(line, 2, 4, grey.stroke_width(1))).map_err(said)?;
         }
+        // Intervals of many series hide each other: then they are pale.
+        let shade = if t.fusion.len() > 2 { 0.4 } else { 1.0 };
+        let mut taken: Vec<(i32, i32)> = Vec::new();
         for (n, series) in t.fusion.iter().enumerate() {
-            let color = Palette99::pick(n + 1).to_rgba();
+            let color = series_color(n).to_rgba();
             let at = |p: &Point| (p.cr_audited, clip(quality(p).mid));
             chart
                 .draw_series(LineSeries::new(series.iter().map(at), color.stroke_width(2)))
@@ -95,14 +98,22 @@ impl Tradeoff<'_> {
                     clip(q.low),
                     clip(q.mid),
                     clip(q.high),
-                    color.filled(),
-                    8,
+                    color.mix(shade).filled(),
+                    if shade < 1.0 { 4 } else { 8 },
                 )
             });
             chart.draw_series(bars).map_err(said)?;
+            chart.draw_series(series.iter().map(|p| Circle::new(at(p), 4, color.filled()))).map_err(said)?;
             for (i, p) in series.iter().enumerate() {
                 // Alternating sides: neighbours lie close where the curve is steep.
                 let offset = if i % 2 == 0 { (9, -16) } else { (9, 5) };
+                // A label that another one would cover says nothing.
+                let (x, y) = chart.plotting_area().map_coordinate(&at(p));
+                let (x, y) = (x + offset.0, y + offset.1);
+                if taken.iter().any(|(u, v)| (u - x).abs() < 34 && (v - y).abs() < 14) {
+                    continue;
+                }
+                taken.push((x, y));
                 let label = Text::new(p.name.clone(), offset, (FONT, 14).into_font().color(&color));
                 chart.draw_series(std::iter::once(EmptyElement::at(at(p)) + label)).map_err(said)?;
             }

@@ -7,8 +7,10 @@ use rand::seq::SliceRandom;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
-const COLOURS: [&str; 12] =
-    ["red", "green", "grey", "white", "black", "brown", "yellow", "purple", "silver", "orange", "pink", "golden"];
+const COLOURS: [&str; 12] = [
+    "red", "green", "grey", "white", "black", "brown", "yellow", "purple", "silver", "orange", "pink",
+    "golden",
+];
 const OBJECTS: [&str; 10] =
     ["cabinet", "trunk", "locker", "drawer", "safe", "chest", "gate", "cupboard", "suitcase", "desk"];
 

@@ -65,7 +65,9 @@ pub fn draw(
     }
     questions.shuffle(&mut rng);
     let sizes: Vec<usize> = match options.length {
-        Some(_) => passages.iter().map(|p| tokens(&format!("Passage: {}\n", p.text))).collect::<Result<_>>()?,
+        Some(_) => {
+            passages.iter().map(|p| tokens(&format!("Passage: {}\n", p.text))).collect::<Result<_>>()?
+        }
         None => Vec::new(),
     };
     let request = |&(own, question): &(usize, &Question)| -> Result<Request> {
@@ -105,7 +107,8 @@ fn surround(
     rng: &mut ChaCha8Rng,
 ) -> Result<Vec<usize>> {
     if alone > length {
-        let message = format!("--length {length}: a question with its own passage alone takes {alone} tokens");
+        let message =
+            format!("--length {length}: a question with its own passage alone takes {alone} tokens");
         return Err(Error::argument(message));
     }
     let all: usize = sizes.iter().sum::<usize>() - sizes[own] + alone;
@@ -152,7 +155,8 @@ mod tests {
             let own = passages.iter().find(|p| p.questions.iter().any(|q| q.id == r.id)).unwrap();
             assert_eq!(r.prompt.matches(&own.text).count(), 1);
         }
-        let places: Vec<usize> = set.requests.iter().map(|r| r.prompt.find(&r.references[0]).unwrap()).collect();
+        let places: Vec<usize> =
+            set.requests.iter().map(|r| r.prompt.find(&r.references[0]).unwrap()).collect();
         assert!(places.iter().max() > places.iter().min());
         let refused = |length| {
             let draw = Draw { length: Some(length), ..draw.clone() };
@@ -166,10 +170,17 @@ mod tests {
         let draw = Draw { length: Some(400), needles: 3, tenants: 2, ..Draw::plain("synth:niah", 12, 0, 5) };
         let set = super::super::load(&draw, &words).unwrap();
         assert_eq!(set, super::super::load(&draw, &words).unwrap());
-        assert_ne!(set.requests, super::super::load(&Draw { seed: 6, ..draw.clone() }, &words).unwrap().requests);
+        assert_ne!(
+            set.requests,
+            super::super::load(&Draw { seed: 6, ..draw.clone() }, &words).unwrap().requests
+        );
         for r in &set.requests {
             assert_eq!(r.prompt.matches(&format!("is {}.", r.references[0])).count(), 1);
-            assert_eq!(r.prompt.matches("The code of").count(), 4, "three needles and the answer's beginning");
+            assert_eq!(
+                r.prompt.matches("The code of").count(),
+                4,
+                "three needles and the answer's beginning"
+            );
             assert!((350..=400).contains(&words(&r.prompt).unwrap()));
         }
         let of = |tenant: &str| set.requests.iter().filter(|r| r.tenant == tenant).count();

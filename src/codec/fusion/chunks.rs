@@ -23,7 +23,9 @@ impl ChunkFusion {
             return Err(Error::argument(message));
         }
         if fuse_chunks < 2 {
-            return Err(Error::argument(format!("--fuse-chunks {fuse_chunks}: fusing takes at least 2 chunks")));
+            return Err(Error::argument(format!(
+                "--fuse-chunks {fuse_chunks}: fusing takes at least 2 chunks"
+            )));
         }
         Ok(ChunkFusion { fusion, chunk_tokens, fuse_chunks })
     }
@@ -40,7 +42,8 @@ impl ChunkFusion {
     /// Fuses the chunks `first..first + fuse_chunks` of one request, whose cache must hold them unfused.
     pub fn fuse(&self, batch: &mut CacheBatch, request: usize, first: usize) -> Result<()> {
         let chunk = self.chunk_tokens / batch.pool.shape().block_size;
-        let blocks = Blocks::of_chunks(batch, request, first * chunk..(first + self.fuse_chunks) * chunk, chunk);
+        let blocks =
+            Blocks::of_chunks(batch, request, first * chunk..(first + self.fuse_chunks) * chunk, chunk);
         self.fusion.encode_blocks(batch, &blocks)
     }
 

@@ -36,8 +36,11 @@ pub struct Edge {
 pub fn edges(geometry: &Geometry, units: &Units, gate: &Gate) -> Vec<Edge> {
     let of = |a: usize| {
         let pairs = (0..a).filter(move |&b| units.class[a] == units.class[b]);
-        let measured =
-            pairs.map(move |b| Edge { a, b, margin: geometry.margin(gate, units.vector[a], units.vector[b]) });
+        let measured = pairs.map(move |b| Edge {
+            a,
+            b,
+            margin: geometry.margin(gate, units.vector[a], units.vector[b]),
+        });
         measured.filter(|e| e.margin > 0.0).collect::<Vec<_>>()
     };
     let rows: Vec<Vec<Edge>> = (0..units.len()).into_par_iter().map(of).collect();
@@ -54,9 +57,7 @@ pub fn best(geometry: &Geometry, units: &Units, gate: &Gate, mut edges: Vec<Edge
         degree[edge.a] += units.places[edge.b].len();
         degree[edge.b] += units.places[edge.a].len();
     }
-    edges.par_sort_unstable_by(|x, y| {
-        y.margin.total_cmp(&x.margin).then(x.a.cmp(&y.a)).then(x.b.cmp(&y.b))
-    });
+    edges.par_sort_unstable_by(|x, y| y.margin.total_cmp(&x.margin).then(x.a.cmp(&y.a)).then(x.b.cmp(&y.b)));
     let energy: Vec<f64> = units.vector.iter().map(|&v| geometry.energy(v)).collect();
     // The units of each representative's cluster; empty for a unit that has joined another.
     let mut members: Vec<Vec<usize>> = (0..units.len()).map(|u| vec![u]).collect();

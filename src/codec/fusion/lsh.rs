@@ -2,7 +2,7 @@
 //! compared each with each. Every candidate's cosine is then computed exactly.
 
 use super::blocks::Part;
-use super::choices::{Gate};
+use super::choices::Gate;
 use super::cluster::Edge;
 use super::geometry::{Geometry, Units};
 use crate::model::gemm::{View, product};
@@ -84,7 +84,11 @@ fn signatures(geometry: &Geometry, gate: &Gate) -> Vec<u16> {
         let bits = band * BAND_BITS..(band + 1) * BAND_BITS;
         bits.fold(0u16, |bits, i| bits << 1 | u16::from(f64::from(row[i]) > mean[i]))
     };
-    projected.chunks_exact(BITS).flat_map(|row| (0..BANDS).map(move |b| (row, b))).map(|(r, b)| band(r, b)).collect()
+    projected
+        .chunks_exact(BITS)
+        .flat_map(|row| (0..BANDS).map(move |b| (row, b)))
+        .map(|(r, b)| band(r, b))
+        .collect()
 }
 
 /// Random signs, `[width, BITS]`; the same for the same layer and part on every run.

@@ -149,10 +149,7 @@ impl Codec for Fusion {
     fn coverage(&self, layers: usize) -> Coverage {
         let first = self.choices.spare_layers.min(layers);
         let touched = first..(layers - first).max(first);
-        Coverage {
-            layers: self.only.clone().unwrap_or(touched),
-            table_layers: self.choices.group_layers,
-        }
+        Coverage { layers: self.only.clone().unwrap_or(touched), table_layers: self.choices.group_layers }
     }
 
     fn encode(&self, batch: &mut CacheBatch, memo: &Memo) -> Result<()> {

@@ -189,10 +189,12 @@ impl Settling<'_> {
         for &unit in units {
             let scale = self.scale(candidate, unit);
             let near = match candidate.unit {
-                Some(own) => own == unit || {
-                    let (a, b) = (self.units.vector[own], self.units.vector[unit]);
-                    self.geometry.margin(&self.gate, a, b) > 0.0
-                },
+                Some(own) => {
+                    own == unit || {
+                        let (a, b) = (self.units.vector[own], self.units.vector[unit]);
+                        self.geometry.margin(&self.gate, a, b) > 0.0
+                    }
+                }
                 None => true,
             };
             if near && self.affordable(candidate, unit, scale) {

@@ -55,7 +55,8 @@ impl Thresholds {
             Error::file(path, problem.replace('\n', " "))
         })?;
         if thresholds.schema != SCHEMA {
-            let problem = format!("has schema {}, this kvfuse reads {SCHEMA}; calibrate again", thresholds.schema);
+            let problem =
+                format!("has schema {}, this kvfuse reads {SCHEMA}; calibrate again", thresholds.schema);
             return Err(Error::file(path, problem));
         }
         for l in &thresholds.layers {

@@ -75,7 +75,8 @@ impl Tree<'_> {
         fused
             .map(|(row, mut units)| match row.direction {
                 Direction::Mean(m) => {
-                    let centre = Centre { key: self.sparse(&root.key, m), value: self.sparse(&root.value, m) };
+                    let centre =
+                        Centre { key: self.sparse(&root.key, m), value: self.sparse(&root.value, m) };
                     Cluster { units, centre: Some(centre) }
                 }
                 Direction::Unit(first) => {
@@ -129,12 +130,13 @@ impl Tree<'_> {
             Node { rows: Vec::new(), key: Means::default(), value: Means::default(), back: Vec::new() };
         let mut left_to: Vec<Option<usize>> = vec![None; left.rows.len()];
         let mut right_to: Vec<Option<usize>> = vec![None; right.rows.len()];
-        let between = |needed: bool, part: Part| needed.then(|| Between::new(self.geometry, part, left, right));
+        let between =
+            |needed: bool, part: Part| needed.then(|| Between::new(self.geometry, part, left, right));
         let keys = between(self.gate.needs_keys(), Part::Key);
         let values = between(self.gate.needs_values(), Part::Value);
         let (mut key_row, mut value_row) = (vec![0.0; right.rows.len()], vec![0.0; right.rows.len()]);
         let mut matches = Vec::new();
-        for i in 0..left.rows.len() {
+        for (i, left_to) in left_to.iter_mut().enumerate() {
             if let Some(keys) = &keys {
                 keys.row(self, i, &mut key_row);
             }
@@ -149,7 +151,7 @@ impl Tree<'_> {
             if matches.is_empty() {
                 continue;
             }
-            left_to[i] = Some(out.rows.len());
+            *left_to = Some(out.rows.len());
             for &j in &matches {
                 right_to[j] = Some(out.rows.len());
             }
@@ -188,7 +190,11 @@ impl Tree<'_> {
                     Direction::Mean(_) => unreachable!("blocks as they are have no means"),
                 };
                 let total = |a: usize| -> f32 {
-                    all().map(|(node, row)| self.geometry.margin(&self.gate, a, vector(node.rows[row].direction))).sum()
+                    all()
+                        .map(|(node, row)| {
+                            self.geometry.margin(&self.gate, a, vector(node.rows[row].direction))
+                        })
+                        .sum()
                 };
                 // The first of equals.
                 let mut best = (f32::NEG_INFINITY, left.rows[i].direction);
