@@ -29,7 +29,7 @@ fig-bff-qa:
     {{kvfuse}} plot results/bff-qa
 
 # All figures on real questions and long prompts (about an hour on 2 cores)
-figs: fig-pairings fig-spare-layers fig-representatives fig-similarities fig-max-error fig-calibrated fig-tenants fig-shift fig-cff
+figs: fig-pairings fig-spare-layers fig-representatives fig-similarities fig-max-error fig-calibrated fig-tenants fig-shift fig-shift-unaligned fig-cff
 
 # Which pairing stores least at the same damage
 fig-pairings: dump-xquad (fig "pairings")
@@ -52,7 +52,6 @@ fig-tenants: dump-xquad (fig "tenants")
 # Thresholds of single layers against one for all, on unseen questions
 fig-calibrated:
     {{kvfuse}} dump --data squad:{{xquad}} --requests 128 --shots 3 --dtype f16 -o dumps/xquad-128
-    mkdir -p results/calibrated
     {{kvfuse}} calibrate dumps/xquad-128 --target-kl 0.005,0.02,0.05,0.2 -o results/calibrated/xquad.toml
     {{just_executable()}} xquad={{xquad}} fig calibrated
 
@@ -60,6 +59,11 @@ fig-calibrated:
 fig-shift:
     {{kvfuse}} dump --data squad:{{xquad}} --requests 64 --shots 3 --shift 64 --dtype f16 -o dumps/xquad-shift
     {{just_executable()}} xquad={{xquad}} fig shift
+
+# Equal text at other positions and in other blocks
+fig-shift-unaligned:
+    {{kvfuse}} dump --data squad:{{xquad}} --requests 64 --shots 3 --shift 61 --dtype f16 -o dumps/xquad-shift-61
+    {{just_executable()}} xquad={{xquad}} fig shift-unaligned
 
 # Chunks fast-fusion on long prompts
 fig-cff:

@@ -309,9 +309,17 @@ proptest! {
         let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(seed);
         for _ in 0..requests {
             let mut part = || (0..48).map(|_| rng.random_range(-1.0..1.0)).collect();
-            let data: Vec<_> = (0..LAYERS).map(|_| (part(), part())).collect();
-            let cache = cache(&mut distinct.pool, &data);
-            distinct.push(cache, (0..12).collect(), "a");
+            let mut data: Vec<(Vec<f32>, Vec<f32>)> = (0..LAYERS).map(|_| (part(), part())).collect();
+            // And one that differs from it by about the least step of f16 in each block: its cosine rounds to 1 or above.
+            for twin in 0..2 {
+                let own = cache(&mut distinct.pool, &data);
+                distinct.push(own, (0..12).collect(), "a");
+                for numbers in data.iter_mut().filter(|_| twin == 0).flat_map(|(k, v)| [k, v]) {
+                    for block in numbers.chunks_mut(16) {
+                        block[0] *= 1.0 + 2.0 / 1024.0;
+                    }
+                }
+            }
         }
         let fused = encoded(&distinct, &Fusion::new(choices, Rule::Tau(1.0)).unwrap());
         prop_assert_eq!(&fused.caches, &distinct.caches);

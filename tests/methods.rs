@@ -123,7 +123,19 @@ fn explain_says_what_was_fused_with_what() {
         .clone();
     assert!(said.contains(&format!("\n{fused} of ")), "{fused}: {said}");
     let layer = succeed(&[&arguments[..], &["--layer", "12"]].concat());
-    assert!(layer.contains("with request:block") && layer.contains("0:0 2:0 3:0 4:0"), "{layer}");
+    assert!(layer.contains("0:0 (1.00 1.00) 2:0 (1.00 1.00) 3:0 (1.00 1.00) and 1 more"), "{layer}");
+    refuse(
+        &["explain", out, "--request", "1", "--only", "pairng=best"],
+        &["--only pairng", "no such column"],
+    );
+    // Runs of other settings in the same folder do not count.
+    sweep(small_dump(), dir.path(), &["--pairing", "best", "--tau", "0.8", "--batch", "3"]);
+    let other = succeed(&["explain", out, "--request", "1", "--tau", "0.8"]);
+    assert!(other.contains(&request.id) && !other.contains("4:0"), "{other}");
+    sweep(small_dump(), dir.path(), &["--pairing", "best", "--tau", "0.8", "--first-token", "prefill"]);
+    let spared = succeed(&["explain", out, "--request", "1", "--tau", "0.8"]);
+    let fused = rows(&dir.path().join("requests.csv")).into_iter().rfind(|r| r["id"] == request.id).unwrap();
+    assert!(spared.contains(&format!("\n{} of ", fused["fused_blocks"])), "{spared}");
     refuse(&[&arguments[..], &["--layer", "30"]].concat(), &["--layer 30", "0 to 29"]);
 }
 
@@ -244,20 +256,18 @@ fn chunks_fuse_while_a_long_prompt_is_prefilled() {
     assert_eq!(number(&rows[3], "cr_paper"), 1.0);
     assert!(number(&rows[5], "cr_audited") > 1.05 && number(&rows[5], "kl") > number(&rows[3], "kl"));
     assert_eq!((&rows[5]["chunk_tokens"][..], &rows[5]["fuse_chunks"][..]), ("64", "2"));
-    succeed(&[
-        "explain",
-        text(&dir.path().join("out")),
-        "--request",
-        "0",
-        "--tau",
-        "0.7",
-        "--only",
-        "method=cff",
-    ]);
+    let out = dir.path().join("out");
+    let explain = ["explain", text(&out), "--request", "0", "--tau", "0.7", "--only", "method=cff"];
+    let said = succeed(&explain);
+    let counted = self::rows(&out.join("requests.csv"));
+    let fused = &counted.iter().find(|r| r["method"] == "cff" && r["tau"] == "0.7").unwrap()["fused_blocks"];
+    assert!(fused != "0" && said.contains(&format!("\n{fused} of ")), "{fused}: {said}");
+    succeed(&[&explain[..], &["--layer", "20"]].concat());
 
     refuse(&["sweep", text(&niah), "--method", "cff"], &["cff needs 2048", "--chunk"]);
     refuse(&["sweep", text(&niah), "--method", "cff", "--chunk", "100"], &["--chunk 100", "block size 16"]);
     refuse(&["sweep", text(&niah), "--method", "cff", "--fuse-chunks", "1"], &["--fuse-chunks 1"]);
+    refuse(&["sweep", text(&niah), "--method", "cff", "--first-token", "prefill"], &["--first-token", "cff"]);
 }
 
 #[test]
@@ -276,6 +286,7 @@ fn choices_beyond_reason() {
     data("synth:niah", &["--needles", "0"], &["--needles 0"]);
     data("synth:niah", &["--length", "20"], &["--length 20", "too short"]);
     data("builtin:longqa", &["--length", "100"], &["--length 100", "alone"]);
-    data("builtin:longqa", &["--length", "100000"], &["--length 100000", "all passages"]);
+    data("builtin:longqa", &["--length", "100000"], &["--length 100000", "less than 8192"]);
+    data("builtin:qa", &["--shift", "100000"], &["--shift 100000", "less than 8192"]);
     data("synth:hay", &[], &["synth:hay", "synth:niah"]);
 }

@@ -16,12 +16,14 @@ pub struct Entry {
     pub scale: Option<Scale>,
     /// The block's keys are stored without position (RoPE taken off): a reader rotates them to where the entry stands.
     pub stripped: bool,
+    /// The block stands for several, though nobody else may point at it (any more).
+    pub fused: bool,
 }
 
 impl Entry {
     /// A block as it is.
     pub fn plain(block: BlockId) -> Self {
-        Entry { block, scale: None, stripped: false }
+        Entry { block, scale: None, stripped: false, fused: false }
     }
 
     /// Factor on the block's keys.
@@ -46,7 +48,7 @@ impl BlockTable {
     pub fn append(&mut self, pool: &mut BlockPool, key: &[f32], value: &[f32]) {
         match self.entries.last_mut() {
             Some(last) if pool.tokens(last.block) < pool.shape().block_size => {
-                debug_assert!(last.scale.is_none() && !last.stripped, "a block that grows is never fused");
+                debug_assert!(!last.fused, "a block that grows is never fused");
                 last.block = pool.append(last.block, key, value);
             }
             _ => self.push(pool.allocate(key, value)),

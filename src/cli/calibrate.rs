@@ -4,6 +4,7 @@ use super::table::table;
 use super::{say, typed_command};
 use crate::codec::fusion::{Choices, Pairing, Positions, Representative, RopeMode, ScaleRule, Similarity};
 use crate::experiment::{CalibrateOptions, LayerReport, Settings, Target, calibrate};
+use crate::files;
 use anyhow::{Result, bail};
 use std::path::{Path, PathBuf};
 
@@ -101,6 +102,9 @@ pub fn run(args: Args) -> Result<()> {
         floor: args.floor,
         seed: args.seed,
     };
+    if let Some(folder) = args.out.parent().filter(|f| !f.as_os_str().is_empty()) {
+        files::writable_folder(folder)?;
+    }
     for (thresholds, layers) in calibrate(&options)? {
         let path =
             if targets.len() == 1 { args.out.clone() } else { numbered(&args.out, &thresholds.target) };
@@ -111,7 +115,15 @@ pub fn run(args: Args) -> Result<()> {
             thresholds.questions.len(),
             thresholds.target,
             thresholds.calibration_cr_audited,
-            thresholds.calibration_kl.map_or(String::new(), |kl| format!(", KL {kl:.4} nats a token")),
+            thresholds.calibration_kl.map_or(String::new(), |kl| {
+                let over = thresholds
+                    .target
+                    .strip_prefix("kl ")
+                    .and_then(|t| t.parse().ok())
+                    .is_some_and(|t: f64| kl > t);
+                let remark = if over { " (above the target even with the strictest thresholds)" } else { "" };
+                format!(", KL {kl:.4} nats a token{remark}")
+            }),
             path.display()
         ));
     }

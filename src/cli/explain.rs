@@ -93,7 +93,7 @@ fn excerpt(text: &str) -> String {
     }
 }
 
-fn partner(&(request, block): &(usize, usize)) -> String {
+fn named(request: usize, block: usize) -> String {
     format!("{request}:{block}")
 }
 
@@ -104,7 +104,7 @@ fn all_layers(e: &Explanation) -> String {
             let fused: Vec<&FusedBlock> = e.fused.iter().filter(|f| f.block == block).collect();
             let mut partners: BTreeMap<(usize, usize), usize> = BTreeMap::new();
             for at in fused.iter().flat_map(|f| &f.with) {
-                *partners.entry(*at).or_default() += 1;
+                *partners.entry((at.request, at.block)).or_default() += 1;
             }
             let most = partners.iter().max_by_key(|(at, n)| (**n, std::cmp::Reverse(**at)));
             let least = |of: fn(&FusedBlock) -> f64| {
@@ -117,7 +117,7 @@ fn all_layers(e: &Explanation) -> String {
                 excerpt(&e.texts[block]),
                 fused.len().to_string(),
                 partners.len().to_string(),
-                most.map_or("-".to_owned(), |(at, n)| format!("{} in {n}", partner(at))),
+                most.map_or("-".to_owned(), |(at, n)| format!("{} in {n}", named(at.0, at.1))),
                 least(|f| f.key_cosine),
                 least(|f| f.value_cosine),
                 format!("{worst:.3}"),
@@ -135,18 +135,23 @@ fn all_layers(e: &Explanation) -> String {
         "worst error",
     ];
     table(&header, &rows)
-        + "\n\n(partners are request:block; cosines are with what is read instead of the block)"
+        + "\n\n(partners are request:block; cosines are with what is read instead of the block; --layer lists one layer)"
 }
 
 /// A line a fused block of one layer, with its partners.
 fn one_layer(e: &Explanation, layer: usize) -> String {
-    const SHOWN: usize = 6;
+    const SHOWN: usize = 3;
     let rows: Vec<Vec<String>> = e
         .fused
         .iter()
         .filter(|f| f.layer == layer)
         .map(|f| {
-            let shown: Vec<String> = f.with.iter().take(SHOWN).map(partner).collect();
+            let shown: Vec<String> = f
+                .with
+                .iter()
+                .take(SHOWN)
+                .map(|p| format!("{} ({:.2} {:.2})", named(p.request, p.block), p.key_cosine, p.value_cosine))
+                .collect();
             let more = f.with.len().saturating_sub(SHOWN);
             vec![
                 f.block.to_string(),
@@ -162,5 +167,16 @@ fn one_layer(e: &Explanation, layer: usize) -> String {
     if rows.is_empty() {
         return format!("nothing of layer {layer} was fused");
     }
-    table(&["block", "text", "K cos", "V cos", "K error", "V error", "with request:block"], &rows)
+    table(
+        &[
+            "block",
+            "text",
+            "K cos",
+            "V cos",
+            "K error",
+            "V error",
+            "nearest partners request:block (K cos V cos)",
+        ],
+        &rows,
+    )
 }

@@ -41,21 +41,14 @@ enum Command {
     /// List, fetch and try models
     #[command(subcommand)]
     Model(model::Command),
-    /// Prefill prompts and write their KV caches
+    // The others say themselves what they are for.
     Dump(dump::Args),
-    /// Check a dump and summarise it
     Inspect(inspect::Args),
-    /// Fuse a dump's caches at many thresholds and measure rate and damage
     Sweep(Box<sweep::Args>),
-    /// Find thresholds of single layers for a target KL or error
     Calibrate(calibrate::Args),
-    /// Say what a sweep's arm did to one request
     Explain(explain::Args),
-    /// Draw the figures of a sweep
     Plot(plot::Args),
-    /// Everything at once, with defaults, into results/demo
     Demo(demo::Args),
-    /// Measure this machine: GEMM, prefill, batched decode, fusion
     Bench(bench::Args),
 }
 

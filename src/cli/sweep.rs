@@ -8,8 +8,8 @@ use std::path::PathBuf;
 
 /// Encode a dump's caches by every method and threshold, decode, and compare with no fusion.
 ///
-/// Writes sweep.csv (a row an arm; columns in docs/sweep-columns.md), timings.csv, manifest.json and runs/ (every
-/// request's answers). The controls `none` and `prefix` always run. Finished arms are skipped when run again.
+/// Writes sweep.csv (a row an arm; columns in docs/sweep-columns.md), requests.csv (a row a request and arm), timings.csv,
+/// manifest.json and runs/. The controls `none` and `prefix` always run. Finished arms are skipped when run again.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Examples:\n  \
     kvfuse sweep dumps/qa --method bff --tau 0.95:0.60:0.05 -o results/qa\n  \

@@ -42,7 +42,8 @@ impl AddAssign for Distortion {
 /// What encoding did to one request.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub struct Drift {
-    /// Blocks, counted in every layer, that share storage with another or are restored from numbers not their own.
+    /// Blocks, counted in every layer, that share storage with another or are restored from numbers not their own
+    /// ([`CacheBatch::is_fused`]).
     pub fused_blocks: u64,
     /// The highest relative squared error of one block of one layer, of its keys or of its values.
     pub worst_block_error: f64,
@@ -84,8 +85,8 @@ pub fn distortion_in(
                 let (value_error, value_energy) = squares(values.0, values.1, y.value_scale());
                 sum += Distortion { key_error, key_energy, value_error, value_energy };
                 let worst = relative(key_error, key_energy).max(relative(value_error, value_energy));
-                let shared = encoded.pool.references(y.block) > 1 || y.scale.is_some() || y.stripped;
-                drift.join(&Drift { fused_blocks: u64::from(shared), worst_block_error: worst });
+                let fused = encoded.is_fused(request, n, block);
+                drift.join(&Drift { fused_blocks: u64::from(fused), worst_block_error: worst });
             }
         }
         (sum, drifts)

@@ -47,6 +47,12 @@ impl CacheBatch {
         self.tenants.push(tenant.to_owned());
     }
 
+    /// Whether a block of a request shares storage with another, or is restored from numbers that were made for several.
+    pub fn is_fused(&self, request: usize, layer: usize, block: usize) -> bool {
+        let entry = &self.caches[request].layers[layer].entries[block];
+        entry.fused || self.pool.references(entry.block) > 1
+    }
+
     /// Keys and values of one block of one request as attention reads them: scaled, and turned to their positions.
     /// `[tokens, kv_heads, head_dim]` each.
     pub fn read(&self, request: usize, layer: usize, block: usize) -> (Vec<f32>, Vec<f32>) {

@@ -33,6 +33,15 @@ const BLOCK_SIZE: usize = 16;
 /// The tokens that all prompts share are prefilled once; then one request at a time is in memory.
 pub fn dump(folder: &Path, options: &DumpOptions) -> Result<Manifest> {
     let model = Model::load(&options.model)?;
+    // Before anything so long is made up.
+    let context = model.decoder.context();
+    for (name, tokens) in [("--length", options.draw.length.unwrap_or(0)), ("--shift", options.shift)] {
+        if tokens >= context {
+            return Err(Error::argument(format!(
+                "{name} {tokens}: the model takes less than {context} tokens"
+            )));
+        }
+    }
     let mut set = task::load(&options.draw, &|text| Ok(model.tokenizer.encode(text)?.len()))?;
     files::writable_folder(folder)?;
     let mut prompts: Vec<Vec<u32>> =
@@ -40,7 +49,6 @@ pub fn dump(folder: &Path, options: &DumpOptions) -> Result<Manifest> {
     if options.shift > 0 {
         shift(&model, &mut set.requests, &mut prompts, options)?;
     }
-    let context = model.decoder.context();
     if let Some(i) = prompts.iter().position(|p| p.is_empty() || p.len() >= context) {
         let message = format!(
             "request {} has {} tokens; the model takes 1 to {context}, answer included",

@@ -208,7 +208,12 @@ impl Grid {
     /// All arms of one block size, controls first: `none` and `prefix` always run, asked for or not.
     pub fn arms(&self, block_size: usize) -> Vec<Arm> {
         let mut arms = vec![Arm::control(Method::None, block_size, false)];
-        arms.extend(self.within_tenant.iter().map(|&w| Arm::control(Method::Prefix, block_size, w)));
+        for &within_tenant in &self.within_tenant {
+            let prefix = Arm::control(Method::Prefix, block_size, within_tenant);
+            if !arms.contains(&prefix) {
+                arms.push(prefix);
+            }
+        }
         let rules = self.taus.iter().map(|&t| Rule::Tau(t));
         let rules: Vec<Rule> = rules.chain(self.max_errors.iter().map(|&e| Rule::MaxError(e))).collect();
         for choices in self.choices() {

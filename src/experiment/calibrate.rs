@@ -8,7 +8,9 @@ use super::settings::SweepOptions;
 use super::stage::Stage;
 use super::sweep::open_model;
 use crate::codec::CacheBatch;
-use crate::codec::fusion::{Choices, Fusion, LayerThresholds, Rule, Thresholds};
+use crate::codec::fusion::{
+    Blocks, Choices, Fusion, LayerThresholds, Part, Place, Positions, Rule, Thresholds,
+};
 use crate::dump::Manifest;
 use crate::error::{Error, Result};
 use crate::interrupt;
@@ -89,7 +91,7 @@ pub fn calibrate(options: &CalibrateOptions) -> Result<Vec<(Thresholds, Vec<Laye
     let spare = options.choices.spare_layers.min(layers);
     let touched: Vec<usize> = (spare..layers.saturating_sub(spare)).collect();
     let floors = match options.floor {
-        Some(quantile) => Some(floors(&stage, &touched, quantile, options.seed)?),
+        Some(quantile) => Some(floors(&stage, &touched, quantile, options)?),
         None => None,
     };
     let thresholds = |layers: Vec<LayerThresholds>| Thresholds {
@@ -174,20 +176,34 @@ fn thresholds_of(chosen: &[Candidate]) -> Vec<LayerThresholds> {
     chosen.iter().map(|c| c.thresholds).collect()
 }
 
-/// The calibration questions, by seed, in the order of the dump.
+/// The calibration questions, in the order of the dump. All questions about one text are drawn together, by seed, until
+/// there are enough: what fuses is blocks of texts, and those of unseen questions must be unseen too.
 fn draw(options: &CalibrateOptions, manifest: &Manifest) -> Result<Vec<usize>> {
     let all = manifest.requests.len();
     let wanted = options.questions.unwrap_or(all / 2);
-    if wanted < 2 || wanted >= all {
-        let problem =
-            format!("has {all} questions: calibration needs at least 2 and must leave some, not {wanted}");
+    let mut texts: Vec<(&str, Vec<usize>)> = Vec::new();
+    for (i, entry) in manifest.requests.iter().enumerate() {
+        let text = entry.request.text();
+        match texts.iter_mut().find(|(t, _)| *t == text) {
+            Some((_, questions)) => questions.push(i),
+            None => texts.push((text, vec![i])),
+        }
+    }
+    texts.shuffle(&mut ChaCha8Rng::seed_from_u64(options.seed));
+    let mut drawn = Vec::new();
+    for (_, questions) in texts {
+        if drawn.len() < wanted {
+            drawn.extend(questions);
+        }
+    }
+    if drawn.len() < 2 || drawn.len() >= all {
+        let problem = format!(
+            "has {all} questions: calibration needs at least 2 and must leave some about other texts, not {wanted}"
+        );
         return Err(Error::file(&options.sweep.dump, problem));
     }
-    let mut order: Vec<usize> = (0..all).collect();
-    order.shuffle(&mut ChaCha8Rng::seed_from_u64(options.seed));
-    order.truncate(wanted);
-    order.sort_unstable();
-    Ok(order)
+    drawn.sort_unstable();
+    Ok(drawn)
 }
 
 /// Rates and errors of a layer at all thresholds of the grid; of several that fuse alike, the strictest.
@@ -230,7 +246,7 @@ fn candidates(
 
 /// Three digits, upwards: a floor may only rise.
 fn rounded(x: f64) -> f64 {
-    (x * 1e3).ceil() / 1e3
+    ((x * 1e3).ceil() / 1e3).min(1.0)
 }
 
 /// Candidates that no other beats in both bits and error, most bits first.
@@ -288,46 +304,49 @@ fn within_kl(
 }
 
 /// For every layer, the quantile of the cosines (keys, values) of pairs of unrelated blocks: of different requests, with no
-/// three consecutive tokens in common.
-fn floors(stage: &Stage, layers: &[usize], quantile: f64, seed: u64) -> Result<Vec<(f64, f64)>> {
-    let mut pairs: Vec<(&CacheBatch, [(usize, usize); 2])> = Vec::new();
-    let mut rng = ChaCha8Rng::seed_from_u64(seed);
-    for batch in stage.batches().filter(|b| b.caches.len() > 1) {
+/// three consecutive tokens in common; in the frame (RoPE, positions) in which blocks are compared.
+fn floors(
+    stage: &Stage,
+    layers: &[usize],
+    quantile: f64,
+    options: &CalibrateOptions,
+) -> Result<Vec<(f64, f64)>> {
+    let mut pairs: Vec<(&CacheBatch, Blocks, Vec<(usize, usize)>)> = Vec::new();
+    let mut rng = ChaCha8Rng::seed_from_u64(options.seed);
+    for batch in stage.batches() {
         let size = batch.pool.shape().block_size;
-        let trigrams = |(request, block): (usize, usize)| -> HashSet<&[u32]> {
+        let blocks = Blocks::of_requests(batch);
+        let trigrams = |place: usize| -> HashSet<&[u32]> {
+            let Place { request, block, .. } = blocks.places[place];
             batch.tokens[request][block * size..(block + 1) * size].windows(3).collect()
         };
-        for _ in 0..FLOOR_PAIRS {
-            let mut pick = || {
-                let request = rng.random_range(0..batch.caches.len());
-                let full = batch.tokens[request].len() / size;
-                (full > 0).then(|| (request, rng.random_range(0..full)))
-            };
-            if let (Some(a), Some(b)) = (pick(), pick())
-                && a.0 != b.0
-                && trigrams(a).is_disjoint(&trigrams(b))
-            {
-                pairs.push((batch, [a, b]));
+        let mut drawn = Vec::new();
+        for _ in 0..if blocks.places.is_empty() { 0 } else { FLOOR_PAIRS } {
+            let (a, b) = (rng.random_range(0..blocks.places.len()), rng.random_range(0..blocks.places.len()));
+            let (p, q) = (blocks.places[a], blocks.places[b]);
+            let may_meet = options.choices.positions == Positions::Any || p.block == q.block;
+            if p.request != q.request && may_meet && trigrams(a).is_disjoint(&trigrams(b)) {
+                drawn.push((a, b));
             }
         }
+        pairs.push((batch, blocks, drawn));
     }
-    if pairs.len() < 100 {
-        return Err(Error::argument(format!(
-            "--floor: only {} pairs of unrelated blocks; take more questions",
-            pairs.len()
-        )));
+    let count: usize = pairs.iter().map(|(.., drawn)| drawn.len()).sum();
+    if count < 100 {
+        let message = format!("--floor: only {count} pairs of unrelated blocks; take more questions");
+        return Err(Error::argument(message));
     }
     let of = |&layer: &usize| {
-        let cosines = pairs.iter().map(|(batch, [a, b])| {
-            let block =
-                |&(request, block): &(usize, usize)| batch.caches[request].layers[layer].entries[block].block;
-            let (a, b) = (block(a), block(b));
-            (
-                cosine(batch.pool.keys(a), batch.pool.keys(b)),
-                cosine(batch.pool.values(a), batch.pool.values(b)),
-            )
-        });
-        let (mut keys, mut values): (Vec<f64>, Vec<f64>) = cosines.unzip();
+        let (mut keys, mut values) = (Vec::new(), Vec::new());
+        for (batch, blocks, drawn) in &pairs {
+            for &(a, b) in drawn {
+                let numbers = |part: Part, place: usize| {
+                    blocks.numbers(batch, options.choices.rope, part, layer, place)
+                };
+                keys.push(cosine(&numbers(Part::Key, a), &numbers(Part::Key, b)));
+                values.push(cosine(&numbers(Part::Value, a), &numbers(Part::Value, b)));
+            }
+        }
         let at = |x: &mut Vec<f64>| {
             x.sort_by(f64::total_cmp);
             x[((x.len() - 1) as f64 * quantile).round() as usize]

@@ -1,20 +1,20 @@
 //! `kvfuse explain`: what an arm did to one request, block by block.
 
 use super::arms::{Arm, Method};
+use super::evaluate::Base;
 use super::rows::RequestScore;
-use super::runs::RunRecord;
+use super::runs::{RunRecord, Runs, run_id};
 use super::settings::Settings;
 use super::stage::{encode_batch, load};
-use super::sweep::{open_model, questions};
+use super::sweep::{open_model, questions, setting};
 use crate::codec::{CacheBatch, Memo, relative_error};
 use crate::dump::Manifest;
 use crate::error::{Error, IoAt, Result};
-use crate::model::Model;
 use crate::model::kernels::inner;
 use serde_json::Value;
 use std::collections::BTreeMap;
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 /// Which arm and request of a sweep to explain.
 pub struct ExplainOptions {
@@ -30,13 +30,24 @@ pub struct ExplainOptions {
     pub only: Vec<(String, String)>,
 }
 
+/// A block that another one shares storage with.
+#[derive(Debug, Clone, Copy)]
+pub struct Partner {
+    /// Position of the request in the sweep.
+    pub request: usize,
+    pub block: usize,
+    /// Cosines between the two blocks as they were, keys with their positions.
+    pub key_cosine: f64,
+    pub value_cosine: f64,
+}
+
 /// One block of the request in one layer.
 #[derive(Debug, Clone)]
 pub struct FusedBlock {
     pub layer: usize,
     pub block: usize,
-    /// Other blocks behind the same storage: (request in the sweep, block).
-    pub with: Vec<(usize, usize)>,
+    /// Other blocks behind the same storage, the most similar first.
+    pub with: Vec<Partner>,
     /// Cosine of the block with what is read instead of it.
     pub key_cosine: f64,
     pub value_cosine: f64,
@@ -53,7 +64,7 @@ pub struct Explanation {
     pub plain: RequestScore,
     pub question: String,
     pub references: Vec<String>,
-    /// Text of each full block.
+    /// Text of each full block of the cache.
     pub texts: Vec<String>,
     pub layers: usize,
     /// Fused blocks, layer by layer.
@@ -94,35 +105,38 @@ pub fn explain(options: &ExplainOptions) -> Result<Explanation> {
         Error::argument(message)
     })?;
 
-    let records = records(&options.out)?;
-    let record = choose(&records, options)?.clone();
-    let none = |r: &&RunRecord| {
-        r.row.arm.method == Method::None && r.row.arm.block_size == record.row.arm.block_size
-    };
-    let plain = records
+    // Only the runs of this manifest: the folder may hold those of other settings.
+    let setting = setting(&sweep, &manifest, &questions)?;
+    let runs = Runs::at(&options.out);
+    let mut finished: Vec<(Arm, RunRecord)> = Vec::new();
+    for arm in sweep.arms() {
+        if let Some(record) = runs.load(&run_id(&setting, &arm)?).filter(|r| r.requests.len() == ids.len()) {
+            finished.push((arm, record));
+        }
+    }
+    let (arm, record) = choose(&finished, options)?.clone();
+    let none = |(a, _): &&(Arm, RunRecord)| a.method == Method::None && a.block_size == arm.block_size;
+    let plain = finished
         .iter()
         .find(none)
         .ok_or_else(|| Error::file(&options.out, "has no finished run of the control 'none'; sweep again"))?;
-    let score = |r: &RunRecord| {
-        let missing = || Error::file(&options.out, "its runs are of other requests; sweep again");
-        r.requests.get(at).filter(|s| s.id == ids[at]).cloned().ok_or_else(missing)
-    };
-    let (score, plain) = (score(&record)?, score(plain)?);
+    let (score, plain) = (record.requests[at].clone(), plain.1.requests[at].clone());
 
-    let arm = record.row.arm.arm(&sweep.grid.thresholds)?;
     let model = open_model(&sweep.dump, sweep.model.as_deref(), &manifest)?;
     // The requests that were fused together with it.
     let first = at / sweep.batch * sweep.batch;
     let lot = &questions[first..questions.len().min(first + sweep.batch)];
-    let (original, _) = load(&sweep.dump, &model, &manifest, lot, arm.block_size, 0)?;
-    let encoded = encode(&model, &original, &arm)?;
+    let (batch, prompts) = load(&sweep.dump, &model, &manifest, lot, arm.block_size, 0)?;
+    // With a spared first token, the sweep's caches hold the last prompt token too.
+    let original = Base::new(&model, batch, &prompts, sweep.first_token).batch;
+    let encoded = encode_batch(&model, &original, &Memo::default(), &arm.encoder()?)?;
     let size = arm.block_size;
     let tokens = &original.tokens[at - first];
     let texts = tokens.chunks_exact(size).map(|t| model.tokenizer.decode(t)).collect::<Result<_>>()?;
-    let fused = fused_blocks(&original, &encoded, at - first)
-        .into_iter()
-        .map(|b| FusedBlock { with: b.with.iter().map(|&(r, block)| (r + first, block)).collect(), ..b })
-        .collect();
+    let mut fused = fused_blocks(&original, &encoded, at - first);
+    for partner in fused.iter_mut().flat_map(|b| &mut b.with) {
+        partner.request += first;
+    }
     let request = &manifest.requests[questions[at]].request;
     Ok(Explanation {
         score,
@@ -137,54 +151,39 @@ pub fn explain(options: &ExplainOptions) -> Result<Explanation> {
     })
 }
 
-fn encode(model: &Model, original: &CacheBatch, arm: &Arm) -> Result<CacheBatch> {
-    encode_batch(model, original, &Memo::default(), &arm.encoder()?)
-}
-
-/// All finished runs of a folder, in the order of their names.
-fn records(out: &Path) -> Result<Vec<RunRecord>> {
-    let folder = out.join("runs");
-    let mut paths: Vec<PathBuf> =
-        fs::read_dir(&folder).at(&folder)?.filter_map(|e| e.ok().map(|e| e.path())).collect();
-    paths.sort();
-    paths.retain(|p| p.extension().is_some_and(|e| e == "json"));
-    let read = |path: &PathBuf| {
-        let text = fs::read_to_string(path).at(path)?;
-        Ok(serde_json::from_str(&text).ok())
-    };
-    let read: Vec<Option<RunRecord>> = paths.iter().map(read).collect::<Result<_>>()?;
-    Ok(read.into_iter().flatten().collect())
-}
-
 /// The one run that fits what is asked for.
-fn choose<'a>(records: &'a [RunRecord], options: &ExplainOptions) -> Result<&'a RunRecord> {
-    let fits = |r: &&RunRecord| {
-        let columns = serde_json::to_value(&r.row.arm).unwrap_or_default();
-        let cell = |name: &str| match &columns[name] {
-            Value::String(text) => text.clone(),
-            other => other.to_string(),
-        };
-        options.run.as_ref().is_none_or(|run| *run == r.row.run)
-            && options.tau.is_none_or(|tau| r.row.arm.tau == Some(tau))
-            && options.max_error.is_none_or(|e| r.row.arm.max_error == Some(e))
-            && options.only.iter().all(|(name, value)| cell(name) == *value)
-            && (options.run.is_some() || !matches!(r.row.arm.method, Method::None | Method::Prefix))
+fn choose<'a>(finished: &'a [(Arm, RunRecord)], options: &ExplainOptions) -> Result<&'a (Arm, RunRecord)> {
+    let cells = |record: &RunRecord| serde_json::to_value(&record.row).unwrap_or_default();
+    let cell = |columns: &Value, name: &str| match &columns[name] {
+        Value::String(text) => text.clone(),
+        Value::Null => String::new(),
+        other => other.to_string(),
     };
-    let found: Vec<&RunRecord> = records.iter().filter(fits).collect();
+    if let Some((_, first)) = finished.first()
+        && let Some((name, _)) = options.only.iter().find(|(name, _)| cells(first).get(name).is_none())
+    {
+        return Err(Error::argument(format!("--only {name}: sweep.csv has no such column")));
+    }
+    let fits = |(arm, record): &&(Arm, RunRecord)| {
+        let columns = cells(record);
+        options.run.as_ref().is_none_or(|run| *run == record.row.run)
+            && options.tau.is_none_or(|tau| record.row.arm.tau == Some(tau))
+            && options.max_error.is_none_or(|e| record.row.arm.max_error == Some(e))
+            && options.only.iter().all(|(name, value)| cell(&columns, name) == *value)
+            && (options.run.is_some() || arm.rule.is_some())
+    };
+    let found: Vec<&(Arm, RunRecord)> = finished.iter().filter(fits).collect();
     match found[..] {
         [one] => Ok(one),
         [] => Err(Error::file(&options.out, "has no finished run that fits; its sweep.csv lists them")),
         _ => {
-            let describe = |r: &&RunRecord| {
-                let a = &r.row.arm;
-                let name = |x: Option<String>| x.unwrap_or_default().to_lowercase();
-                format!(
-                    "{} ({} {} {})",
-                    r.row.run,
-                    a.method.name(),
-                    name(a.pairing.map(|p| format!("{p:?}"))),
-                    a.tau.or(a.max_error).map_or(a.thresholds.clone().unwrap_or_default(), |t| t.to_string()),
-                )
+            let describe = |(_, record): &&(Arm, RunRecord)| {
+                let columns = cells(record);
+                let words =
+                    ["method", "pairing", "representative", "similarity", "tau", "max_error", "thresholds"];
+                let words: Vec<String> =
+                    words.iter().map(|name| cell(&columns, name)).filter(|c| !c.is_empty()).collect();
+                format!("{} ({})", record.row.run, words.join(" "))
             };
             let list: Vec<String> = found.iter().take(6).map(describe).collect();
             let more = if found.len() > 6 { ", ..." } else { "" };
@@ -198,7 +197,7 @@ fn choose<'a>(records: &'a [RunRecord], options: &ExplainOptions) -> Result<&'a 
     }
 }
 
-/// Blocks of a request that are not stored for it alone as they were.
+/// Full blocks of a request that share storage, or are restored from numbers made for several.
 fn fused_blocks(original: &CacheBatch, encoded: &CacheBatch, request: usize) -> Vec<FusedBlock> {
     let mut fused = Vec::new();
     for layer in 0..original.caches[request].layers.len() {
@@ -209,15 +208,26 @@ fn fused_blocks(original: &CacheBatch, encoded: &CacheBatch, request: usize) -> 
             }
         }
         for (block, entry) in encoded.caches[request].layers[layer].entries.iter().enumerate() {
-            let sharing = &owners[&entry.block];
-            let (x, y) = (original.read(request, layer, block), encoded.read(request, layer, block));
-            if sharing.len() < 2 && x == y {
+            if !encoded.is_fused(request, layer, block) {
                 continue;
             }
+            let (x, y) = (original.read(request, layer, block), encoded.read(request, layer, block));
+            let partner = |&(r, b): &(usize, usize)| {
+                let z = original.read(r, layer, b);
+                Partner {
+                    request: r,
+                    block: b,
+                    key_cosine: cosine(&x.0, &z.0),
+                    value_cosine: cosine(&x.1, &z.1),
+                }
+            };
+            let mut with: Vec<Partner> =
+                owners[&entry.block].iter().filter(|&&at| at != (request, block)).map(partner).collect();
+            with.sort_by(|a, b| b.key_cosine.total_cmp(&a.key_cosine));
             fused.push(FusedBlock {
                 layer,
                 block,
-                with: sharing.iter().copied().filter(|&at| at != (request, block)).collect(),
+                with,
                 key_cosine: cosine(&x.0, &y.0),
                 value_cosine: cosine(&x.1, &y.1),
                 key_error: relative_error(&x.0, &y.0),

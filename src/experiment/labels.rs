@@ -27,8 +27,12 @@ pub fn label_columns() -> impl Iterator<Item = &'static str> {
 /// A label for each row; `rows` hold the cells of [`label_columns`], empty where a column means nothing to a row. Rows of
 /// a series have the same label: a threshold or an error budget is no part of it, but its kind is.
 pub fn series_labels(rows: &[Vec<String>]) -> Vec<String> {
+    // A budget and a calibration look at keys and values in any case.
+    let known =
+        |row: &[String], name: &str| name == "similarity" && !(row[1].is_empty() && row[2].is_empty());
     let varies = |column: usize| {
-        let mut cells = rows.iter().map(|r| &r[column]).filter(|c| !c.is_empty());
+        let named = rows.iter().filter(|r| !known(r, CHOICES[column - KINDS].0));
+        let mut cells = named.map(|r| &r[column]).filter(|c| !c.is_empty());
         let first = cells.next();
         cells.any(|c| Some(c) != first)
     };
@@ -38,11 +42,9 @@ pub fn series_labels(rows: &[Vec<String>]) -> Vec<String> {
         let is_control = row[KINDS].is_empty();
         let mut words = vec![row[0].clone()];
         for ((&(name, before, after), cell), varies) in CHOICES.iter().zip(&row[KINDS..]).zip(&varying) {
-            // A budget and a calibration look at keys and values in any case.
-            let known = name == "similarity" && (budget || calibrated);
             if is_control && name == "within_tenant" && cell == "true" {
                 words.push("within tenant".to_owned());
-            } else if !is_control && *varies && !known {
+            } else if !is_control && *varies && !known(row, name) {
                 words.push(format!("{before}{cell}{after}"));
             }
         }
@@ -75,7 +77,7 @@ mod tests {
             row("bff", "", "best", "keys"),
             row("bff", "0.1", "best", "lower"),
         ];
-        assert_eq!(series_labels(&rows), ["bff tree on keys", "bff best on keys", "bff best max error"]);
+        assert_eq!(series_labels(&rows), ["bff tree", "bff best", "bff best max error"]);
         assert_eq!(series_labels(&rows[..1]), ["bff"]);
         assert_eq!(series_labels(&[row("prefix", "", "", ""), rows[0].clone()]), ["prefix", "bff"]);
     }

@@ -16,7 +16,7 @@ mod table;
 pub use arms::{Arm, ArmColumns, Chunking, Encoder, Grid, Method};
 pub use calibrate::{CalibrateOptions, LayerReport, Target, calibrate};
 pub use evaluate::FirstToken;
-pub use explain::{ExplainOptions, Explanation, FusedBlock, explain};
+pub use explain::{ExplainOptions, Explanation, FusedBlock, Partner, explain};
 pub use grid::parse_taus;
 pub use labels::{label_columns, series_labels};
 pub use rows::{RequestRow, RequestScore, Row, Timings};

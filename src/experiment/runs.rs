@@ -28,6 +28,11 @@ impl Runs {
         Ok(Runs { folder })
     }
 
+    /// The runs of a folder that is only read.
+    pub fn at(out: &Path) -> Self {
+        Runs { folder: out.join("runs") }
+    }
+
     fn path(&self, run: &str) -> PathBuf {
         self.folder.join(format!("{run}.json"))
     }

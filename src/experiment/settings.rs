@@ -1,6 +1,6 @@
 //! The settings of a sweep: the command line and TOML files share one list of them.
 
-use super::arms::{Grid, Method};
+use super::arms::{Arm, Grid, Method};
 use super::evaluate::FirstToken;
 use super::grid::parse_taus;
 use crate::codec::fusion::{Pairing, Positions, Representative, RopeMode, ScaleRule, Similarity, Thresholds};
@@ -33,7 +33,8 @@ pub struct Settings {
     /// Instead of --tau: fuse a block only if its relative squared error, of keys and of values, stays below this
     #[arg(long, value_name = "E", value_delimiter = ',', value_parser = finite, help_heading = "When blocks fuse")]
     pub max_error: Option<Vec<f64>>,
-    /// Instead of --tau: thresholds of single layers from `kvfuse calibrate`; its questions are left out of the sweep
+    /// Instead of --tau: thresholds of single layers from `kvfuse calibrate`, with the choices they were made for; the
+    /// questions it saw are left out of the sweep
     #[arg(long, value_name = "FILE", value_delimiter = ',', help_heading = "When blocks fuse")]
     pub thresholds: Option<Vec<PathBuf>>,
     /// Which blocks fuse with which [default: tree]
@@ -197,6 +198,11 @@ impl Settings {
 }
 
 impl SweepOptions {
+    /// All arms, block size by block size.
+    pub fn arms(&self) -> Vec<Arm> {
+        self.block_sizes.iter().flat_map(|&size| self.grid.arms(size)).collect()
+    }
+
     fn check(&self) -> Result<()> {
         let mut counts = vec![
             ("--batch", self.batch),
@@ -212,6 +218,11 @@ impl SweepOptions {
         if sizes.len() < self.block_sizes.len() {
             return Err(Error::argument("--block-size lists a size twice"));
         }
+        if self.first_token == FirstToken::Prefill && self.grid.methods.contains(&Method::Cff) {
+            let message = "--first-token prefill spares the first answer token what happens after prefill; \
+                           cff fuses during prefill: sweep it with --first-token fused";
+            return Err(Error::argument(message));
+        }
         for file in &self.grid.thresholds {
             if !sizes.contains(&file.block_size) {
                 let message = format!(
@@ -222,11 +233,6 @@ impl SweepOptions {
             }
         }
         // Every arm must name a codec that can be built, before a model is loaded for it.
-        for &size in &self.block_sizes {
-            for arm in self.grid.arms(size) {
-                arm.encoder()?;
-            }
-        }
-        Ok(())
+        self.arms().iter().try_for_each(|arm| arm.encoder().map(|_| ()))
     }
 }

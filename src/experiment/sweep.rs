@@ -25,12 +25,12 @@ pub fn sweep(options: &SweepOptions) -> Result<Vec<Row>> {
     let out = &options.out;
     let manifest = Manifest::read(&options.dump)?;
     let questions = questions(options, &manifest)?;
+    let setting = setting(options, &manifest, &questions)?;
+    let grid = options.arms();
+    check_arms(options, &manifest, &questions, &grid)?;
     files::writable_folder(out)?;
     refuse_foreign(out)?;
     let runs = Runs::open(out)?;
-    let setting = setting(options, &manifest, &questions)?;
-    let grid: Vec<Arm> = options.block_sizes.iter().flat_map(|&size| options.grid.arms(size)).collect();
-    check_arms(options, &manifest, &questions, &grid)?;
     let ids: Vec<String> = grid.iter().map(|arm| run_id(&setting, arm)).collect::<Result<_>>()?;
     let whole = |r: &RunRecord| r.requests.len() == questions.len();
     let mut records: Vec<Option<RunRecord>> = ids.iter().map(|id| runs.load(id).filter(whole)).collect();

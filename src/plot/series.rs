@@ -83,8 +83,7 @@ impl SweepTable {
                 name: match (tau[i].is_finite(), budget[i].is_finite()) {
                     (true, _) => tau[i].to_string(),
                     (_, true) => budget[i].to_string(),
-                    // Without the checksum.
-                    _ => thresholds[i].rsplit_once('-').map_or(String::new(), |(stem, _)| stem.to_owned()),
+                    _ => file_name(&thresholds[i]),
                 },
                 block_size: block_size[i] as u64,
                 cr_audited: audited[i],
@@ -112,6 +111,17 @@ impl SweepTable {
             fusion,
         })
     }
+}
+
+/// `qa-kl-0.02-1a2b3c4d`, a stem with a checksum, as a label: the target if the stem ends with one.
+fn file_name(thresholds: &str) -> String {
+    let stem = thresholds.rsplit_once('-').map_or("", |(stem, _)| stem);
+    for (kind, label) in [("-kl-", "KL"), ("-error-", "error")] {
+        if let Some((_, target)) = stem.rsplit_once(kind) {
+            return format!("{label} {target}");
+        }
+    }
+    stem.to_owned()
 }
 
 /// A data source without the folders before its file name.

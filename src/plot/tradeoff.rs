@@ -82,7 +82,7 @@ impl Tradeoff<'_> {
         }
         // Intervals of many series hide each other: then they are pale.
         let shade = if t.fusion.len() > 2 { 0.4 } else { 1.0 };
-        let mut taken: Vec<(i32, i32)> = Vec::new();
+        let mut taken: Vec<(i32, i32, i32)> = Vec::new();
         for (n, series) in t.fusion.iter().enumerate() {
             let color = series_color(n).to_rgba();
             let at = |p: &Point| (p.cr_audited, clip(quality(p).mid));
@@ -110,15 +110,16 @@ impl Tradeoff<'_> {
                 // A label that another one would cover says nothing.
                 let (x, y) = chart.plotting_area().map_coordinate(&at(p));
                 let (x, y) = (x + offset.0, y + offset.1);
-                if taken.iter().any(|(u, v)| (u - x).abs() < 34 && (v - y).abs() < 14) {
+                let right = x + 8 * p.name.len() as i32;
+                if taken.iter().any(|&(u, end, v)| x < end && u < right && (v - y).abs() < 14) {
                     continue;
                 }
-                taken.push((x, y));
+                taken.push((x, right, y));
                 let label = Text::new(p.name.clone(), offset, (FONT, 14).into_font().color(&color));
                 chart.draw_series(std::iter::once(EmptyElement::at(at(p)) + label)).map_err(said)?;
             }
         }
-        for (p, name) in [(&t.none, "no fusion"), (&t.prefix, "prefix")] {
+        for (p, name, below) in [(&t.none, "no fusion", -18), (&t.prefix, "prefix", 5)] {
             let q = quality(p);
             if !q.mid.is_finite() {
                 continue;
@@ -132,13 +133,13 @@ impl Tradeoff<'_> {
                 8,
             );
             chart.draw_series([mark]).map_err(said)?;
-            let label = Text::new(name, (7, -18), (FONT, 14).into_font().color(&BLACK));
+            let label = Text::new(name, (7, below), (FONT, 14).into_font().color(&BLACK));
             chart
                 .draw_series(std::iter::once(EmptyElement::at((p.cr_audited, clip(q.mid))) + label))
                 .map_err(said)?;
         }
         let position =
-            if level.is_finite() { SeriesLabelPosition::UpperRight } else { SeriesLabelPosition::UpperLeft };
+            if level.is_finite() { SeriesLabelPosition::UpperRight } else { SeriesLabelPosition::LowerRight };
         legend(chart, position)
     }
 }

@@ -36,6 +36,19 @@ pub struct Request {
     pub shift_tokens: usize,
 }
 
+impl Request {
+    /// What the question is about: the prompt between the last blank line (worked examples come before it) and the
+    /// question; the whole prompt if there is no question.
+    pub fn text(&self) -> &str {
+        let own = self.prompt.rsplit_once("\n\n").map_or(&self.prompt[..], |(_, own)| own);
+        let end = (!self.question.is_empty()).then(|| own.rfind(&self.question)).flatten();
+        match end {
+            Some(end) if end > 0 => &own[..end],
+            _ => &self.prompt,
+        }
+    }
+}
+
 fn is_zero(n: &usize) -> bool {
     *n == 0
 }

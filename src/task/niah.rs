@@ -36,7 +36,7 @@ pub fn draw(options: &Draw, tokens: &dyn Fn(&str) -> Result<usize>) -> Result<Pr
 }
 
 fn template(text: &str, name: &str) -> String {
-    format!("{text}\n\nQuestion: What is the code of {name}?\nAnswer: The code of {name} is")
+    format!("{text}\nQuestion: What is the code of {name}?\nAnswer: The code of {name} is")
 }
 
 fn request(

@@ -10,6 +10,7 @@ use std::borrow::Cow;
 use std::collections::HashMap;
 use std::ops::Range;
 use std::sync::OnceLock;
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 
 /// One full block of one request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -33,6 +34,8 @@ pub struct Blocks {
     pub leaves: usize,
     kept: Vec<OnceLock<Layer>>,
     stripped: Vec<OnceLock<Layer>>,
+    /// Of tables, counted in [`KEPT`] too.
+    kept_bytes: AtomicUsize,
 }
 
 /// One layer of [`Blocks`].
@@ -68,7 +71,7 @@ impl Blocks {
     fn new(batch: &CacheBatch, places: Vec<Place>, leaves: usize) -> Self {
         let layers = batch.caches.first().map_or(0, |c| c.layers.len());
         let empty = || (0..layers).map(|_| OnceLock::new()).collect();
-        Blocks { places, leaves, kept: empty(), stripped: empty() }
+        Blocks { places, leaves, kept: empty(), stripped: empty(), kept_bytes: AtomicUsize::new(0) }
     }
 
     /// The block-table entry of a place.
@@ -140,7 +143,7 @@ impl Blocks {
         })
     }
 
-    /// Inner products of one layer's distinct blocks, `[vectors, vectors]`. Kept for the next arm unless they are many.
+    /// Inner products of one layer's distinct blocks, `[vectors, vectors]`. Kept for the next arm if there is room.
     pub fn gram(&self, batch: &CacheBatch, rope: RopeMode, part: Part, layer: usize) -> Cow<'_, [f32]> {
         let found = self.layer(batch, rope, layer);
         let compute = || {
@@ -151,20 +154,38 @@ impl Blocks {
             }
             gram(&rows, width)
         };
-        if found.first.len() > KEPT_VECTORS {
-            return Cow::Owned(compute());
-        }
         let memo = match part {
             Part::Key => &found.key_gram,
             Part::Value => &found.value_gram,
         };
+        let bytes = found.first.len().pow(2) * size_of::<f32>();
+        if memo.get().is_none() && !self.reserve(bytes) {
+            return Cow::Owned(compute());
+        }
         Cow::Borrowed(memo.get_or_init(compute))
+    }
+
+    /// Whether a table of so many bytes may be kept.
+    fn reserve(&self, bytes: usize) -> bool {
+        let add = |kept: usize| kept.checked_add(bytes).filter(|&k| k <= KEPT_BYTES);
+        let granted = KEPT.fetch_update(Relaxed, Relaxed, add).is_ok();
+        if granted {
+            self.kept_bytes.fetch_add(bytes, Relaxed);
+        }
+        granted
     }
 }
 
-/// Inner products of more distinct blocks than this (64 MiB a layer, for keys and again for values) are computed anew by
-/// every arm instead of being kept.
-pub const KEPT_VECTORS: usize = 4096;
+impl Drop for Blocks {
+    fn drop(&mut self) {
+        KEPT.fetch_sub(self.kept_bytes.load(Relaxed), Relaxed);
+    }
+}
+
+/// Tables of inner products that would take all that are kept beyond this (3 GiB) are computed anew by every arm.
+const KEPT_BYTES: usize = 3 << 30;
+/// Bytes of all tables that are kept.
+static KEPT: AtomicUsize = AtomicUsize::new(0);
 
 /// Numbers of a block that are looked at before all are compared.
 const GLANCE: usize = 4;

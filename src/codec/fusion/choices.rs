@@ -151,8 +151,10 @@ pub struct Gate {
 }
 
 impl Gate {
+    /// Nothing lies above a threshold of 1, though a cosine may round to a hair above it.
     pub fn new(similarity: Similarity, key: f32, value: f32) -> Self {
-        Gate { similarity, key, value }
+        let reachable = |threshold: f32| if threshold < 1.0 { threshold } else { f32::INFINITY };
+        Gate { similarity, key: reachable(key), value: reachable(value) }
     }
 
     pub fn needs_keys(&self) -> bool {

@@ -39,6 +39,9 @@ pub struct Fusion {
     only: Option<Range<usize>>,
 }
 
+/// From so many blocks on, layers are planned one after the other: their tables would take too much memory together.
+const MANY_BLOCKS: usize = 4096;
+
 impl Fusion {
     pub fn new(choices: Choices, rule: Rule) -> Result<Self> {
         rule.check(&choices)?;
@@ -74,7 +77,7 @@ impl Fusion {
         let shared = &*batch;
         let plan = |group: &Range<usize>| self.plan(shared, blocks, group.clone());
         // Tables that are too large to keep are too large to hold for several layers at once.
-        let plans: Vec<Vec<Fused>> = if blocks.places.len() > blocks::KEPT_VECTORS {
+        let plans: Vec<Vec<Fused>> = if blocks.places.len() > MANY_BLOCKS {
             groups.iter().map(plan).collect::<Result<_>>()?
         } else {
             groups.par_iter().map(plan).collect::<Result<_>>()?
@@ -136,7 +139,7 @@ impl Fusion {
                 for &(place, scale) in &fused.entries {
                     let at = blocks.places[place];
                     let table = &mut batch.caches[at.request].layers[layer];
-                    table.replace(&mut batch.pool, at.block, Entry { block, scale, stripped });
+                    table.replace(&mut batch.pool, at.block, Entry { block, scale, stripped, fused: true });
                 }
                 // The tables hold their own references now.
                 batch.pool.release(block);

@@ -1,5 +1,6 @@
 //! From clusters to what is stored: a representative, and for each block the factors that restore it. What would break
-//! the gate (from a verbatim representative) or the error budget is taken out and tried again among its like.
+//! the gate (from a verbatim representative) or the error budget is taken out and tried again among its like; what a mean
+//! of the tree cannot restore within the budget stays as it is.
 
 use super::blocks::Part;
 use super::choices::{Choices, Gate, Representative, RopeMode, ScaleRule};
@@ -8,6 +9,7 @@ use super::geometry::{Geometry, Units};
 use crate::block::Scale;
 use crate::codec::distortion::squares;
 use crate::model::kernels::inner;
+use std::collections::BTreeMap;
 
 /// Blocks that share storage from now on.
 pub struct Fused {
@@ -51,11 +53,14 @@ impl Settling<'_> {
         let mut settled = Vec::new();
         if let Some(centre) = &cluster.centre {
             let candidate = self.centre(centre, &cluster.units);
-            let (kept, _) = self.keep(&candidate, &cluster.units);
+            let (kept, mut out) = self.keep(&candidate, &cluster.units);
             // Without a budget all stay, were it only one whose partners have gone elsewhere: the paper's rule.
             if self.budget.is_none() || kept.len() > 1 {
                 settled.push(self.fused(candidate, kept));
+            } else {
+                out = cluster.units;
             }
+            settled.extend(self.equals(&out));
             return settled;
         }
         let mut rest = cluster.units;
@@ -75,6 +80,20 @@ impl Settling<'_> {
         }
         settled.extend(rest.into_iter().filter_map(|u| self.duplicates(u)));
         settled
+    }
+
+    /// Units of the tree, which are single blocks, that are exact duplicates of each other share one block.
+    fn equals(&self, units: &[usize]) -> Vec<Fused> {
+        let mut by_vector: BTreeMap<usize, Vec<usize>> = BTreeMap::new();
+        for &unit in units {
+            by_vector.entry(self.units.vector[unit]).or_default().extend(&self.units.places[unit]);
+        }
+        let shared = by_vector.into_values().filter(|places| places.len() > 1);
+        let fused = |places: Vec<usize>| Fused {
+            source: Source::Place(places[0]),
+            entries: places.into_iter().map(|p| (p, None)).collect(),
+        };
+        shared.map(fused).collect()
     }
 
     /// Exact duplicates share one block and lose nothing.
