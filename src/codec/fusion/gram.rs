@@ -1,9 +1,10 @@
 //! All inner products of a layer's blocks: one symmetric matrix product.
 
-use crate::model::gemm::{View, product_into};
+use faer::linalg::matmul::{matmul, triangular};
+use faer::{Accum, MatMut, MatRef, Par};
 
-/// Rows whose square is not cut any further.
-const LEAF: usize = 128;
+/// Rows whose products with each other are computed on one thread.
+const LEAF: usize = 2048;
 /// Cuts lie at multiples of the kernel's height.
 const CUT: usize = 64;
 /// Rows and columns that are mirrored at a time: two such squares fit a core's first-level cache.
@@ -16,9 +17,7 @@ const MIRROR: usize = 32;
 pub fn gram(rows: &[f32], width: usize) -> Vec<f32> {
     let n = rows.len() / width;
     let mut out = vec![0.0; n * n];
-    if n > 0 {
-        lower(View::row_major(rows, n, width), 0, n, &mut out, n);
-    }
+    lower(MatRef::from_row_major_slice(rows, n, width), MatMut::from_row_major_slice_mut(&mut out, n, n));
     for top in (0..n).step_by(MIRROR) {
         for left in (0..=top).step_by(MIRROR) {
             for i in top..n.min(top + MIRROR) {
@@ -31,23 +30,24 @@ pub fn gram(rows: &[f32], width: usize) -> Vec<f32> {
     out
 }
 
-/// Products of rows `first..first + n` with each other, on and below the diagonal. `out` begins at row `first`, its rows
-/// are `stride` long.
-fn lower(x: View, first: usize, n: usize, out: &mut [f32], stride: usize) {
-    let part = |first: usize, n: usize| View::row_major(&x.data[first * x.columns..], n, x.columns);
+/// `out = x * x^T`, on and below the diagonal.
+fn lower(x: MatRef<f32>, out: MatMut<f32>) {
+    let n = x.nrows();
     if n <= LEAF {
-        product_into(part(first, n), part(first, n).transposed(), &mut out[first..], stride);
+        use triangular::BlockStructure::{Rectangular, TriangularLower};
+        let (add, transposed) = (Accum::Replace, x.transpose());
+        triangular::matmul(out, TriangularLower, add, x, Rectangular, transposed, Rectangular, 1.0, Par::Seq);
         return;
     }
     // A square below the diagonal, as large as can be, and two halves of the same kind.
     let cut = (n / 2).next_multiple_of(CUT);
-    let (top, bottom) = out.split_at_mut(cut * stride);
+    let (above, _, square, below) = out.split_at_mut(cut, cut);
+    let (first, second) = x.split_at_row(cut);
     rayon::join(
-        || lower(x, first, cut, top, stride),
+        || lower(first, above),
         || {
-            let below = part(first + cut, n - cut);
-            product_into(below, part(first, cut).transposed(), &mut bottom[first..], stride);
-            lower(x, first + cut, n - cut, bottom, stride);
+            matmul(square, Accum::Replace, second, first.transpose(), 1.0, Par::Seq);
+            lower(second, below);
         },
     );
 }
@@ -58,10 +58,10 @@ mod tests {
 
     #[test]
     fn equals_the_definition_across_tiles() {
-        let (n, width) = (3 * LEAF + 37, 5);
+        let (n, width) = (LEAF + 137, 3);
         let rows: Vec<f32> = (0..n * width).map(|i| ((i * 29 % 83) as f32 - 41.0) / 16.0).collect();
         let got = gram(&rows, width);
-        for i in 0..n {
+        for i in (0..n).step_by(7).chain(LEAF - 2..n) {
             for j in 0..n {
                 let (a, b) = (&rows[i * width..][..width], &rows[j * width..][..width]);
                 let exact: f32 = a.iter().zip(b).map(|(x, y)| x * y).sum();
