@@ -24,7 +24,7 @@ impl Figure for LayerMap<'_> {
         let layers = series[0].layer_cr.len();
         let top = series.iter().flat_map(|p| &p.layer_cr).copied().fold(1.0, f64::max);
         let title =
-            format!("Audited compression ratio by layer: {} ({})", series_name(series), self.table.title);
+            format!("Audited compression ratio by layer: {} ({})", series_name(&series[0]), self.table.title);
         let mut chart = ChartBuilder::on(root)
             .caption(title, (FONT, 18))
             .margin(12)

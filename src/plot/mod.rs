@@ -8,6 +8,7 @@ mod tradeoff;
 
 use crate::error::Result;
 use crate::experiment::{SWEEP_CSV, read_csv};
+use rate::{Against, Rate};
 use series::SweepTable;
 use std::path::{Path, PathBuf};
 
@@ -17,7 +18,12 @@ pub fn plot_sweep(out: &Path) -> Result<Vec<PathBuf>> {
     let table = SweepTable::new(&csv, &read_csv(&csv)?)?;
     let mut written = canvas::save(&tradeoff::Tradeoff { table: &table }, out, "quality_vs_cr")?;
     if !table.fusion.is_empty() {
-        written.extend(canvas::save(&rate::Rate { table: &table }, out, "cr_vs_tau")?);
+        for (against, name) in [(Against::Tau, "cr_vs_tau"), (Against::MaxError, "cr_vs_max_error")] {
+            let rate = Rate { table: &table, against };
+            if !rate.is_empty() {
+                written.extend(canvas::save(&rate, out, name)?);
+            }
+        }
         written.extend(canvas::save(&heatmap::LayerMap { table: &table }, out, "layer_cr")?);
     }
     Ok(written)

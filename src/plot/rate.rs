@@ -4,8 +4,37 @@ use super::canvas::{Area, Drawn, FONT, Figure, axes, legend, said, series_color}
 use super::series::{Point, SweepTable, series_name};
 use plotters::prelude::*;
 
+/// What the ratio is drawn against.
+#[derive(Clone, Copy, PartialEq)]
+pub enum Against {
+    Tau,
+    MaxError,
+}
+
+impl Against {
+    fn of(self, p: &Point) -> f64 {
+        match self {
+            Against::Tau => p.tau,
+            Against::MaxError => p.max_error,
+        }
+    }
+}
+
+/// A table's fusing series that have such a rule.
 pub struct Rate<'a> {
     pub table: &'a SweepTable,
+    pub against: Against,
+}
+
+impl Rate<'_> {
+    fn series(&self) -> impl Iterator<Item = &[Point]> {
+        self.table.fusion.iter().map(Vec::as_slice).filter(|s| self.against.of(&s[0]).is_finite())
+    }
+
+    /// Whether there is anything to draw.
+    pub fn is_empty(&self) -> bool {
+        self.series().next().is_none()
+    }
 }
 
 impl Figure for Rate<'_> {
@@ -15,18 +44,27 @@ impl Figure for Rate<'_> {
 
     fn draw<DB: DrawingBackend>(&self, root: &Area<DB>) -> Drawn {
         let t = self.table;
-        let points: Vec<&Point> = t.fusion.iter().flatten().collect();
-        let low = points.iter().map(|p| p.tau).fold(f64::INFINITY, f64::min);
-        let high = points.iter().map(|p| p.tau).fold(f64::NEG_INFINITY, f64::max);
+        let at = |p: &Point| self.against.of(p);
+        let points: Vec<&Point> = self.series().flatten().collect();
+        let low = points.iter().map(|p| at(p)).fold(f64::INFINITY, f64::min);
+        let high = points.iter().map(|p| at(p)).fold(f64::NEG_INFINITY, f64::max);
         let top = points.iter().map(|p| p.cr_paper.max(p.cr_audited)).fold(t.prefix.cr_audited, f64::max);
+        let (name, axis, legend_at) = match self.against {
+            Against::Tau => ("threshold", "threshold tau on similarity", SeriesLabelPosition::UpperRight),
+            Against::MaxError => (
+                "error budget",
+                "largest relative squared error of a block's keys and of its values",
+                SeriesLabelPosition::UpperLeft,
+            ),
+        };
         let mut chart = ChartBuilder::on(root)
-            .caption(format!("Compression ratio against threshold ({})", t.title), (FONT, 20))
+            .caption(format!("Compression ratio against {name} ({})", t.title), (FONT, 20))
             .margin(12)
             .x_label_area_size(52)
             .y_label_area_size(70)
-            .build_cartesian_2d(low - 0.02..high + 0.02, (0.9..top * 1.3).log_scale())
+            .build_cartesian_2d(low - 0.02..high + 0.02, (0.9..top * 1.6).log_scale())
             .map_err(said)?;
-        axes(&mut chart, "threshold tau on similarity", "compression ratio (log axis)", true)?;
+        axes(&mut chart, axis, "compression ratio (log axis)", true)?;
         let grey = RGBColor(110, 110, 110);
         let prefix = [(low - 0.02, t.prefix.cr_audited), (high + 0.02, t.prefix.cr_audited)];
         chart
@@ -34,25 +72,29 @@ impl Figure for Rate<'_> {
             .map_err(said)?
             .label(format!("exact prefix sharing, audited ({:.2})", t.prefix.cr_audited))
             .legend(move |(x, y)| PathElement::new([(x, y), (x + 22, y)], grey.stroke_width(2)));
-        for (n, series) in t.fusion.iter().enumerate() {
-            for (kind, cr, shade) in [
-                (
-                    "audited (whole cache, side information)",
-                    (|p: &Point| p.cr_audited) as fn(&Point) -> f64,
-                    1.0,
-                ),
-                ("as the paper counts", |p: &Point| p.cr_paper, 0.4),
-            ] {
-                let color = series_color(n).mix(shade);
-                let line = series.iter().map(|p| (p.tau, cr(p)));
-                chart
-                    .draw_series(LineSeries::new(line.clone(), color.stroke_width(3)))
-                    .map_err(said)?
-                    .label(format!("{}, {kind}", series_name(series)))
+        // The paper's count first, so that the audited lines lie on top.
+        for (n, series) in self.series().enumerate() {
+            let color = series_color(n).mix(0.35);
+            let line = series.iter().map(|p| (at(p), p.cr_paper));
+            let drawn =
+                chart.draw_series(LineSeries::new(line.clone(), color.stroke_width(3))).map_err(said)?;
+            if n == 0 {
+                drawn
+                    .label("pale: as the paper counts (full blocks of fused layers)")
                     .legend(move |(x, y)| PathElement::new([(x, y), (x + 22, y)], color.stroke_width(3)));
-                chart.draw_series(line.map(|at| Circle::new(at, 4, color.filled()))).map_err(said)?;
             }
+            chart.draw_series(line.map(|at| Circle::new(at, 4, color.filled()))).map_err(said)?;
         }
-        legend(&mut chart, SeriesLabelPosition::UpperRight)
+        for (n, series) in self.series().enumerate() {
+            let color = series_color(n);
+            let line = series.iter().map(|p| (at(p), p.cr_audited));
+            chart
+                .draw_series(LineSeries::new(line.clone(), color.stroke_width(3)))
+                .map_err(said)?
+                .label(format!("{}, audited", series_name(&series[0])))
+                .legend(move |(x, y)| PathElement::new([(x, y), (x + 22, y)], color.stroke_width(3)));
+            chart.draw_series(line.map(|at| Circle::new(at, 4, color.filled()))).map_err(said)?;
+        }
+        legend(&mut chart, legend_at)
     }
 }

@@ -19,8 +19,10 @@ pub struct Point {
     pub method: String,
     /// Name of the point's series.
     pub label: String,
-    /// Threshold or error budget; NaN where there is none.
+    /// NaN where there is none.
     pub tau: f64,
+    /// Error budget; NaN where there is none.
+    pub max_error: f64,
     /// What tells the point from others of its series: the threshold, the budget, or the name of a thresholds file.
     pub name: String,
     pub block_size: u64,
@@ -79,7 +81,8 @@ impl SweepTable {
             .map(|i| Point {
                 method: method[i].clone(),
                 label: labels[i].clone(),
-                tau: if tau[i].is_finite() { tau[i] } else { budget[i] },
+                tau: tau[i],
+                max_error: budget[i],
                 name: match (tau[i].is_finite(), budget[i].is_finite()) {
                     (true, _) => tau[i].to_string(),
                     (_, true) => budget[i].to_string(),
@@ -129,11 +132,11 @@ fn short(data: &str) -> &str {
     data.rsplit('/').next().unwrap_or(data)
 }
 
-/// Name of a series in a legend.
-pub fn series_name(series: &[Point]) -> String {
-    if series[0].label == series[0].method {
-        format!("{}, block {}", series[0].method, series[0].block_size)
+/// Name of a point's series in a legend.
+pub fn series_name(point: &Point) -> String {
+    if point.label == point.method {
+        format!("{}, block {}", point.method, point.block_size)
     } else {
-        series[0].label.clone()
+        point.label.clone()
     }
 }

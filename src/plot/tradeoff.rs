@@ -89,7 +89,7 @@ impl Tradeoff<'_> {
             chart
                 .draw_series(LineSeries::new(series.iter().map(at), color.stroke_width(2)))
                 .map_err(said)?
-                .label(series_name(series))
+                .label(series_name(&series[0]))
                 .legend(move |(x, y)| PathElement::new([(x, y), (x + 22, y)], color.stroke_width(3)));
             let bars = series.iter().filter(|p| quality(p).mid.is_finite()).map(|p| {
                 let q = quality(p);
@@ -119,7 +119,9 @@ impl Tradeoff<'_> {
                 chart.draw_series(std::iter::once(EmptyElement::at(at(p)) + label)).map_err(said)?;
             }
         }
-        for (p, name, below) in [(&t.none, "no fusion", -18), (&t.prefix, "prefix", 5)] {
+        // Both controls lie at the same height: their names must not.
+        let below = if level.is_finite() { 5 } else { -34 };
+        for (p, name, below) in [(&t.none, "no fusion", -18), (&t.prefix, "prefix", below)] {
             let q = quality(p);
             if !q.mid.is_finite() {
                 continue;
