@@ -4,22 +4,18 @@
 //! choices then minimise stored bits + lambda * KL, as if the layers' KLs added up; because they do not quite, lambda is
 //! found by bisection on the KL that all layers together really cause.
 
+use super::floors::floors;
 use super::settings::SweepOptions;
 use super::stage::Stage;
 use super::sweep::open_model;
-use crate::codec::CacheBatch;
-use crate::codec::fusion::{
-    Blocks, Choices, Fusion, LayerThresholds, Part, Place, Positions, Rule, Thresholds,
-};
+use crate::codec::fusion::{Choices, Fusion, LayerThresholds, Rule, Thresholds};
 use crate::dump::Manifest;
 use crate::error::{Error, Result};
 use crate::interrupt;
-use crate::model::kernels::inner;
 use crate::progress::{Progress, Unit};
+use rand::SeedableRng;
 use rand::seq::SliceRandom;
-use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
-use rayon::prelude::*;
 use std::collections::HashSet;
 use std::sync::Arc;
 
@@ -60,8 +56,6 @@ pub struct LayerReport {
 
 const KEYS: [f64; 14] = [0.99, 0.97, 0.95, 0.93, 0.91, 0.89, 0.87, 0.85, 0.83, 0.81, 0.78, 0.75, 0.72, 0.68];
 const VALUES: [f64; 5] = [-1.0, 0.4, 0.6, 0.75, 0.9];
-/// Pairs of unrelated blocks that a floor is taken from, in each layer.
-const FLOOR_PAIRS: usize = 20_000;
 /// Candidates of a layer whose KL is measured, at most: each takes a pass over all answers.
 const FRONT: usize = 12;
 /// Bisection steps on the logarithm of lambda.
@@ -91,7 +85,7 @@ pub fn calibrate(options: &CalibrateOptions) -> Result<Vec<(Thresholds, Vec<Laye
     let spare = options.choices.spare_layers.min(layers);
     let touched: Vec<usize> = (spare..layers.saturating_sub(spare)).collect();
     let floors = match options.floor {
-        Some(quantile) => Some(floors(&stage, &touched, quantile, options)?),
+        Some(quantile) => Some(floors(stage.batches(), &touched, quantile, &options.choices, options.seed)?),
         None => None,
     };
     let thresholds = |layers: Vec<LayerThresholds>| Thresholds {
@@ -301,62 +295,4 @@ fn within_kl(
         }
     }
     Ok((best, best_kl))
-}
-
-/// For every layer, the quantile of the cosines (keys, values) of pairs of unrelated blocks: of different requests, with no
-/// three consecutive tokens in common; in the frame (RoPE, positions) in which blocks are compared.
-fn floors(
-    stage: &Stage,
-    layers: &[usize],
-    quantile: f64,
-    options: &CalibrateOptions,
-) -> Result<Vec<(f64, f64)>> {
-    let mut pairs: Vec<(&CacheBatch, Blocks, Vec<(usize, usize)>)> = Vec::new();
-    let mut rng = ChaCha8Rng::seed_from_u64(options.seed);
-    for batch in stage.batches() {
-        let size = batch.pool.shape().block_size;
-        let blocks = Blocks::of_requests(batch);
-        let trigrams = |place: usize| -> HashSet<&[u32]> {
-            let Place { request, block, .. } = blocks.places[place];
-            batch.tokens[request][block * size..(block + 1) * size].windows(3).collect()
-        };
-        let mut drawn = Vec::new();
-        for _ in 0..if blocks.places.is_empty() { 0 } else { FLOOR_PAIRS } {
-            let (a, b) = (rng.random_range(0..blocks.places.len()), rng.random_range(0..blocks.places.len()));
-            let (p, q) = (blocks.places[a], blocks.places[b]);
-            let may_meet = options.choices.positions == Positions::Any || p.block == q.block;
-            if p.request != q.request && may_meet && trigrams(a).is_disjoint(&trigrams(b)) {
-                drawn.push((a, b));
-            }
-        }
-        pairs.push((batch, blocks, drawn));
-    }
-    let count: usize = pairs.iter().map(|(.., drawn)| drawn.len()).sum();
-    if count < 100 {
-        let message = format!("--floor: only {count} pairs of unrelated blocks; take more questions");
-        return Err(Error::argument(message));
-    }
-    let of = |&layer: &usize| {
-        let (mut keys, mut values) = (Vec::new(), Vec::new());
-        for (batch, blocks, drawn) in &pairs {
-            for &(a, b) in drawn {
-                let numbers = |part: Part, place: usize| {
-                    blocks.numbers(batch, options.choices.rope, part, layer, place)
-                };
-                keys.push(cosine(&numbers(Part::Key, a), &numbers(Part::Key, b)));
-                values.push(cosine(&numbers(Part::Value, a), &numbers(Part::Value, b)));
-            }
-        }
-        let at = |x: &mut Vec<f64>| {
-            x.sort_by(f64::total_cmp);
-            x[((x.len() - 1) as f64 * quantile).round() as usize]
-        };
-        (at(&mut keys), at(&mut values))
-    };
-    Ok(layers.par_iter().map(of).collect())
-}
-
-fn cosine(a: &[f32], b: &[f32]) -> f64 {
-    let norm = f64::from(inner(a, a)).sqrt() * f64::from(inner(b, b)).sqrt();
-    if norm > 0.0 { f64::from(inner(a, b)) / norm } else { 0.0 }
 }

@@ -4,6 +4,7 @@ mod arms;
 mod calibrate;
 mod evaluate;
 mod explain;
+mod floors;
 mod grid;
 mod labels;
 mod rows;
