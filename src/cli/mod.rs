@@ -8,6 +8,7 @@ mod explain;
 mod inspect;
 mod model;
 mod plot;
+mod stats;
 mod sweep;
 mod table;
 
@@ -47,6 +48,7 @@ enum Command {
     Sweep(Box<sweep::Args>),
     Calibrate(calibrate::Args),
     Explain(explain::Args),
+    Stats(stats::Args),
     Plot(plot::Args),
     Demo(demo::Args),
     Bench(bench::Args),
@@ -67,6 +69,7 @@ impl Cli {
             Command::Sweep(args) => sweep::run(*args),
             Command::Calibrate(args) => calibrate::run(args),
             Command::Explain(args) => explain::run(args),
+            Command::Stats(args) => stats::run(args),
             Command::Plot(args) => plot::run(args),
             Command::Demo(args) => demo::run(args),
             Command::Bench(args) => bench::run(args),

@@ -68,6 +68,18 @@ pub fn distortion_in(
     encoded: &CacheBatch,
     layers: Range<usize>,
 ) -> (Distortion, Vec<Drift>) {
+    let (layers, drifts) = distortion_by_layer(original, encoded, layers);
+    let mut total = Distortion::default();
+    layers.into_iter().for_each(|layer| total += layer);
+    (total, drifts)
+}
+
+/// [`distortion_in`], each layer for itself.
+pub fn distortion_by_layer(
+    original: &CacheBatch,
+    encoded: &CacheBatch,
+    layers: Range<usize>,
+) -> (Vec<Distortion>, Vec<Drift>) {
     let layer = |n: usize| {
         let mut sum = Distortion::default();
         let mut drifts = vec![Drift::default(); original.caches.len()];
@@ -93,14 +105,11 @@ pub fn distortion_in(
     };
     // Collected first: a parallel sum would add in an order that depends on the threads.
     let layers: Vec<(Distortion, Vec<Drift>)> = layers.into_par_iter().map(layer).collect();
-    let mut total = (Distortion::default(), vec![Drift::default(); original.caches.len()]);
-    for (sum, drifts) in &layers {
-        total.0 += *sum;
-        for (all, drift) in total.1.iter_mut().zip(drifts) {
-            all.join(drift);
-        }
+    let mut all = vec![Drift::default(); original.caches.len()];
+    for (_, drifts) in &layers {
+        all.iter_mut().zip(drifts).for_each(|(all, drift)| all.join(drift));
     }
-    total
+    (layers.into_iter().map(|(sum, _)| sum).collect(), all)
 }
 
 /// Relative squared error of `y` as a stand-in for `x`.

@@ -5,7 +5,9 @@ pub mod fusion;
 mod ledger;
 mod prefix;
 
-pub use distortion::{Distortion, Drift, distortion, distortion_in, relative, relative_error};
+pub use distortion::{
+    Distortion, Drift, distortion, distortion_by_layer, distortion_in, relative, relative_error,
+};
 pub use ledger::{LayerRate, Ledger};
 pub use prefix::Prefix;
 

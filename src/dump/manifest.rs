@@ -95,6 +95,19 @@ impl Manifest {
         folder.join(&self.requests[request].shard)
     }
 
+    /// Where a dump came from, for the manifests of what is made of it.
+    pub fn origin(&self) -> Result<serde_json::Value> {
+        Ok(serde_json::json!({
+            "identity": self.identity()?,
+            "command": self.command,
+            "model": self.model,
+            "data": self.data,
+            "seed": self.seed,
+            "requests": self.requests.len(),
+            "dtype": self.dtype,
+        }))
+    }
+
     /// SHA-256 of the manifest without its command line: the identity of the dump.
     pub fn identity(&self) -> Result<String> {
         let plain = Manifest { command: Vec::new(), ..self.clone() };

@@ -2,8 +2,8 @@
 
 use super::arms::{Arm, ArmColumns};
 use super::evaluate::FirstToken;
-use crate::codec::{Distortion, Ledger, relative};
-use crate::stats::{Interval, bootstrap_mean};
+use crate::codec::{Distortion, LayerRate, Ledger, relative};
+use crate::stats::{Interval, bootstrap_mean, rounded};
 use serde::{Deserialize, Serialize};
 
 /// One request in one arm.
@@ -66,6 +66,41 @@ impl<'a> RequestRow<'a> {
             answer_none: &baseline.answer,
         }
     }
+}
+
+/// One layer in one arm.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct LayerScore {
+    pub cr_audited: f64,
+    /// Full blocks that the tables list, and physical blocks behind them.
+    pub full_blocks: u64,
+    pub physical_blocks: u64,
+    /// Relative squared errors.
+    pub key_error: f64,
+    pub value_error: f64,
+}
+
+impl LayerScore {
+    pub fn new(rate: &LayerRate, error: &Distortion) -> Self {
+        LayerScore {
+            cr_audited: rounded(rate.cr()),
+            full_blocks: rate.logical_blocks,
+            physical_blocks: rate.physical_blocks,
+            key_error: rounded(error.keys()),
+            value_error: rounded(error.values()),
+        }
+    }
+}
+
+/// One layer in one arm, as layers.csv has it.
+#[derive(Debug, Serialize)]
+pub struct LayerRow<'a> {
+    pub run: &'a str,
+    #[serde(flatten)]
+    pub arm: &'a ArmColumns,
+    pub layer: usize,
+    #[serde(flatten)]
+    pub score: &'a LayerScore,
 }
 
 /// Wall-clock times of one arm, kept out of sweep.csv so that it is the same bytes on every run.
@@ -239,22 +274,5 @@ impl Row {
             worst_block_error: rounded(scores.iter().map(|s| s.worst_block_error).fold(0.0, f64::max)),
             layer_cr: layer_cr.join(";"),
         }
-    }
-}
-
-/// Six significant digits: more than any of these numbers carries.
-fn rounded(x: f64) -> f64 {
-    if x == 0.0 || !x.is_finite() { x } else { format!("{x:.5e}").parse().unwrap_or(x) }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn six_digits() {
-        assert_eq!(rounded(1.234_567_89), 1.23457);
-        assert_eq!(rounded(-0.000_012_345_678), -1.23457e-5);
-        assert_eq!(rounded(0.0), 0.0);
     }
 }

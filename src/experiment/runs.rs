@@ -1,7 +1,7 @@
 //! Finished arms on disk: `runs/<id>.json` beside sweep.csv. A second run of the same command reads them back.
 
 use super::arms::Arm;
-use super::rows::{RequestScore, Row, Setting, Timings};
+use super::rows::{LayerScore, RequestScore, Row, Setting, Timings};
 use crate::error::{IoAt, Result};
 use crate::files;
 use serde::{Deserialize, Serialize};
@@ -12,6 +12,7 @@ use std::path::{Path, PathBuf};
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct RunRecord {
     pub row: Row,
+    pub layers: Vec<LayerScore>,
     pub requests: Vec<RequestScore>,
     pub timings: Timings,
 }

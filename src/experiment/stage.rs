@@ -2,11 +2,11 @@
 
 use super::arms::{Arm, Encoder};
 use super::evaluate::{Base, Prompt, Reference, answer_text, answers};
-use super::rows::{Measured, RequestScore, Row, Setting, Timings};
+use super::rows::{LayerScore, Measured, RequestScore, Row, Setting, Timings};
 use super::runs::RunRecord;
 use super::settings::SweepOptions;
 use crate::block::{BlockTable, RequestCache, Storage};
-use crate::codec::{CacheBatch, Codec, Distortion, Ledger, Memo, Prefix, distortion, distortion_in};
+use crate::codec::{CacheBatch, Codec, Distortion, Ledger, Memo, Prefix, distortion_by_layer, distortion_in};
 use crate::dump::{Manifest, open_request};
 use crate::error::{Error, Result};
 use crate::interrupt;
@@ -104,9 +104,10 @@ impl<'a> Stage<'a> {
     /// Encodes, compares and answers all requests by one arm.
     pub fn run(&mut self, run: &str, setting: &Setting, arm: &Arm) -> Result<RunRecord> {
         let encoder = arm.encoder()?;
-        let coverage = encoder.coverage(self.model.decoder.config().layers);
+        let layers = self.model.decoder.config().layers;
+        let coverage = encoder.coverage(layers);
         let mut ledger = Ledger::default();
-        let mut error = Distortion::default();
+        let mut errors = vec![Distortion::default(); layers];
         let mut attention = (0.0, 0.0);
         let mut scores = Vec::new();
         let mut timings = Timings::default();
@@ -117,8 +118,8 @@ impl<'a> Stage<'a> {
             let mut batch = encode_batch(self.model, &lot.base.batch, &lot.memo, &encoder)?;
             timings.fuse_seconds += started.elapsed().as_secs_f64();
             ledger += &Ledger::of(&batch, &coverage);
-            let (sums, drifts) = distortion(&lot.base.batch, &batch);
-            error += sums;
+            let (sums, drifts) = distortion_by_layer(&lot.base.batch, &batch, 0..layers);
+            errors.iter_mut().zip(sums).for_each(|(error, sum)| *error += sum);
 
             let started = Instant::now();
             let (divergences, sums) =
@@ -154,16 +155,20 @@ impl<'a> Stage<'a> {
         }
         // The grid begins with the no-fusion arm, so this is it where there is no baseline yet.
         let baseline = self.baseline.get_or_insert_with(|| scores.clone());
+        let mut distortion = Distortion::default();
+        errors.iter().for_each(|error| distortion += *error);
+        let layers = ledger.layers.iter().zip(&errors).map(|(rate, error)| LayerScore::new(rate, error));
+        let layers = layers.collect();
         let measured = Measured {
             ledger: &ledger,
-            distortion: error,
+            distortion,
             attention,
             scores: &scores,
             baseline,
             cr_prefix: self.cr_prefix[usize::from(arm.choices.within_tenant)],
         };
         let row = Row::new(run, setting, arm, &measured);
-        Ok(RunRecord { row, requests: scores, timings })
+        Ok(RunRecord { row, layers, requests: scores, timings })
     }
 
     /// Rate and KL (nats a token, mean over requests) of a codec, without answers; for calibration.

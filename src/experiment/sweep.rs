@@ -1,7 +1,7 @@
 //! `kvfuse sweep`: every arm of the grid over one dump, resumable.
 
 use super::arms::{Arm, ArmColumns, Method};
-use super::rows::{RequestRow, Row, Setting, Timings};
+use super::rows::{LayerRow, RequestRow, Row, Setting, Timings};
 use super::runs::{RunRecord, Runs, run_id};
 use super::settings::SweepOptions;
 use super::stage::Stage;
@@ -19,6 +19,7 @@ use std::path::Path;
 pub const SWEEP_CSV: &str = "sweep.csv";
 pub const TIMINGS_CSV: &str = "timings.csv";
 pub const REQUESTS_CSV: &str = "requests.csv";
+pub const LAYERS_CSV: &str = "layers.csv";
 
 /// Runs all arms that are not in `options.out` yet; returns the rows in grid order, as sweep.csv has them.
 pub fn sweep(options: &SweepOptions) -> Result<Vec<Row>> {
@@ -150,7 +151,7 @@ fn begin(
     if records.iter().any(Option::is_some) {
         write_tables(out, records)?;
     } else {
-        for table in [SWEEP_CSV, TIMINGS_CSV, REQUESTS_CSV].map(|name| out.join(name)) {
+        for table in [SWEEP_CSV, TIMINGS_CSV, REQUESTS_CSV, LAYERS_CSV].map(|name| out.join(name)) {
             if table.exists() {
                 std::fs::remove_file(&table).at(&table)?;
             }
@@ -181,20 +182,12 @@ fn write_manifest(out: &Path, options: &SweepOptions, manifest: &Manifest, setti
         "command": options.command,
         "options": options.given,
         "questions": setting.questions,
-        "dump": {
-            "identity": setting.dump,
-            "command": manifest.command,
-            "model": manifest.model,
-            "data": manifest.data,
-            "seed": manifest.seed,
-            "requests": manifest.requests.len(),
-            "dtype": manifest.dtype,
-        },
+        "dump": manifest.origin()?,
     });
     files::write_json(&out.join("manifest.json"), &value)
 }
 
-/// Rewrites both tables with the rows there are, in grid order.
+/// Rewrites all tables with the rows there are, in grid order.
 fn write_tables(out: &Path, records: &[Option<RunRecord>]) -> Result<()> {
     #[derive(Serialize)]
     struct TimingRow<'a> {
@@ -218,6 +211,12 @@ fn write_tables(out: &Path, records: &[Option<RunRecord>]) -> Result<()> {
         })
         .collect();
     write_csv(&out.join(TIMINGS_CSV), &timings)?;
+    let layers: Vec<LayerRow> = done
+        .iter()
+        .flat_map(|r| r.layers.iter().enumerate().map(|(layer, score)| (*r, layer, score)))
+        .map(|(r, layer, score)| LayerRow { run: &r.row.run, arm: &r.row.arm, layer, score })
+        .collect();
+    write_csv(&out.join(LAYERS_CSV), &layers)?;
     let baseline = |r: &RunRecord| {
         let same = |b: &&&RunRecord| {
             b.row.arm.method == Method::None && b.row.arm.block_size == r.row.arm.block_size

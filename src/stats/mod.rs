@@ -1,5 +1,32 @@
-//! Statistics that know nothing of models or figures.
+//! Statistics: intervals over requests, and how alike the blocks of a cache are (docs/statistics.md).
 
 mod bootstrap;
+mod fit;
+mod gaps;
+mod histogram;
+mod pairs;
+mod similarity;
 
 pub use bootstrap::{Interval, bootstrap_mean, mean};
+pub use fit::{Gaussian, Pareto, gaussian_tail};
+pub use gaps::Gaps;
+pub use histogram::Histogram;
+pub use pairs::{Class, DistinctBlocks, Home, LayerSums, PairSums, count_pairs};
+pub use similarity::{SimilarityOptions, StatRow, distinct_blocks, similarities};
+
+/// Six significant digits: more than any number in a result table carries.
+pub fn rounded(x: f64) -> f64 {
+    if x == 0.0 || !x.is_finite() { x } else { format!("{x:.5e}").parse().unwrap_or(x) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn six_digits() {
+        assert_eq!(rounded(1.234_567_89), 1.23457);
+        assert_eq!(rounded(-0.000_012_345_678), -1.23457e-5);
+        assert_eq!(rounded(0.0), 0.0);
+    }
+}

@@ -1,0 +1,74 @@
+//! `kvfuse stats`: the similarity table of a dump, with where it came from.
+
+use super::table::{read_csv, write_csv};
+use crate::dump::Manifest;
+use crate::error::{Error, Result};
+use crate::files;
+use crate::stats::{SimilarityOptions, StatRow, similarities};
+use polars::prelude::*;
+use std::path::{Path, PathBuf};
+
+pub const STATS_CSV: &str = "stats.csv";
+const STATS_MANIFEST: &str = "stats.manifest.json";
+
+/// What to measure, and where to write it.
+pub struct StatsOptions {
+    pub dump: PathBuf,
+    pub out: PathBuf,
+    pub similarity: SimilarityOptions,
+    /// Arguments to record in the manifest.
+    pub command: Vec<String>,
+}
+
+/// Measures all requests of a dump; writes stats.csv and stats.manifest.json.
+pub fn measure(options: &StatsOptions) -> Result<Vec<StatRow>> {
+    let manifest = Manifest::read(&options.dump)?;
+    files::writable_folder(&options.out)?;
+    let requests: Vec<usize> = (0..manifest.requests.len()).collect();
+    let rows = similarities(&options.dump, &manifest, &requests, &options.similarity)?;
+    write_csv(&options.out.join(STATS_CSV), &rows)?;
+    let value = serde_json::json!({
+        "kvfuse_version": env!("CARGO_PKG_VERSION"),
+        "command": options.command,
+        "options": options.similarity,
+        "dump": manifest.origin()?,
+    });
+    files::write_json(&options.out.join(STATS_MANIFEST), &value)?;
+    Ok(rows)
+}
+
+/// Reads a stats.csv.
+pub fn read_stats(path: &Path) -> Result<Vec<StatRow>> {
+    let frame = read_csv(path)?;
+    let bad = || Error::file(path, "is no table of `kvfuse stats`");
+    let column = |name: &str, kind: &DataType| frame.column(name).and_then(|c| c.cast(kind)).map_err(|_| bad());
+    let texts = |name: &str| -> Result<Vec<String>> {
+        let column = column(name, &DataType::String)?;
+        let texts = column.str().map_err(|_| bad())?;
+        Ok(texts.iter().map(|x| x.unwrap_or_default().to_owned()).collect())
+    };
+    let numbers = |name: &str| -> Result<Vec<Option<f64>>> {
+        let column = column(name, &DataType::Float64)?;
+        Ok(column.f64().map_err(|_| bad())?.iter().collect())
+    };
+    let (size, layer, at) = (numbers("block_size")?, numbers("layer")?, numbers("at")?);
+    let (value, low, high) = (numbers("value")?, numbers("low")?, numbers("high")?);
+    let (part, rope, class, statistic) =
+        (texts("part")?, texts("rope")?, texts("class")?, texts("statistic")?);
+    let count = |x: Option<f64>| x.filter(|x| *x >= 0.0).map(|x| x as usize).ok_or_else(bad);
+    let row = |i: usize| {
+        Ok(StatRow {
+            block_size: count(size[i])?,
+            layer: count(layer[i])?,
+            part: part[i].clone(),
+            rope: clap::ValueEnum::from_str(&rope[i], false).map_err(|_| bad())?,
+            class: class[i].clone(),
+            statistic: statistic[i].clone(),
+            at: at[i],
+            value: value[i].ok_or_else(bad)?,
+            low: low[i],
+            high: high[i],
+        })
+    };
+    (0..frame.height()).map(row).collect()
+}

@@ -1,0 +1,348 @@
+//! All pairs of a layer's blocks, read strip by strip: what is counted of them, and nothing else, stays in memory.
+
+use super::gaps::Gaps;
+use super::histogram::Histogram;
+use crate::error::Result;
+use crate::interrupt;
+use crate::model::gemm::{View, product};
+use rayon::prelude::*;
+use std::ops::AddAssign;
+
+/// What two blocks have to do with each other.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Class {
+    /// Some request holds both.
+    SameRequest,
+    /// Of different requests, at the same position.
+    SamePosition,
+    /// Of different requests, at different positions.
+    Other,
+    /// Any pair.
+    All,
+}
+
+impl Class {
+    pub const ALL: [Class; 4] = [Class::SameRequest, Class::SamePosition, Class::Other, Class::All];
+
+    /// As in stats.csv.
+    pub fn name(self) -> &'static str {
+        match self {
+            Class::SameRequest => "same_request",
+            Class::SamePosition => "same_position",
+            Class::Other => "other",
+            Class::All => "all",
+        }
+    }
+}
+
+/// Where a block stands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Home {
+    /// Number of the request in the dump.
+    pub request: u32,
+    /// Number of the block in its request.
+    pub position: u32,
+}
+
+/// The distinct blocks of one layer; exact duplicates are one block with several homes.
+#[derive(Debug, Default)]
+pub struct DistinctBlocks {
+    /// Numbers of a block.
+    pub width: usize,
+    /// Keys and values scaled to unit norm, `[blocks, width]`; a block of zeros stays one.
+    pub keys: Vec<f32>,
+    pub values: Vec<f32>,
+    pub key_norms: Vec<f64>,
+    pub value_norms: Vec<f64>,
+    /// Rising; the first is the one that counts where a block can have one only.
+    pub homes: Vec<Vec<Home>>,
+}
+
+impl DistinctBlocks {
+    pub fn len(&self) -> usize {
+        self.homes.len()
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.homes.is_empty()
+    }
+
+    fn class(&self, a: usize, b: usize) -> Class {
+        let (a, b) = (&self.homes[a], &self.homes[b]);
+        // Both lists rise by request, so one pass over both finds a common one.
+        let (mut i, mut j) = (0, 0);
+        while i < a.len() && j < b.len() {
+            match a[i].request.cmp(&b[j].request) {
+                std::cmp::Ordering::Equal => return Class::SameRequest,
+                std::cmp::Ordering::Less => i += 1,
+                std::cmp::Ordering::Greater => j += 1,
+            }
+        }
+        let same = a.iter().any(|x| b.iter().any(|y| x.position == y.position));
+        if same { Class::SamePosition } else { Class::Other }
+    }
+}
+
+/// What is counted of the pairs that lie above one threshold.
+#[derive(Debug, Clone, Default)]
+pub struct Above {
+    /// Ordered pairs: each pair counts for both of its blocks.
+    pub pairs: u64,
+    /// Over blocks: sum of k^2, k the pairs of a block above the threshold.
+    pub squares: u64,
+    /// Sum of k m, m the pairs of a block.
+    pub cross: u64,
+    /// Sum of k (m - 1): what k (k - 1) would be if every neighbour of a pair above the threshold were too.
+    pub neighbours: u64,
+    /// Sum of the cosines, and of the other part's cosines (values for keys).
+    pub cosine: f64,
+    pub other: f64,
+    pub gaps: Gaps,
+}
+
+/// What is counted of the pairs of one class.
+#[derive(Debug, Clone, Default)]
+pub struct PairSums {
+    /// Ordered pairs.
+    pub pairs: u64,
+    /// Blocks with any pair.
+    pub blocks: u64,
+    /// Sums of powers 1 to 4 of the cosine.
+    pub powers: [f64; 4],
+    /// Over blocks: sum of m^2, and of the square of the sum of a block's cosines.
+    pub size_squares: u64,
+    pub row_squares: f64,
+    /// Every pair twice.
+    pub histogram: Histogram,
+    /// One for each threshold.
+    pub above: Vec<Above>,
+    /// By request of a pair's first block: ordered pairs, sum of cosines, pairs above each threshold.
+    pub by_request: Vec<RequestSums>,
+}
+
+/// Share of one request in [`PairSums`].
+#[derive(Debug, Clone, Default)]
+pub struct RequestSums {
+    pub pairs: u64,
+    pub cosine: f64,
+    pub above: Vec<u64>,
+}
+
+impl PairSums {
+    fn empty(taus: usize, requests: usize) -> Self {
+        PairSums {
+            above: vec![Above::default(); taus],
+            by_request: vec![RequestSums { above: vec![0; taus], ..RequestSums::default() }; requests],
+            ..PairSums::default()
+        }
+    }
+
+    /// Adds one block's pairs.
+    fn add_row(&mut self, row: &Row, request: usize) {
+        if row.pairs == 0 {
+            return;
+        }
+        let m = row.pairs;
+        self.pairs += m;
+        self.blocks += 1;
+        self.size_squares += m * m;
+        self.row_squares += row.powers[0] * row.powers[0];
+        self.powers.iter_mut().zip(row.powers).for_each(|(sum, x)| *sum += x);
+        let by = &mut self.by_request[request];
+        by.pairs += m;
+        by.cosine += row.powers[0];
+        // Pairs between two thresholds lie above the lower one and all below it.
+        let (mut k, mut cosine, mut other) = (0, 0.0, 0.0);
+        for (t, above) in self.above.iter_mut().enumerate().rev() {
+            let level = &row.levels[t + 1];
+            (k, cosine, other) = (k + level.0, cosine + level.1, other + level.2);
+            above.pairs += k;
+            above.squares += k * k;
+            above.cross += k * m;
+            above.neighbours += k * (m - 1);
+            above.cosine += cosine;
+            above.other += other;
+            by.above[t] += k;
+        }
+    }
+}
+
+impl AddAssign<&PairSums> for PairSums {
+    fn add_assign(&mut self, other: &PairSums) {
+        self.pairs += other.pairs;
+        self.blocks += other.blocks;
+        self.size_squares += other.size_squares;
+        self.row_squares += other.row_squares;
+        self.powers.iter_mut().zip(other.powers).for_each(|(a, b)| *a += b);
+        self.histogram += &other.histogram;
+        for (a, b) in self.above.iter_mut().zip(&other.above) {
+            a.pairs += b.pairs;
+            a.squares += b.squares;
+            a.cross += b.cross;
+            a.neighbours += b.neighbours;
+            a.cosine += b.cosine;
+            a.other += b.other;
+            a.gaps.join(&b.gaps);
+        }
+        for (a, b) in self.by_request.iter_mut().zip(&other.by_request) {
+            a.pairs += b.pairs;
+            a.cosine += b.cosine;
+            a.above.iter_mut().zip(&b.above).for_each(|(a, b)| *a += b);
+        }
+    }
+}
+
+/// One block's pairs of one class.
+#[derive(Clone)]
+struct Row {
+    pairs: u64,
+    powers: [f64; 4],
+    /// Pairs, their cosines and the other part's, by the number of thresholds they lie above.
+    levels: Vec<(u64, f64, f64)>,
+}
+
+impl Row {
+    fn empty(taus: usize) -> Self {
+        Row { pairs: 0, powers: [0.0; 4], levels: vec![(0, 0.0, 0.0); taus + 1] }
+    }
+
+    fn clear(&mut self) {
+        self.pairs = 0;
+        self.powers = [0.0; 4];
+        self.levels.fill((0, 0.0, 0.0));
+    }
+
+    fn add(&mut self, s: f64, other: f64, level: usize) {
+        self.pairs += 1;
+        let square = s * s;
+        self.powers[0] += s;
+        self.powers[1] += square;
+        self.powers[2] += square * s;
+        self.powers[3] += square * square;
+        let at = &mut self.levels[level];
+        *at = (at.0 + 1, at.1 + s, at.2 + other);
+    }
+}
+
+/// Sums of keys and of values, by class in the order of [`Class::ALL`].
+pub struct LayerSums {
+    pub keys: Vec<PairSums>,
+    pub values: Vec<PairSums>,
+}
+
+/// Rows whose products with all blocks are in memory at a time, on each thread.
+const STRIP: usize = 128;
+/// Strips whose sums are in memory at a time.
+const ROUND: usize = 16;
+
+/// Counts all pairs of a layer's distinct blocks. `taus` rise. Memory: [`STRIP`] rows of products a thread, never all.
+///
+/// Strips are cut by the number of blocks alone and added in order, so the same blocks give the same bits on any number of
+/// threads.
+pub fn count_pairs(blocks: &DistinctBlocks, taus: &[f64], requests: usize) -> Result<LayerSums> {
+    let n = blocks.len();
+    let empty = || vec![PairSums::empty(taus.len(), requests); Class::ALL.len()];
+    let mut sums = LayerSums { keys: empty(), values: empty() };
+    let strips: Vec<usize> = (0..n).step_by(STRIP).collect();
+    for round in strips.chunks(ROUND) {
+        interrupt::check()?;
+        let counted: Vec<LayerSums> = round
+            .par_iter()
+            .map(|&first| count_strip(blocks, taus, requests, first..n.min(first + STRIP)))
+            .collect();
+        for strip in &counted {
+            for (into, from) in [(&mut sums.keys, &strip.keys), (&mut sums.values, &strip.values)] {
+                into.iter_mut().zip(from).for_each(|(a, b)| *a += b);
+            }
+        }
+    }
+    // A pair of any class is a pair: only what depends on a block's pairs together was counted for all of them.
+    for part in [&mut sums.keys, &mut sums.values] {
+        let (all, classes) = part.split_last_mut().unwrap_or_else(|| unreachable!("there are four classes"));
+        classes.iter().for_each(|class| all.histogram += &class.histogram);
+    }
+    Ok(sums)
+}
+
+fn count_strip(
+    blocks: &DistinctBlocks,
+    taus: &[f64],
+    requests: usize,
+    rows: std::ops::Range<usize>,
+) -> LayerSums {
+    let (n, width) = (blocks.len(), blocks.width);
+    let times_all = |numbers: &[f32]| {
+        let mut out = vec![0.0; rows.len() * n];
+        let strip = View::row_major(&numbers[rows.start * width..rows.end * width], rows.len(), width);
+        product(strip, View::row_major(numbers, n, width).transposed(), &mut out);
+        out
+    };
+    let (key_products, value_products) = (times_all(&blocks.keys), times_all(&blocks.values));
+    let mut counters = [Counter::new(taus, requests), Counter::new(taus, requests)];
+    let mut classes = vec![Class::All; n];
+    for (i, row) in rows.clone().enumerate() {
+        classes.iter_mut().enumerate().for_each(|(j, class)| *class = blocks.class(row, j));
+        let keys = &key_products[i * n..][..n];
+        let values = &value_products[i * n..][..n];
+        let request = blocks.homes[row][0].request as usize;
+        let [key_counter, value_counter] = &mut counters;
+        key_counter.row(row, request, &classes, keys, values);
+        value_counter.row(row, request, &classes, values, keys);
+    }
+    let [keys, values] = counters.map(Counter::finish);
+    LayerSums { keys, values }
+}
+
+/// Counts the rows of one strip, of one part.
+struct Counter<'a> {
+    taus: &'a [f64],
+    sums: Vec<PairSums>,
+    rows: Vec<Row>,
+    /// Pairs read in reading order, each once.
+    seen: Vec<u64>,
+}
+
+impl<'a> Counter<'a> {
+    fn new(taus: &'a [f64], requests: usize) -> Self {
+        let classes = Class::ALL.len();
+        Counter {
+            taus,
+            sums: vec![PairSums::empty(taus.len(), requests); classes],
+            rows: vec![Row::empty(taus.len()); classes],
+            seen: vec![0; classes],
+        }
+    }
+
+    /// Reads the pairs of block `row` with all others; `other` are the cosines of the other part.
+    fn row(&mut self, row: usize, request: usize, classes: &[Class], cosines: &[f32], other: &[f32]) {
+        self.rows.iter_mut().for_each(Row::clear);
+        for (j, ((&class, &s), &o)) in classes.iter().zip(cosines).zip(other).enumerate() {
+            if j == row {
+                continue;
+            }
+            // Rounding may leave a cosine just outside.
+            let s = f64::from(s).clamp(-1.0, 1.0);
+            let level = self.taus.partition_point(|&tau| s > tau);
+            self.sums[class as usize].histogram.add(s);
+            for c in [class as usize, Class::All as usize] {
+                self.rows[c].add(s, f64::from(o), level);
+                if j > row {
+                    self.seen[c] += 1;
+                    for above in &mut self.sums[c].above[..level] {
+                        above.gaps.exceeds_at(self.seen[c]);
+                    }
+                }
+            }
+        }
+        for (sums, row) in self.sums.iter_mut().zip(&self.rows) {
+            sums.add_row(row, request);
+        }
+    }
+
+    fn finish(mut self) -> Vec<PairSums> {
+        for (sums, seen) in self.sums.iter_mut().zip(self.seen) {
+            sums.above.iter_mut().for_each(|a| a.gaps.end(seen));
+        }
+        self.sums
+    }
+}

@@ -1,0 +1,394 @@
+//! `kvfuse stats`: how alike the blocks of a dump are, layer by layer, as rows of one long table (docs/statistics.md).
+
+use super::fit::{Gaussian, Pareto};
+use super::histogram::Histogram;
+use super::pairs::{Above, Class, DistinctBlocks, Home, PairSums, RequestSums, count_pairs};
+use super::{mean, rounded};
+use crate::codec::fusion::{Part, RopeMode};
+use crate::dump::{Manifest, Shard, open_request};
+use crate::error::{Error, Result};
+use crate::interrupt;
+use crate::model::Rope;
+use crate::model::kernels::inner;
+use crate::progress::{Progress, Unit};
+use rand::SeedableRng;
+use rand::seq::index;
+use rand_chacha::ChaCha8Rng;
+use rayon::prelude::*;
+use serde::{Deserialize, Serialize};
+use std::collections::HashMap;
+use std::path::Path;
+
+/// What to measure.
+#[derive(Debug, Clone, Serialize)]
+pub struct SimilarityOptions {
+    pub block_sizes: Vec<usize>,
+    /// Compare keys as cached, or without their positions.
+    pub rope: RopeMode,
+    /// Look at so many blocks of a layer only, drawn by seed; the same in all layers.
+    pub sample: Option<usize>,
+    pub seed: u64,
+    /// Thresholds, rising.
+    pub taus: Vec<f64>,
+}
+
+/// One number of stats.csv. Numbers are rounded to six significant digits.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct StatRow {
+    pub block_size: usize,
+    pub layer: usize,
+    /// `key` or `value`; `both` for what is counted once.
+    pub part: String,
+    pub rope: RopeMode,
+    /// Which pairs ([`Class::name`]).
+    pub class: String,
+    pub statistic: String,
+    /// Threshold, probability or cosine that the number is of.
+    pub at: Option<f64>,
+    pub value: f64,
+    /// 95 % interval over requests.
+    pub low: Option<f64>,
+    pub high: Option<f64>,
+}
+
+/// Probabilities whose quantiles are written.
+const QUANTILES: [f64; 13] =
+    [0.001, 0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 0.999, 0.9999, 1.0];
+/// Bins of the written density over [-1, 1].
+const DENSITY_BINS: usize = 100;
+
+/// Statistics of some requests of a dump: by block size, then layer.
+///
+/// The blocks are those a sweep fuses: full ones of all prompt tokens but the last. One layer is in memory at a time.
+pub fn similarities(
+    dump: &Path,
+    manifest: &Manifest,
+    requests: &[usize],
+    options: &SimilarityOptions,
+) -> Result<Vec<StatRow>> {
+    let shards: Vec<Shard> =
+        requests.iter().map(|&i| open_request(dump, manifest, i)).collect::<Result<_>>()?;
+    let config = &manifest.model.config;
+    let longest = shards.iter().map(|s| s.tokens().len()).max().unwrap_or(0);
+    let rope = Rope::new(config.rope, longest.max(1));
+    let width = config.kv_heads * config.head_dim;
+    let progress = Progress::new("measuring", config.layers as u64, Unit::Items("layers"));
+    let mut found: Vec<Vec<StatRow>> = vec![Vec::new(); options.block_sizes.len()];
+    for layer in 0..config.layers {
+        interrupt::check()?;
+        let caches: Vec<(Vec<f32>, Vec<f32>)> =
+            shards.par_iter().map(|s| s.layer(layer)).collect::<Result<_>>()?;
+        for (&size, found) in options.block_sizes.iter().zip(&mut found) {
+            let places = places(&shards, size, options);
+            let strip = (options.rope == RopeMode::Strip).then_some(&rope);
+            let blocks = distinct_blocks(&caches, &places, size, width, strip);
+            let sums = count_pairs(&blocks, &options.taus, requests.len())?;
+            let mut sheet = Sheet { block_size: size, layer, rope: options.rope, rows: Vec::new() };
+            sheet.blocks(&blocks, places.len());
+            if options.sample.is_none() {
+                sheet.tokens(&shards, size, width);
+            }
+            for (part, sums) in [(Part::Key, &sums.keys), (Part::Value, &sums.values)] {
+                let norms = if part == Part::Key { &blocks.key_norms } else { &blocks.value_norms };
+                sheet.norms(part, norms, &sums[Class::All as usize]);
+                for class in Class::ALL {
+                    sheet.pairs(part, class, sums, &options.taus);
+                }
+            }
+            found.append(&mut sheet.rows);
+        }
+        progress.increment();
+    }
+    progress.finish();
+    if found.iter().flatten().all(|r| r.statistic != "distinct" || r.value == 0.0) {
+        let largest = options.block_sizes.iter().max().copied().unwrap_or(0);
+        return Err(Error::file(dump, format!("no request fills a block of {largest} tokens or fewer")));
+    }
+    Ok(found.concat())
+}
+
+/// The full blocks of all requests, or a sample of them, in request and token order.
+fn places(shards: &[Shard], size: usize, options: &SimilarityOptions) -> Vec<Home> {
+    let of = |(request, shard): (usize, &Shard)| {
+        let full = (shard.tokens().len() - 1) / size;
+        (0..full).map(move |position| Home { request: request as u32, position: position as u32 })
+    };
+    let all: Vec<Home> = shards.iter().enumerate().flat_map(of).collect();
+    match options.sample {
+        Some(n) if n < all.len() => {
+            let mut rng = ChaCha8Rng::seed_from_u64(options.seed);
+            let mut drawn = index::sample(&mut rng, all.len(), n).into_vec();
+            drawn.sort_unstable();
+            drawn.into_iter().map(|i| all[i]).collect()
+        }
+        _ => all,
+    }
+}
+
+/// The distinct blocks at some places of one layer. `caches`: keys and values of each request, `[tokens, width]`. With
+/// `strip`, keys are compared without positions; exact duplicates are then still looked for at equal positions only, where
+/// no rounding can part them.
+pub fn distinct_blocks(
+    caches: &[(Vec<f32>, Vec<f32>)],
+    places: &[Home],
+    block_size: usize,
+    width: usize,
+    strip: Option<&Rope>,
+) -> DistinctBlocks {
+    let length = block_size * width;
+    let numbers = |home: &Home| {
+        let at = home.position as usize * length;
+        let (keys, values) = &caches[home.request as usize];
+        (&keys[at..at + length], &values[at..at + length])
+    };
+    let mut found = DistinctBlocks { width: length, ..DistinctBlocks::default() };
+    // The last numbers of a block are cheap to look up and rarely equal by chance.
+    let glance = |x: &[f32]| x.last_chunk::<2>().map(|last| last.map(f32::to_bits));
+    let mut seen: HashMap<_, Vec<usize>> = HashMap::new();
+    for home in places {
+        let (keys, values) = numbers(home);
+        let position = strip.map(|_| home.position);
+        let alike = seen.entry((position, glance(keys), glance(values))).or_default();
+        match alike.iter().find(|&&b| numbers(&found.homes[b][0]) == (keys, values)) {
+            Some(&block) => found.homes[block].push(*home),
+            None => {
+                alike.push(found.homes.len());
+                found.homes.push(vec![*home]);
+            }
+        }
+    }
+    let unit = |numbers: &[f32], into: &mut Vec<f32>| {
+        let norm = f64::from(inner(numbers, numbers)).sqrt();
+        let factor = if norm > 0.0 { 1.0 / norm } else { 0.0 };
+        into.extend(numbers.iter().map(|&x| (f64::from(x) * factor) as f32));
+        norm
+    };
+    let DistinctBlocks { keys: all_keys, values: all_values, key_norms, value_norms, homes, .. } = &mut found;
+    for home in homes.iter().map(|homes| homes[0]) {
+        let (keys, values) = numbers(&home);
+        let mut keys = keys.to_vec();
+        if let Some(rope) = strip {
+            rope.strip_tokens(&mut keys, width, home.position as usize * block_size);
+        }
+        key_norms.push(unit(&keys, all_keys));
+        value_norms.push(unit(values, all_values));
+    }
+    found
+}
+
+/// Rows of one layer and block size.
+struct Sheet {
+    block_size: usize,
+    layer: usize,
+    rope: RopeMode,
+    rows: Vec<StatRow>,
+}
+
+impl Sheet {
+    fn put(&mut self, part: &str, class: Class, statistic: &str, at: Option<f64>, value: Option<f64>) {
+        self.put_interval(part, class, statistic, at, value, None);
+    }
+
+    /// Leaves out what has no value.
+    fn put_interval(
+        &mut self,
+        part: &str,
+        class: Class,
+        statistic: &str,
+        at: Option<f64>,
+        value: Option<f64>,
+        interval: Option<(f64, f64)>,
+    ) {
+        let Some(value) = value.filter(|v| v.is_finite()) else { return };
+        self.rows.push(StatRow {
+            block_size: self.block_size,
+            layer: self.layer,
+            part: part.to_owned(),
+            rope: self.rope,
+            class: class.name().to_owned(),
+            statistic: statistic.to_owned(),
+            at: at.map(rounded),
+            value: rounded(value),
+            low: interval.map(|(low, _)| rounded(low)),
+            high: interval.map(|(_, high)| rounded(high)),
+        });
+    }
+
+    fn blocks(&mut self, blocks: &DistinctBlocks, places: usize) {
+        let shared = blocks.homes.iter().filter(|h| h.iter().any(|x| x.request != h[0].request)).count();
+        let zero = blocks.key_norms.iter().zip(&blocks.value_norms).filter(|(k, v)| **k * **v == 0.0).count();
+        let requests = blocks.homes.iter().flatten().map(|h| h.request).max().map_or(0, |r| r + 1);
+        for (statistic, count) in [
+            ("requests", requests as usize),
+            ("blocks", places),
+            ("distinct", blocks.len()),
+            ("shared", shared),
+            ("zero_norm", zero),
+        ] {
+            self.put("both", Class::All, statistic, None, Some(count as f64));
+        }
+    }
+
+    /// What the ratio of the whole layer needs beside full blocks.
+    fn tokens(&mut self, shards: &[Shard], size: usize, width: usize) {
+        let cached = || shards.iter().map(|s| s.tokens().len() - 1);
+        let partial = cached().filter(|tokens| tokens % size > 0).count();
+        for (statistic, count) in
+            [("tokens", cached().sum()), ("partial_blocks", partial), ("token_width", width)]
+        {
+            self.put("both", Class::All, statistic, None, Some(count as f64));
+        }
+    }
+
+    /// Norms, and how many directions the blocks fill.
+    fn norms(&mut self, part: Part, norms: &[f64], all: &PairSums) {
+        let name = part_name(part);
+        let mut put = |statistic: &str, value: f64| self.put(name, Class::All, statistic, None, Some(value));
+        if norms.is_empty() {
+            return;
+        }
+        let middle = mean(norms);
+        put("norm_mean", middle);
+        put("norm_sd", mean(&norms.iter().map(|x| (x - middle).powi(2)).collect::<Vec<_>>()).sqrt());
+        put("norm_min", norms.iter().copied().fold(f64::INFINITY, f64::min));
+        put("norm_max", norms.iter().copied().fold(0.0, f64::max));
+        // Participation ratio (sum of eigenvalues)^2 / sum of squares of the Gram matrix of unit blocks; then of the
+        // blocks less their mean.
+        let n = norms.len() as f64;
+        let ones = norms.iter().filter(|x| **x > 0.0).count() as f64;
+        let squares = ones + all.powers[1];
+        put("effective_dimension", ones * ones / squares);
+        let total = ones + all.powers[0];
+        let rows = all.row_squares + 2.0 * all.powers[0] + ones;
+        let centred = squares - 2.0 / n * rows + total * total / (n * n);
+        put("effective_dimension_centred", (ones - total / n).powi(2) / centred);
+    }
+
+    /// `all`: sums by class.
+    fn pairs(&mut self, part: Part, class: Class, all: &[PairSums], taus: &[f64]) {
+        let name = part_name(part);
+        let sums = &all[class as usize];
+        let n = sums.pairs as f64;
+        self.put(name, class, "pairs", None, Some(n / 2.0));
+        if sums.pairs == 0 {
+            return;
+        }
+        let jackknife = |of: &dyn Fn(&RequestSums) -> f64, total: f64| jackknife(all, class, of, total);
+        let [s1, s2, s3, s4] = sums.powers.map(|p| p / n);
+        let variance = (s2 - s1 * s1).max(0.0);
+        let interval = jackknife(&|r| r.cosine, sums.powers[0]);
+        self.put_interval(name, class, "mean", None, Some(s1), interval);
+        self.put(name, class, "sd", None, Some(variance.sqrt()));
+        if variance > 1e-12 {
+            let third = s3 - 3.0 * s1 * s2 + 2.0 * s1.powi(3);
+            let fourth = s4 - 4.0 * s1 * s3 + 6.0 * s1 * s1 * s2 - 3.0 * s1.powi(4);
+            self.put(name, class, "skewness", None, Some(third / variance.powf(1.5)));
+            self.put(name, class, "excess_kurtosis", None, Some(fourth / (variance * variance) - 3.0));
+            // Correlation of two pairs that share a block: 0 in the model's world.
+            let wedges = sums.size_squares as f64 - n;
+            let covariance = (sums.row_squares - sums.powers[1]) / wedges - s1 * s1;
+            self.put(name, class, "neighbour_correlation", None, Some(covariance / variance));
+        }
+        for p in QUANTILES {
+            self.put(name, class, "quantile", Some(p), sums.histogram.quantile(p));
+        }
+        let mut density = vec![0u64; DENSITY_BINS];
+        for (x, count) in sums.histogram.filled() {
+            density[(((x + 1.0) / 2.0 * DENSITY_BINS as f64) as usize).min(DENSITY_BINS - 1)] += count;
+        }
+        let bin = 2.0 / DENSITY_BINS as f64;
+        for (i, &count) in density.iter().enumerate().filter(|(_, c)| **c > 0) {
+            let at = -1.0 + (i as f64 + 0.5) * bin;
+            self.put(name, class, "density", Some(at), Some(count as f64 / n / bin));
+        }
+
+        let gaussian = Gaussian::of_body(&sums.histogram);
+        if let Some(g) = gaussian {
+            let cdf = |x: f64| 1.0 - g.exceedance(x);
+            self.put(name, class, "gaussian_mean", None, Some(g.mean));
+            self.put(name, class, "gaussian_sd", None, Some(g.sd));
+            self.put(name, class, "gaussian_ks", None, Some(sums.histogram.kolmogorov_smirnov(cdf)));
+            self.put(name, class, "gaussian_ad", None, Some(sums.histogram.anderson_darling(cdf)));
+        }
+        let pareto = Pareto::of_tail(&sums.histogram);
+        if let Some(p) = pareto {
+            self.put(name, class, "pareto_threshold", None, Some(p.threshold));
+            self.put(name, class, "pareto_rate", None, Some(p.rate));
+            self.put(name, class, "pareto_shape", None, Some(p.shape));
+            self.put(name, class, "pareto_scale", None, Some(p.scale));
+            self.put(name, class, "pareto_ks", None, Some(p.distance));
+            let tail = sums.histogram.above(Histogram::bin_of(p.threshold));
+            let distance = tail.anderson_darling(|x| 1.0 - p.survival(x));
+            self.put(name, class, "pareto_ad", None, Some(distance));
+        }
+        for (t, (&tau, above)) in taus.iter().zip(&sums.above).enumerate() {
+            let q = above.pairs as f64 / n;
+            let interval = jackknife(&|r| r.above[t] as f64, above.pairs as f64)
+                .map(|(low, high)| (low.max(0.0), high.min(1.0)));
+            let mut put = |statistic: &str, value: Option<f64>| {
+                self.put(name, class, statistic, Some(tau), value);
+            };
+            put("gaussian_exceedance", gaussian.map(|g| g.exceedance(tau)));
+            put("pareto_exceedance", pareto.and_then(|p| p.exceedance(tau)));
+            if above.pairs > 0 {
+                let Above { pairs, squares, cross, neighbours, cosine, other, gaps } = above;
+                let k = *pairs as f64;
+                // Pearson's: sum over blocks of (k - m q)^2 / m q; with equal m, variance / mean.
+                let spread =
+                    *squares as f64 - 2.0 * q * *cross as f64 + q * q * sums.size_squares as f64;
+                put("dispersion", Some(spread / (q * n)));
+                put("rho1", (*neighbours > 0).then(|| (*squares as f64 - k) / *neighbours as f64));
+                put("gap_ks", gaps.distance());
+                put("extremal_index", gaps.extremal_index());
+                put("mean_above", Some(cosine / k));
+                if part == Part::Key {
+                    put("value_above", Some(other / k));
+                }
+            }
+            self.put_interval(name, class, "exceedance", Some(tau), Some(q), interval);
+        }
+    }
+}
+
+fn part_name(part: Part) -> &'static str {
+    match part {
+        Part::Key => "key",
+        Part::Value => "value",
+    }
+}
+
+/// 95 % interval of a mean over pairs from leaving out one request at a time: pairs that share a request are not independent,
+/// requests are taken to be. A block with several homes counts as its first request's. `None` with one request.
+fn jackknife(
+    all: &[PairSums],
+    class: Class,
+    of: &dyn Fn(&RequestSums) -> f64,
+    total: f64,
+) -> Option<(f64, f64)> {
+    let pairs = all[class as usize].pairs as f64;
+    let classes: Vec<Class> = match class {
+        Class::All => vec![Class::SameRequest, Class::SamePosition, Class::Other],
+        class => vec![class],
+    };
+    // (pairs, total) of which each request is a part.
+    let requests = all[class as usize].by_request.len();
+    let mut parts = vec![(0.0, 0.0); requests];
+    for class in classes {
+        // An ordered pair of two requests' blocks counts for the first only; leaving out takes it from both sides.
+        let sides = if class == Class::SameRequest { 1.0 } else { 2.0 };
+        for (part, sums) in parts.iter_mut().zip(&all[class as usize].by_request) {
+            *part = (part.0 + sides * sums.pairs as f64, part.1 + sides * of(sums));
+        }
+    }
+    parts.retain(|part| part.0 > 0.0);
+    let left: Vec<f64> = parts
+        .iter()
+        .map(|part| (pairs > part.0).then(|| ((total - part.1) / (pairs - part.0)).clamp(-1.0, 1.0)))
+        .collect::<Option<_>>()?;
+    let n = left.len() as f64;
+    (left.len() > 1).then_some(())?;
+    let middle = mean(&left);
+    let error = ((n - 1.0) / n * left.iter().map(|x| (x - middle).powi(2)).sum::<f64>()).sqrt();
+    let share = total / pairs;
+    Some((share - 1.96 * error, share + 1.96 * error))
+}
