@@ -14,3 +14,4 @@ pub mod plot;
 pub mod progress;
 pub mod stats;
 pub mod task;
+pub mod theory;

@@ -8,6 +8,7 @@ mod explain;
 mod inspect;
 mod model;
 mod plot;
+mod simulate;
 mod stats;
 mod sweep;
 mod table;
@@ -49,6 +50,7 @@ enum Command {
     Calibrate(calibrate::Args),
     Explain(explain::Args),
     Stats(stats::Args),
+    Simulate(simulate::Args),
     Plot(plot::Args),
     Demo(demo::Args),
     Bench(bench::Args),
@@ -70,6 +72,7 @@ impl Cli {
             Command::Calibrate(args) => calibrate::run(args),
             Command::Explain(args) => explain::run(args),
             Command::Stats(args) => stats::run(args),
+            Command::Simulate(args) => simulate::run(args),
             Command::Plot(args) => plot::run(args),
             Command::Demo(args) => demo::run(args),
             Command::Bench(args) => bench::run(args),

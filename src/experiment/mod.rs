@@ -11,6 +11,7 @@ mod measure;
 mod rows;
 mod runs;
 mod settings;
+mod simulate;
 mod stage;
 mod sweep;
 mod table;
@@ -25,5 +26,8 @@ pub use measure::{STATS_CSV, StatsOptions, measure, read_stats};
 pub use rows::{LayerRow, LayerScore, RequestRow, RequestScore, Row, Timings};
 pub use runs::RunRecord;
 pub use settings::{Settings, SweepOptions};
+pub use simulate::{
+    MONTE_CARLO_CSV, PREDICTIONS_CSV, SCALE_CSV, SUMMARY_CSV, SimulateOptions, Simulation, simulate,
+};
 pub use sweep::{LAYERS_CSV, REQUESTS_CSV, SWEEP_CSV, TIMINGS_CSV, sweep};
 pub use table::{read_csv, write_csv};

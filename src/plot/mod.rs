@@ -31,3 +31,6 @@ pub fn plot_sweep(out: &Path) -> Result<Vec<PathBuf>> {
 
 /// Stub.
 pub fn plot_stats(_out: &Path) -> Result<Vec<PathBuf>> { Ok(Vec::new()) }
+
+/// Stub.
+pub fn plot_simulation(_out: &Path) -> Result<Vec<PathBuf>> { Ok(Vec::new()) }

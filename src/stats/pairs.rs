@@ -116,29 +116,57 @@ pub struct PairSums {
     pub histogram: Histogram,
     /// One for each threshold.
     pub above: Vec<Above>,
-    /// By request of a pair's first block: ordered pairs, sum of cosines, pairs above each threshold.
-    pub by_request: Vec<RequestSums>,
+    /// Shares of the requests, and of the positions, of pairs' first blocks.
+    pub by_request: Vec<Share>,
+    pub by_position: Vec<Share>,
 }
 
-/// Share of one request in [`PairSums`].
+/// What the pairs of some first blocks contribute to [`PairSums`].
 #[derive(Debug, Clone, Default)]
-pub struct RequestSums {
+pub struct Share {
+    /// Ordered pairs.
     pub pairs: u64,
+    /// Sum of cosines.
     pub cosine: f64,
-    pub above: Vec<u64>,
+    /// Pairs above each threshold, and the sum of their cosines.
+    pub above: Vec<(u64, f64)>,
+}
+
+impl Share {
+    fn empty(taus: usize) -> Self {
+        Share { above: vec![(0, 0.0); taus], ..Share::default() }
+    }
+}
+
+impl AddAssign<&Share> for Share {
+    fn add_assign(&mut self, other: &Share) {
+        self.pairs += other.pairs;
+        self.cosine += other.cosine;
+        for (a, b) in self.above.iter_mut().zip(&other.above) {
+            *a = (a.0 + b.0, a.1 + b.1);
+        }
+    }
+}
+
+/// How many requests and positions there are.
+#[derive(Debug, Clone, Copy)]
+struct Extent {
+    requests: usize,
+    positions: usize,
 }
 
 impl PairSums {
-    fn empty(taus: usize, requests: usize) -> Self {
+    fn empty(taus: usize, extent: Extent) -> Self {
         PairSums {
             above: vec![Above::default(); taus],
-            by_request: vec![RequestSums { above: vec![0; taus], ..RequestSums::default() }; requests],
+            by_request: vec![Share::empty(taus); extent.requests],
+            by_position: vec![Share::empty(taus); extent.positions],
             ..PairSums::default()
         }
     }
 
     /// Adds one block's pairs.
-    fn add_row(&mut self, row: &Row, request: usize) {
+    fn add_row(&mut self, row: &Row, home: Home) {
         if row.pairs == 0 {
             return;
         }
@@ -148,9 +176,7 @@ impl PairSums {
         self.size_squares += m * m;
         self.row_squares += row.powers[0] * row.powers[0];
         self.powers.iter_mut().zip(row.powers).for_each(|(sum, x)| *sum += x);
-        let by = &mut self.by_request[request];
-        by.pairs += m;
-        by.cosine += row.powers[0];
+        let mut share = Share { pairs: m, cosine: row.powers[0], ..Share::empty(self.above.len()) };
         // Pairs between two thresholds lie above the lower one and all below it.
         let (mut k, mut cosine, mut other) = (0, 0.0, 0.0);
         for (t, above) in self.above.iter_mut().enumerate().rev() {
@@ -162,8 +188,10 @@ impl PairSums {
             above.neighbours += k * (m - 1);
             above.cosine += cosine;
             above.other += other;
-            by.above[t] += k;
+            share.above[t] = (k, cosine);
         }
+        self.by_request[home.request as usize] += &share;
+        self.by_position[home.position as usize] += &share;
     }
 }
 
@@ -184,11 +212,8 @@ impl AddAssign<&PairSums> for PairSums {
             a.other += b.other;
             a.gaps.join(&b.gaps);
         }
-        for (a, b) in self.by_request.iter_mut().zip(&other.by_request) {
-            a.pairs += b.pairs;
-            a.cosine += b.cosine;
-            a.above.iter_mut().zip(&b.above).for_each(|(a, b)| *a += b);
-        }
+        self.by_request.iter_mut().zip(&other.by_request).for_each(|(a, b)| *a += b);
+        self.by_position.iter_mut().zip(&other.by_position).for_each(|(a, b)| *a += b);
     }
 }
 
@@ -241,14 +266,16 @@ const ROUND: usize = 16;
 /// threads.
 pub fn count_pairs(blocks: &DistinctBlocks, taus: &[f64], requests: usize) -> Result<LayerSums> {
     let n = blocks.len();
-    let empty = || vec![PairSums::empty(taus.len(), requests); Class::ALL.len()];
+    let positions = blocks.homes.iter().map(|h| h[0].position as usize + 1).max().unwrap_or(0);
+    let extent = Extent { requests, positions };
+    let empty = || vec![PairSums::empty(taus.len(), extent); Class::ALL.len()];
     let mut sums = LayerSums { keys: empty(), values: empty() };
     let strips: Vec<usize> = (0..n).step_by(STRIP).collect();
     for round in strips.chunks(ROUND) {
         interrupt::check()?;
         let counted: Vec<LayerSums> = round
             .par_iter()
-            .map(|&first| count_strip(blocks, taus, requests, first..n.min(first + STRIP)))
+            .map(|&first| count_strip(blocks, taus, extent, first..n.min(first + STRIP)))
             .collect();
         for strip in &counted {
             for (into, from) in [(&mut sums.keys, &strip.keys), (&mut sums.values, &strip.values)] {
@@ -267,7 +294,7 @@ pub fn count_pairs(blocks: &DistinctBlocks, taus: &[f64], requests: usize) -> Re
 fn count_strip(
     blocks: &DistinctBlocks,
     taus: &[f64],
-    requests: usize,
+    extent: Extent,
     rows: std::ops::Range<usize>,
 ) -> LayerSums {
     let (n, width) = (blocks.len(), blocks.width);
@@ -278,16 +305,16 @@ fn count_strip(
         out
     };
     let (key_products, value_products) = (times_all(&blocks.keys), times_all(&blocks.values));
-    let mut counters = [Counter::new(taus, requests), Counter::new(taus, requests)];
+    let mut counters = [Counter::new(taus, extent), Counter::new(taus, extent)];
     let mut classes = vec![Class::All; n];
     for (i, row) in rows.clone().enumerate() {
         classes.iter_mut().enumerate().for_each(|(j, class)| *class = blocks.class(row, j));
         let keys = &key_products[i * n..][..n];
         let values = &value_products[i * n..][..n];
-        let request = blocks.homes[row][0].request as usize;
+        let home = blocks.homes[row][0];
         let [key_counter, value_counter] = &mut counters;
-        key_counter.row(row, request, &classes, keys, values);
-        value_counter.row(row, request, &classes, values, keys);
+        key_counter.row(row, home, &classes, keys, values);
+        value_counter.row(row, home, &classes, values, keys);
     }
     let [keys, values] = counters.map(Counter::finish);
     LayerSums { keys, values }
@@ -303,18 +330,18 @@ struct Counter<'a> {
 }
 
 impl<'a> Counter<'a> {
-    fn new(taus: &'a [f64], requests: usize) -> Self {
+    fn new(taus: &'a [f64], extent: Extent) -> Self {
         let classes = Class::ALL.len();
         Counter {
             taus,
-            sums: vec![PairSums::empty(taus.len(), requests); classes],
+            sums: vec![PairSums::empty(taus.len(), extent); classes],
             rows: vec![Row::empty(taus.len()); classes],
             seen: vec![0; classes],
         }
     }
 
     /// Reads the pairs of block `row` with all others; `other` are the cosines of the other part.
-    fn row(&mut self, row: usize, request: usize, classes: &[Class], cosines: &[f32], other: &[f32]) {
+    fn row(&mut self, row: usize, home: Home, classes: &[Class], cosines: &[f32], other: &[f32]) {
         self.rows.iter_mut().for_each(Row::clear);
         for (j, ((&class, &s), &o)) in classes.iter().zip(cosines).zip(other).enumerate() {
             if j == row {
@@ -335,7 +362,7 @@ impl<'a> Counter<'a> {
             }
         }
         for (sums, row) in self.sums.iter_mut().zip(&self.rows) {
-            sums.add_row(row, request);
+            sums.add_row(row, home);
         }
     }
 

@@ -2,7 +2,7 @@
 
 use super::fit::{Gaussian, Pareto};
 use super::histogram::Histogram;
-use super::pairs::{Above, Class, DistinctBlocks, Home, PairSums, RequestSums, count_pairs};
+use super::pairs::{Above, Class, DistinctBlocks, Home, PairSums, Share, count_pairs};
 use super::{mean, rounded};
 use crate::codec::fusion::{Part, RopeMode};
 use crate::dump::{Manifest, Shard, open_request};
@@ -95,6 +95,7 @@ pub fn similarities(
                     sheet.pairs(part, class, sums, &options.taus);
                 }
             }
+            sheet.positions(&blocks, &sums.keys[Class::SamePosition as usize], &options.taus);
             found.append(&mut sheet.rows);
         }
         progress.increment();
@@ -186,14 +187,14 @@ struct Sheet {
 
 impl Sheet {
     fn put(&mut self, part: &str, class: Class, statistic: &str, at: Option<f64>, value: Option<f64>) {
-        self.put_interval(part, class, statistic, at, value, None);
+        self.put_interval(part, class.name(), statistic, at, value, None);
     }
 
     /// Leaves out what has no value.
     fn put_interval(
         &mut self,
         part: &str,
-        class: Class,
+        class: &str,
         statistic: &str,
         at: Option<f64>,
         value: Option<f64>,
@@ -205,13 +206,30 @@ impl Sheet {
             layer: self.layer,
             part: part.to_owned(),
             rope: self.rope,
-            class: class.name().to_owned(),
+            class: class.to_owned(),
             statistic: statistic.to_owned(),
             at: at.map(rounded),
             value: rounded(value),
             low: interval.map(|(low, _)| rounded(low)),
             high: interval.map(|(_, high)| rounded(high)),
         });
+    }
+
+    /// Keys at one and the same position, position by position: exceedances are not spread evenly over these. The class is
+    /// `position_N`; thresholds that no pair exceeds are left out.
+    fn positions(&mut self, blocks: &DistinctBlocks, sums: &PairSums, taus: &[f64]) {
+        for (position, share) in sums.by_position.iter().enumerate() {
+            let class = format!("position_{position}");
+            let here = blocks.homes.iter().filter(|h| h[0].position as usize == position).count();
+            let mut put = |statistic: &str, at: Option<f64>, value: f64| {
+                self.put_interval("key", &class, statistic, at, Some(value), None);
+            };
+            put("distinct", None, here as f64);
+            for (&tau, &(above, cosine)) in taus.iter().zip(&share.above).filter(|(_, a)| a.0 > 0) {
+                put("exceedance", Some(tau), above as f64 / share.pairs as f64);
+                put("mean_above", Some(tau), cosine / above as f64);
+            }
+        }
     }
 
     fn blocks(&mut self, blocks: &DistinctBlocks, places: usize) {
@@ -273,11 +291,11 @@ impl Sheet {
         if sums.pairs == 0 {
             return;
         }
-        let jackknife = |of: &dyn Fn(&RequestSums) -> f64, total: f64| jackknife(all, class, of, total);
+        let jackknife = |of: &dyn Fn(&Share) -> f64, total: f64| jackknife(all, class, of, total);
         let [s1, s2, s3, s4] = sums.powers.map(|p| p / n);
         let variance = (s2 - s1 * s1).max(0.0);
         let interval = jackknife(&|r| r.cosine, sums.powers[0]);
-        self.put_interval(name, class, "mean", None, Some(s1), interval);
+        self.put_interval(name, class.name(), "mean", None, Some(s1), interval);
         self.put(name, class, "sd", None, Some(variance.sqrt()));
         if variance > 1e-12 {
             let third = s3 - 3.0 * s1 * s2 + 2.0 * s1.powi(3);
@@ -323,7 +341,7 @@ impl Sheet {
         }
         for (t, (&tau, above)) in taus.iter().zip(&sums.above).enumerate() {
             let q = above.pairs as f64 / n;
-            let interval = jackknife(&|r| r.above[t] as f64, above.pairs as f64)
+            let interval = jackknife(&|r| r.above[t].0 as f64, above.pairs as f64)
                 .map(|(low, high)| (low.max(0.0), high.min(1.0)));
             let mut put = |statistic: &str, value: Option<f64>| {
                 self.put(name, class, statistic, Some(tau), value);
@@ -345,7 +363,7 @@ impl Sheet {
                     put("value_above", Some(other / k));
                 }
             }
-            self.put_interval(name, class, "exceedance", Some(tau), Some(q), interval);
+            self.put_interval(name, class.name(), "exceedance", Some(tau), Some(q), interval);
         }
     }
 }
@@ -362,7 +380,7 @@ fn part_name(part: Part) -> &'static str {
 fn jackknife(
     all: &[PairSums],
     class: Class,
-    of: &dyn Fn(&RequestSums) -> f64,
+    of: &dyn Fn(&Share) -> f64,
     total: f64,
 ) -> Option<(f64, f64)> {
     let pairs = all[class as usize].pairs as f64;

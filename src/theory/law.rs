@@ -1,0 +1,272 @@
+//! What the model needs of a layer's measured similarities, read from the rows of stats.csv.
+
+use crate::stats::{Class, StatRow};
+use std::collections::BTreeMap;
+
+/// Exceedances of one threshold.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Exceedance {
+    pub tau: f64,
+    /// P(S > tau), with its 95 % interval (equal ends where there is none).
+    pub q: f64,
+    pub low: f64,
+    pub high: f64,
+    /// Mean cosine of the keys above tau, and of the same pairs' values; absent where no pair is.
+    pub mean_above: Option<f64>,
+    pub value_above: Option<f64>,
+    pub dispersion: Option<f64>,
+    pub rho1: Option<f64>,
+    pub gaussian: Option<f64>,
+}
+
+impl Exceedance {
+    /// No pairs at all.
+    pub fn none(tau: f64) -> Self {
+        Exceedance {
+            tau,
+            q: 0.0,
+            low: 0.0,
+            high: 0.0,
+            mean_above: None,
+            value_above: None,
+            dispersion: None,
+            rho1: None,
+            gaussian: None,
+        }
+    }
+}
+
+/// Pairs of one class.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct ClassLaw {
+    pub pairs: f64,
+    pub mean: f64,
+    pub sd: f64,
+    pub neighbour_correlation: f64,
+    /// By threshold, rising.
+    pub exceedances: Vec<Exceedance>,
+}
+
+/// Keys of one layer.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct LayerLaw {
+    pub layer: usize,
+    pub block_size: usize,
+    pub requests: f64,
+    /// Full blocks, distinct ones, and those of them that several requests hold.
+    pub blocks: f64,
+    pub distinct: f64,
+    pub shared: f64,
+    /// Tokens in the caches, requests whose last block is not full, and numbers a token has in K; absent of a sample.
+    pub tokens: Option<f64>,
+    pub partial_blocks: Option<f64>,
+    pub token_width: Option<f64>,
+    /// Mean cosine of the values of any two blocks.
+    pub value_mean: f64,
+    /// In the order of [`Class::ALL`].
+    pub classes: Vec<ClassLaw>,
+    /// Pairs of blocks at one position, by position.
+    pub positions: Vec<PositionLaw>,
+}
+
+/// Pairs of blocks of different requests at one position.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct PositionLaw {
+    /// Distinct blocks.
+    pub distinct: f64,
+    /// (tau, q, mean cosine above), rising; thresholds that no pair exceeds are missing.
+    pub exceedances: Vec<(f64, f64, f64)>,
+}
+
+impl PositionLaw {
+    /// Exceedance and mean cosine above at any threshold; between two known ones on straight lines.
+    pub fn at(&self, tau: f64) -> (f64, f64) {
+        let Some(right) = self.exceedances.iter().position(|e| e.0 >= tau - 1e-9) else { return (0.0, 1.0) };
+        let (high, q, s) = self.exceedances[right];
+        match right.checked_sub(1).map(|left| self.exceedances[left]) {
+            Some((low, lower_q, lower_s)) if high - tau > 1e-9 => {
+                let share = (tau - low) / (high - low);
+                (lower_q + share * (q - lower_q), lower_s + share * (s - lower_s))
+            }
+            _ => (q, s),
+        }
+    }
+}
+
+impl LayerLaw {
+    /// Laws of the keys in all layers of one block size, by layer.
+    pub fn of_rows(rows: &[StatRow], block_size: usize) -> Vec<LayerLaw> {
+        let mut layers: BTreeMap<usize, Vec<&StatRow>> = BTreeMap::new();
+        for row in rows.iter().filter(|r| r.block_size == block_size) {
+            layers.entry(row.layer).or_default().push(row);
+        }
+        layers.into_iter().map(|(layer, rows)| Self::of_layer(layer, block_size, &rows)).collect()
+    }
+
+    fn of_layer(layer: usize, block_size: usize, rows: &[&StatRow]) -> LayerLaw {
+        let find = |part: &str, class: Class, statistic: &str, at: Option<f64>| {
+            let is = |r: &&&StatRow| {
+                r.part == part && r.class == class.name() && r.statistic == statistic && r.at == at
+            };
+            rows.iter().find(is).copied()
+        };
+        let count = |statistic| find("both", Class::All, statistic, None).map(|r| r.value);
+        let class = |class: Class| {
+            let one = |statistic| find("key", class, statistic, None).map_or(0.0, |r| r.value);
+            let mut taus: Vec<f64> = rows
+                .iter()
+                .filter(|r| r.part == "key" && r.class == class.name() && r.statistic == "exceedance")
+                .filter_map(|r| r.at)
+                .collect();
+            taus.sort_by(f64::total_cmp);
+            let exceedance = |tau: f64| {
+                let at = |statistic| find("key", class, statistic, Some(tau));
+                let value = |statistic| at(statistic).map(|r| r.value);
+                let q = at("exceedance")?;
+                Some(Exceedance {
+                    tau,
+                    q: q.value,
+                    low: q.low.unwrap_or(q.value),
+                    high: q.high.unwrap_or(q.value),
+                    mean_above: value("mean_above"),
+                    value_above: value("value_above"),
+                    dispersion: value("dispersion"),
+                    rho1: value("rho1"),
+                    gaussian: value("gaussian_exceedance"),
+                })
+            };
+            ClassLaw {
+                pairs: one("pairs"),
+                mean: one("mean"),
+                sd: one("sd"),
+                neighbour_correlation: one("neighbour_correlation"),
+                exceedances: taus.into_iter().filter_map(exceedance).collect(),
+            }
+        };
+        let position = |n: usize| {
+            let name = format!("position_{n}");
+            let own: Vec<&&StatRow> = rows.iter().filter(|r| r.class == name).collect();
+            let distinct = own.iter().find(|r| r.statistic == "distinct")?.value;
+            let above = |tau: Option<f64>| {
+                own.iter().find(|r| r.statistic == "mean_above" && r.at == tau).map(|r| r.value)
+            };
+            let mut exceedances: Vec<(f64, f64, f64)> = own
+                .iter()
+                .filter(|r| r.statistic == "exceedance")
+                .filter_map(|r| Some((r.at?, r.value, above(r.at)?)))
+                .collect();
+            exceedances.sort_by(|a, b| a.0.total_cmp(&b.0));
+            Some(PositionLaw { distinct, exceedances })
+        };
+        LayerLaw {
+            positions: (0..).map_while(position).collect(),
+            layer,
+            block_size,
+            requests: count("requests").unwrap_or(0.0),
+            blocks: count("blocks").unwrap_or(0.0),
+            distinct: count("distinct").unwrap_or(0.0),
+            shared: count("shared").unwrap_or(0.0),
+            tokens: count("tokens"),
+            partial_blocks: count("partial_blocks"),
+            token_width: count("token_width"),
+            value_mean: find("value", Class::All, "mean", None).map_or(0.0, |r| r.value),
+            classes: Class::ALL.into_iter().map(class).collect(),
+        }
+    }
+
+    pub fn class(&self, class: Class) -> &ClassLaw {
+        &self.classes[class as usize]
+    }
+
+    /// Distinct blocks of a request that no other holds, on average.
+    pub fn own_blocks(&self) -> f64 {
+        (self.distinct - self.shared).max(0.0) / self.requests.max(1.0)
+    }
+
+    /// Exceedances among the pairs of `requests` requests with `own` blocks each: the measured classes, weighed by how many
+    /// pairs of each there would be. `across`: of different requests only.
+    pub fn at(&self, tau: f64, requests: f64, own: f64, across: bool) -> Option<Exceedance> {
+        let pairs_of_requests = 0.5 * requests * (requests - 1.0);
+        let weights = [
+            (Class::SameRequest, if across { 0.0 } else { requests * 0.5 * own * (own - 1.0) }),
+            (Class::SamePosition, own * pairs_of_requests),
+            (Class::Other, own * (own - 1.0).max(0.0) * pairs_of_requests),
+        ];
+        self.mixture(tau, &weights)
+    }
+
+    /// Exceedances among the pairs at different positions: of different requests, and unless `across` also of one request.
+    pub fn elsewhere(&self, tau: f64, requests: f64, own: f64, across: bool) -> Option<Exceedance> {
+        let pairs = own * (own - 1.0).max(0.0);
+        let same = if across { 0.0 } else { requests * 0.5 * pairs };
+        self.mixture(tau, &[(Class::SameRequest, same), (Class::Other, pairs * 0.5 * requests * (requests - 1.0))])
+    }
+
+    /// Exceedances among all pairs measured; `across`: of different requests only.
+    pub fn measured(&self, tau: f64, across: bool) -> Option<Exceedance> {
+        if !across {
+            return self.class(Class::All).at(tau);
+        }
+        let weight = |class| (class, self.class(class).pairs);
+        self.mixture(tau, &[weight(Class::SamePosition), weight(Class::Other)])
+    }
+
+    fn mixture(&self, tau: f64, weights: &[(Class, f64)]) -> Option<Exceedance> {
+        let parts: Vec<(f64, Exceedance)> = weights
+            .iter()
+            .filter(|(class, weight)| *weight > 0.0 && self.class(*class).pairs > 0.0)
+            .filter_map(|&(class, weight)| Some((weight, self.class(class).at(tau)?)))
+            .collect();
+        let total: f64 = parts.iter().map(|(w, _)| w).sum();
+        (total > 0.0).then_some(())?;
+        let mean = |of: &dyn Fn(&Exceedance) -> f64| parts.iter().map(|(w, e)| w * of(e)).sum::<f64>() / total;
+        // Of pairs above the threshold there are weight * q.
+        let above = |of: fn(&Exceedance) -> Option<f64>| {
+            let known: Vec<(f64, f64)> = parts.iter().filter_map(|(w, e)| Some((w * e.q, of(e)?))).collect();
+            let total: f64 = known.iter().map(|(w, _)| w).sum();
+            (total > 0.0).then(|| known.iter().map(|(w, x)| w * x).sum::<f64>() / total)
+        };
+        Some(Exceedance {
+            tau,
+            q: mean(&|e| e.q),
+            low: mean(&|e| e.low),
+            high: mean(&|e| e.high),
+            mean_above: above(|e| e.mean_above),
+            value_above: above(|e| e.value_above),
+            dispersion: above(|e| e.dispersion),
+            rho1: above(|e| e.rho1),
+            gaussian: Some(mean(&|e| e.gaussian.unwrap_or(0.0))),
+        })
+    }
+}
+
+impl ClassLaw {
+    /// Exceedances of any threshold between measured ones: straight lines on a log scale of q. `None` outside of them.
+    pub fn at(&self, tau: f64) -> Option<Exceedance> {
+        let above = self.exceedances.iter().position(|e| e.tau >= tau - 1e-9)?;
+        let right = self.exceedances[above];
+        if (right.tau - tau).abs() < 1e-9 {
+            return Some(right);
+        }
+        let left = self.exceedances[above.checked_sub(1)?];
+        let share = (tau - left.tau) / (right.tau - left.tau);
+        let log = |a: f64, b: f64| {
+            if a > 0.0 && b > 0.0 { (a.ln() + share * (b.ln() - a.ln())).exp() } else { a + share * (b - a) }
+        };
+        let line = |a: Option<f64>, b: Option<f64>| match (a, b) {
+            (Some(a), Some(b)) => Some(a + share * (b - a)),
+            (a, b) => a.or(b),
+        };
+        Some(Exceedance {
+            tau,
+            q: log(left.q, right.q),
+            low: log(left.low, right.low),
+            high: log(left.high, right.high),
+            mean_above: line(left.mean_above, right.mean_above),
+            value_above: line(left.value_above, right.value_above),
+            dispersion: line(left.dispersion, right.dispersion),
+            rho1: line(left.rho1, right.rho1),
+            gaussian: line(left.gaussian, right.gaussian),
+        })
+    }
+}
