@@ -28,7 +28,7 @@ pub struct Args {
     /// Batch sizes to extrapolate to: numbers, or LOW..HIGH in powers of two
     #[arg(long, value_name = "LIST")]
     requests: Option<String>,
-    /// Blocks of a request that no other holds [default: as measured]
+    /// Distinct blocks that a request adds to those all share [default: as measured]
     #[arg(long, value_name = "BLOCKS", value_parser = clap::value_parser!(u64).range(1..))]
     blocks: Option<u64>,
     /// Thresholds: numbers or high:low:step [default: those of the statistics]

@@ -32,7 +32,7 @@ pub struct SimulateOptions {
     pub against: Option<PathBuf>,
     /// Batch sizes to extrapolate to; empty: none.
     pub requests: Vec<usize>,
-    /// Blocks of a request that no other holds; absent: as measured.
+    /// Distinct blocks that a request adds; absent: as measured.
     pub blocks: Option<usize>,
     /// Thresholds; absent: those of the statistics.
     pub taus: Option<Vec<f64>>,
@@ -66,7 +66,7 @@ struct ClosedFormRow {
     #[serde(flatten)]
     prediction: Prediction,
     cr_audited: Option<f64>,
-    /// Batch size at which the threshold graph gets a giant component, and the blocks it is for that no other request holds.
+    /// Batch size at which the threshold graph gets a giant component, and the distinct blocks a request that it is for.
     percolates_at: Option<f64>,
     own_blocks: f64,
 }
@@ -222,7 +222,7 @@ fn closed_forms(laws: &[LayerLaw], taus: &[f64], options: &SimulateOptions) -> V
     for law in laws {
         let own_blocks = options.blocks.map_or(law.own_blocks(), |b| b as f64);
         for &tau in taus {
-            let percolates_at = percolation_requests(law, tau, own_blocks).map(rounded);
+            let percolates_at = MODELS.map(|m| percolation_requests(law, m, tau, own_blocks).map(rounded));
             for (model, pairing) in models_and_pairings() {
                 let Some(prediction) = predict(law, model, pairing, tau, Size::Measured) else { continue };
                 rows.push(ClosedFormRow {
@@ -232,7 +232,7 @@ fn closed_forms(laws: &[LayerLaw], taus: &[f64], options: &SimulateOptions) -> V
                     tau,
                     prediction: six_digits(prediction),
                     cr_audited: layer_cr(law, prediction.blocks).map(rounded),
-                    percolates_at,
+                    percolates_at: percolates_at[usize::from(model == Model::ByPosition)],
                     own_blocks: rounded(own_blocks),
                 });
             }

@@ -63,30 +63,37 @@ fn draw<DB: DrawingBackend>(figure: &impl Figure, root: &Area<DB>) -> Drawn {
     root.present().map_err(said)
 }
 
-/// Draws axes with their descriptions in the style of all charts. A log axis prints its numbers as they are.
+/// Draws axes with their descriptions in the style of all charts. Numbers are printed as short as they can be.
 pub fn axes<'a, DB, X, Y>(
     chart: &mut ChartContext<'a, DB, Cartesian2d<X, Y>>,
     x: &str,
     y: &str,
-    log_y: bool,
 ) -> Drawn
 where
     DB: DrawingBackend + 'a,
     X: Ranged<ValueType = f64> + ValueFormatter<f64>,
     Y: Ranged<ValueType = f64> + ValueFormatter<f64>,
 {
-    let plain = |y: &f64| y.to_string();
-    let mut mesh = chart.configure_mesh();
-    if log_y {
-        mesh.y_label_formatter(&plain);
-    }
-    mesh.x_desc(x)
+    chart
+        .configure_mesh()
+        .x_label_formatter(&|x| short(*x))
+        .y_label_formatter(&|y| short(*y))
+        .x_desc(x)
         .y_desc(y)
         .label_style((FONT, 15))
         .axis_desc_style((FONT, 16))
         .light_line_style(WHITE)
         .draw()
         .map_err(said)
+}
+
+/// Four digits at most; powers of ten below 0.001.
+fn short(x: f64) -> String {
+    if x != 0.0 && x.abs() < 9.9e-4 {
+        return if x.abs() < 1e-9 { "0".to_owned() } else { format!("{x:.0e}") };
+    }
+    let rounded: f64 = format!("{x:.3e}").parse().unwrap_or(x);
+    rounded.to_string()
 }
 
 /// Draws the legend of what was drawn so far.

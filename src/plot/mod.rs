@@ -1,13 +1,21 @@
 //! Figures from result tables. Nothing is computed here beyond axes.
 
 mod canvas;
+mod frame;
 mod heatmap;
+mod prediction;
 mod rate;
+mod scale;
 mod series;
+mod similarity;
 mod tradeoff;
+mod worlds;
 
 use crate::error::Result;
-use crate::experiment::{SWEEP_CSV, read_csv};
+use crate::experiment::{
+    MONTE_CARLO_CSV, PREDICTIONS_CSV, SCALE_CSV, STATS_CSV, SUMMARY_CSV, SWEEP_CSV, read_csv, read_stats,
+};
+use frame::Columns;
 use rate::{Against, Rate};
 use series::SweepTable;
 use std::path::{Path, PathBuf};
@@ -29,8 +37,38 @@ pub fn plot_sweep(out: &Path) -> Result<Vec<PathBuf>> {
     Ok(written)
 }
 
-/// Stub.
-pub fn plot_stats(_out: &Path) -> Result<Vec<PathBuf>> { Ok(Vec::new()) }
+/// Draws the figures of a stats.csv beside it.
+pub fn plot_stats(out: &Path) -> Result<Vec<PathBuf>> {
+    let rows = read_stats(&out.join(STATS_CSV))?;
+    let mut written = Vec::new();
+    let mut sizes: Vec<usize> = rows.iter().map(|r| r.block_size).collect();
+    sizes.dedup();
+    for &size in &sizes {
+        let own: Vec<_> = rows.iter().filter(|r| r.block_size == size).collect();
+        // One size needs no number in its names.
+        let name = |figure: &str| if sizes.len() == 1 { figure.to_owned() } else { format!("{figure}-{size}") };
+        written.extend(canvas::save(&similarity::Densities { rows: &own, size }, out, &name("similarity"))?);
+        written.extend(canvas::save(&similarity::Exceedances { rows: &own, size }, out, &name("exceedance"))?);
+        written.extend(canvas::save(&similarity::Dispersions { rows: &own, size }, out, &name("dispersion"))?);
+    }
+    Ok(written)
+}
 
-/// Stub.
-pub fn plot_simulation(_out: &Path) -> Result<Vec<PathBuf>> { Ok(Vec::new()) }
+/// Draws the figures of a simulation from its tables.
+pub fn plot_simulation(out: &Path) -> Result<Vec<PathBuf>> {
+    let table = |name: &str| -> Result<Option<Columns>> {
+        let path = out.join(name);
+        if path.exists() { Columns::read(&path).map(Some) } else { Ok(None) }
+    };
+    let mut written = Vec::new();
+    if let Some(rows) = table(MONTE_CARLO_CSV)? {
+        written.extend(canvas::save(&worlds::Worlds::new(&rows)?, out, "monte_carlo")?);
+    }
+    if let (Some(rows), Some(summary)) = (table(PREDICTIONS_CSV)?, table(SUMMARY_CSV)?) {
+        written.extend(canvas::save(&prediction::Predictions::new(&rows, &summary)?, out, "prediction")?);
+    }
+    if let Some(rows) = table(SCALE_CSV)? {
+        written.extend(canvas::save(&scale::Scale::new(&rows)?, out, "scale")?);
+    }
+    Ok(written)
+}

@@ -64,7 +64,7 @@ impl Figure for Rate<'_> {
             .y_label_area_size(70)
             .build_cartesian_2d(low - 0.02..high + 0.02, (0.9..top * 1.6).log_scale())
             .map_err(said)?;
-        axes(&mut chart, axis, "compression ratio (log axis)", true)?;
+        axes(&mut chart, axis, "compression ratio (log axis)")?;
         let grey = RGBColor(110, 110, 110);
         let prefix = [(low - 0.02, t.prefix.cr_audited), (high + 0.02, t.prefix.cr_audited)];
         chart

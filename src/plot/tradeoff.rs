@@ -30,14 +30,14 @@ impl Figure for Tradeoff<'_> {
         let f1_top = all.iter().map(|p| p.f1.high).fold(0.1, f64::max) * 1.3;
         let mut panel = ChartBuilder::on(&left);
         let mut panel = margins(&mut panel).build_cartesian_2d(x.clone(), 0.0..f1_top).map_err(said)?;
-        axes(&mut panel, ratio, "token F1 (mean, 95 % interval)", false)?;
+        axes(&mut panel, ratio, "token F1 (mean, 95 % interval)")?;
         self.panel(&mut panel, |p| p.f1, (0.0, f1_top), t.none.f1.mid)?;
 
         let kl_top = all.iter().map(|p| p.kl.high).fold(1e-2, f64::max) * 6.0;
         let mut panel = ChartBuilder::on(&right);
         let mut panel =
             margins(&mut panel).build_cartesian_2d(x, (KL_FLOOR..kl_top).log_scale()).map_err(said)?;
-        axes(&mut panel, ratio, "KL from no fusion, nats a token (log; zero at bottom)", true)?;
+        axes(&mut panel, ratio, "KL from no fusion, nats a token (log; zero at bottom)")?;
         self.panel(&mut panel, |p| p.kl, (KL_FLOOR, kl_top), f64::NAN)
     }
 }

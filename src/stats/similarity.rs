@@ -234,13 +234,20 @@ impl Sheet {
 
     fn blocks(&mut self, blocks: &DistinctBlocks, places: usize) {
         let shared = blocks.homes.iter().filter(|h| h.iter().any(|x| x.request != h[0].request)).count();
-        let zero = blocks.key_norms.iter().zip(&blocks.value_norms).filter(|(k, v)| **k * **v == 0.0).count();
         let requests = blocks.homes.iter().flatten().map(|h| h.request).max().map_or(0, |r| r + 1);
+        let held_by = |homes: &Vec<Home>| {
+            // Homes rise by request.
+            1 + homes.windows(2).filter(|w| w[0].request != w[1].request).count()
+        };
+        let common =
+            blocks.homes.iter().filter(|h| requests > 1 && 2 * held_by(h) >= requests as usize).count();
+        let zero = blocks.key_norms.iter().zip(&blocks.value_norms).filter(|(k, v)| **k * **v == 0.0).count();
         for (statistic, count) in [
             ("requests", requests as usize),
             ("blocks", places),
             ("distinct", blocks.len()),
             ("shared", shared),
+            ("common", common),
             ("zero_norm", zero),
         ] {
             self.put("both", Class::All, statistic, None, Some(count as f64));

@@ -53,10 +53,10 @@ pub struct LayerLaw {
     pub layer: usize,
     pub block_size: usize,
     pub requests: f64,
-    /// Full blocks, distinct ones, and those of them that several requests hold.
+    /// Full blocks, distinct ones, and those of them that at least half of the requests hold: a shared preamble.
     pub blocks: f64,
     pub distinct: f64,
-    pub shared: f64,
+    pub common: f64,
     /// Tokens in the caches, requests whose last block is not full, and numbers a token has in K; absent of a sample.
     pub tokens: Option<f64>,
     pub partial_blocks: Option<f64>,
@@ -165,7 +165,7 @@ impl LayerLaw {
             requests: count("requests").unwrap_or(0.0),
             blocks: count("blocks").unwrap_or(0.0),
             distinct: count("distinct").unwrap_or(0.0),
-            shared: count("shared").unwrap_or(0.0),
+            common: count("common").unwrap_or(0.0),
             tokens: count("tokens"),
             partial_blocks: count("partial_blocks"),
             token_width: count("token_width"),
@@ -178,9 +178,9 @@ impl LayerLaw {
         &self.classes[class as usize]
     }
 
-    /// Distinct blocks of a request that no other holds, on average.
+    /// Distinct blocks that each request adds to the common ones, on average.
     pub fn own_blocks(&self) -> f64 {
-        (self.distinct - self.shared).max(0.0) / self.requests.max(1.0)
+        (self.distinct - self.common).max(0.0) / self.requests.max(1.0)
     }
 
     /// Exceedances among the pairs of `requests` requests with `own` blocks each: the measured classes, weighed by how many

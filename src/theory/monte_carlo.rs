@@ -209,20 +209,21 @@ mod tests {
         Draws { worlds: worlds.to_vec(), requests: 16, blocks: 8, draws: 24, seed: 3 }
     }
 
-    /// In the model's own world the closed forms lie within a few per cent of what the sweep's code does: components and the
-    /// greedy pairing, and the tree as long as merged blocks are few, since a mean is not an independent block.
+    /// In the model's own world tree and components do what the closed forms say, up to the threshold at which the graph
+    /// percolates; greedy clusters are fewer than leaders, but not by more than a tenth.
     #[test]
     fn closed_forms_hold_in_their_own_world() {
-        let rows = monte_carlo(&law(0.0, 0.15), &[0.6, 0.5, 0.45], &draws(&[World::Iid])).unwrap();
+        let rows = monte_carlo(&law(0.0, 0.15), &[0.45, 0.4, 0.36], &draws(&[World::Iid])).unwrap();
         for row in rows.iter().filter(|r| r.pairing != Pairing::Lsh) {
-            let error = (row.cr_model / row.cr - 1.0).abs();
             let within = row.cr_model >= row.cr_low && row.cr_model <= row.cr_high;
-            assert!(within || error < 0.02, "{row:?}");
-            let dispersion = row.dispersion.unwrap_or(1.0);
-            assert!((0.3..2.2).contains(&dispersion), "{row:?}");
+            let error = (row.cr_model / row.cr - 1.0).abs();
+            let allowed = if row.pairing == Pairing::Best { 0.1 } else { 0.01 };
+            assert!(within || error < allowed, "{row:?}");
+            // 24 draws of a Poisson variable: var / mean has a standard error of 0.3.
+            assert!(row.dispersion.is_some_and(|d| (0.2..2.0).contains(&d)), "{row:?}");
         }
-        // Something did fuse.
-        assert!(rows.iter().any(|r| r.cr > 1.1));
+        let most = |pairing| rows.iter().filter(|r| r.pairing == pairing).map(|r| r.cr).fold(0.0, f64::max);
+        assert!(most(Pairing::Tree) > 1.2 && most(Pairing::Components) > 1.5, "nothing fused");
     }
 
     /// The same pairs lie above the threshold in both worlds, so all but the tree's means do the same.

@@ -14,7 +14,7 @@ use serde::Serialize;
 pub enum Size {
     /// The one that was measured.
     Measured,
-    /// Another number of requests of the same kind, each with so many blocks that no other holds.
+    /// Another number of requests of the same kind, each adding so many distinct blocks to the common ones.
     Of { requests: f64, own_blocks: f64 },
 }
 
@@ -44,7 +44,8 @@ pub struct Prediction {
     pub blocks_high: f64,
     /// Full blocks before / after, duplicates included: the paper's count.
     pub cr: f64,
-    /// Share of the distinct blocks in the giant component of the threshold graph: runaway fusion.
+    /// Share of the blocks in the giant component of the threshold graph: runaway fusion. By position: of the graph of pairs
+    /// at different positions, after fusion within each.
     pub giant_share: f64,
     /// Relative squared error of the layer's keys and values; absent where nothing is known of pairs above the threshold.
     pub key_error: Option<f64>,
@@ -104,7 +105,7 @@ pub fn predict(law: &LayerLaw, model: Model, pairing: Pairing, tau: f64, size: S
     let across = pairing == Pairing::Tree;
     let (requests, own, distinct) = match size {
         Size::Measured => (law.requests, law.own_blocks(), law.distinct),
-        Size::Of { requests, own_blocks } => (requests, own_blocks, law.shared + requests * own_blocks),
+        Size::Of { requests, own_blocks } => (requests, own_blocks, law.common + requests * own_blocks),
     };
     let measured = size == Size::Measured;
     let all_pairs = if measured { law.measured(tau, across) } else { law.at(tau, requests, own, across) };
@@ -114,33 +115,20 @@ pub fn predict(law: &LayerLaw, model: Model, pairing: Pairing, tau: f64, size: S
         None if distinct <= 1.0 => Exceedance::none(tau),
         None => return None,
     };
-    let meeting = |distinct: f64, q: f64| Meeting { pairing, requests, distinct, q };
-    let (blocks, blocks_low, blocks_high, errors) = match model {
-        Model::Uniform => {
-            let whole = meeting(distinct, e.q);
-            let common = law.class(Class::All).mean;
-            let of = |s: Option<f64>, common: f64| s.map(|s| whole.error(s, common));
-            let blocks = whole.blocks();
-            let errors = if blocks < distinct {
-                (of(e.mean_above, common), of(e.value_above, law.value_mean))
-            } else {
-                (Some(0.0), Some(0.0))
-            };
-            (blocks, meeting(distinct, e.high).blocks(), meeting(distinct, e.low).blocks(), errors)
-        }
-        Model::ByPosition => by_position(law, pairing, tau, (requests, own, distinct), &e)?,
+    let outcome = match model {
+        Model::Uniform => uniform(law, pairing, requests, distinct, &e),
+        Model::ByPosition => by_position(law, pairing, (requests, own, distinct), &e),
     };
     let pairs = if across {
         0.5 * distinct * distinct * (1.0 - 1.0 / requests.max(1.0))
     } else {
         0.5 * distinct * (distinct - 1.0)
     };
-    // Full blocks of the batch: of another size, those that are shared count once a request.
+    // Full blocks of the batch: of another size, each request has as many as were measured, or as many more as it adds.
     let all = if measured {
         law.blocks
     } else {
-        let held_by_many = law.blocks / law.requests.max(1.0) - law.own_blocks();
-        requests * (own + held_by_many.max(0.0))
+        requests * (law.blocks / law.requests.max(1.0) - law.own_blocks() + own)
     };
     // Blocks that are not full take a share of the energy and have no error.
     let share = match law.tokens.filter(|_| measured) {
@@ -152,47 +140,78 @@ pub fn predict(law: &LayerLaw, model: Model, pairing: Pairing, tau: f64, size: S
         q: e.q,
         lambda: pairs * e.q,
         poisson_error: e.rho1.map(|rho1| poisson_error(pairs, 2.0 * (distinct - 2.0).max(0.0), e.q, rho1)),
-        blocks,
-        blocks_low,
-        blocks_high,
-        cr: if blocks > 0.0 { all / blocks } else { 1.0 },
-        giant_share: giant_share(distinct, e.q),
-        key_error: errors.0.map(|error| error * share),
-        value_error: errors.1.map(|error| error * share),
+        blocks: outcome.blocks,
+        blocks_low: outcome.blocks_low,
+        blocks_high: outcome.blocks_high,
+        cr: if outcome.blocks > 0.0 { all / outcome.blocks } else { 1.0 },
+        giant_share: outcome.giant_share,
+        key_error: outcome.key_error.map(|error| error * share),
+        value_error: outcome.value_error.map(|error| error * share),
     })
 }
 
-/// Blocks left, fewest and most of them, and squared errors of keys and values summed over unit blocks.
-type Outcome = (f64, f64, f64, (Option<f64>, Option<f64>));
+/// What becomes of the distinct blocks. Errors are squared ones summed over blocks of unit norm.
+struct Outcome {
+    blocks: f64,
+    blocks_low: f64,
+    blocks_high: f64,
+    giant_share: f64,
+    key_error: Option<f64>,
+    value_error: Option<f64>,
+}
 
-/// Blocks left (with the range from the interval of q elsewhere) and squared errors of keys and values: first within each
-/// position, then among what is left of all. Values are known of all pairs together only.
+/// All pairs alike.
+fn uniform(law: &LayerLaw, pairing: Pairing, requests: f64, distinct: f64, e: &Exceedance) -> Outcome {
+    let meeting = |q: f64| Meeting { pairing, requests, distinct, q };
+    let whole = meeting(e.q);
+    let blocks = whole.blocks();
+    let error = |s: Option<f64>, common: f64| {
+        if blocks < distinct { s.map(|s| whole.error(s, common)) } else { Some(0.0) }
+    };
+    Outcome {
+        blocks,
+        blocks_low: meeting(e.high).blocks(),
+        blocks_high: meeting(e.low).blocks(),
+        giant_share: giant_share(distinct, e.q),
+        key_error: error(e.mean_above, law.class(Class::All).mean),
+        value_error: error(e.value_above, law.value_mean),
+    }
+}
+
+/// First within each position, then among what is left of all. Values are known of all pairs together only.
 fn by_position(
     law: &LayerLaw,
     pairing: Pairing,
-    tau: f64,
     (requests, own, distinct): (f64, f64, f64),
     e: &Exceedance,
-) -> Option<Outcome> {
+) -> Outcome {
     let across = pairing == Pairing::Tree;
     let held: f64 = law.positions.iter().map(|p| p.distinct).sum();
     let factor = if held > 0.0 { distinct / held } else { 1.0 };
     let common = law.class(Class::SamePosition).mean;
-    let (mut left, mut key_error, mut value_error) = (0.0, 0.0, 0.0);
     let value = e.value_above.unwrap_or(0.0);
+    let (mut left, mut key_error, mut value_error) = (0.0, 0.0, 0.0);
     for position in &law.positions {
-        let (q, s) = position.at(tau);
+        let (q, s) = position.at(e.tau);
         let here = Meeting { pairing, requests, distinct: position.distinct * factor, q };
         left += here.blocks();
         key_error += here.error(s, common);
         value_error += here.error(value, law.value_mean);
     }
-    let rest = law.elsewhere(tau, requests, own, across).unwrap_or(Exceedance::none(tau));
+    let rest = law.elsewhere(e.tau, requests, own, across).unwrap_or(Exceedance::none(e.tau));
     let again = |q: f64| Meeting { pairing, requests, distinct: left, q };
+    let blocks = again(rest.q).blocks();
     key_error += again(rest.q).error(rest.mean_above.unwrap_or(1.0), law.class(Class::Other).mean);
     value_error += again(rest.q).error(rest.value_above.unwrap_or(0.0), law.value_mean);
-    let errors = (Some(key_error), e.value_above.map(|_| value_error).or((left >= distinct).then_some(0.0)));
-    Some((again(rest.q).blocks(), again(rest.high).blocks(), again(rest.low).blocks(), errors))
+    let value_known = e.value_above.is_some() || blocks >= distinct;
+    Outcome {
+        blocks,
+        blocks_low: again(rest.high).blocks(),
+        blocks_high: again(rest.low).blocks(),
+        giant_share: giant_share(left, rest.q),
+        key_error: Some(key_error),
+        value_error: value_known.then_some(value_error),
+    }
 }
 
 /// Audited ratio of a layer that keeps so many full blocks: blocks and partial blocks at 16 bits a number, a table entry and
@@ -206,21 +225,20 @@ pub fn layer_cr(law: &LayerLaw, blocks: f64) -> Option<f64> {
     Some(tokens * token_bits / (kept * token_bits + side))
 }
 
-/// Requests at which the threshold graph of a layer gets a giant component: n q = 1, by bisection on a log scale between 2
-/// and 2^40. `None` if it never does.
-pub fn percolation_requests(law: &LayerLaw, tau: f64, own_blocks: f64) -> Option<f64> {
-    let degree = |requests: f64| {
-        let e = law.at(tau, requests, own_blocks, false)?;
-        Some((law.shared + requests * own_blocks) * e.q)
+/// Requests at which a layer gets a giant component, by bisection on a log scale between 2 and 2^40. `None` if it never does.
+pub fn percolation_requests(law: &LayerLaw, model: Model, tau: f64, own_blocks: f64) -> Option<f64> {
+    let percolates = |log: f64| {
+        let size = Size::Of { requests: log.exp2(), own_blocks };
+        predict(law, model, Pairing::Best, tau, size).is_some_and(|p| p.giant_share > 0.0)
     };
     let (mut low, mut high) = (1.0f64, 40.0f64);
-    if degree(low.exp2())? >= 1.0 {
+    if percolates(low) {
         return Some(low.exp2());
     }
-    (degree(high.exp2())? >= 1.0).then_some(())?;
+    percolates(high).then_some(())?;
     for _ in 0..60 {
         let middle = 0.5 * (low + high);
-        if degree(middle.exp2())? >= 1.0 { high = middle } else { low = middle }
+        if percolates(middle) { high = middle } else { low = middle }
     }
     Some(high.exp2())
 }
