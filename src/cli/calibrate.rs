@@ -3,7 +3,9 @@
 use super::table::table;
 use super::{say, typed_command};
 use crate::codec::fusion::{Choices, Pairing, Positions, Representative, RopeMode, ScaleRule, Similarity};
-use crate::experiment::{CalibrateOptions, LayerReport, Settings, Target, calibrate};
+use crate::experiment::{
+    CalibrateOptions, LayerReport, Settings, Target, calibrate, calibrate_from_model,
+};
 use crate::files;
 use anyhow::{Result, bail};
 use std::path::{Path, PathBuf};
@@ -12,20 +14,32 @@ use std::path::{Path, PathBuf};
 ///
 /// Every layer is fused alone at a grid of thresholds on keys and values. With --target-kl the layers' thresholds minimise
 /// stored bits while the measured KL of all layers together stays within the target; with --target-error every layer's
-/// relative squared error does.
+/// relative squared error does. With --model-based nothing is fused: rate and error are predicted from pair statistics.
 #[derive(Debug, clap::Args)]
 #[command(
-    after_help = "Example:\n  kvfuse calibrate dumps/qa --target-kl 0.02 -o qa.toml\n  kvfuse sweep dumps/qa --thresholds qa.toml"
+    after_help = "Example:\n  kvfuse calibrate dumps/qa --target-kl 0.02 -o qa.toml\n  kvfuse sweep dumps/qa --thresholds qa.toml\n  \
+    kvfuse calibrate dumps/qa --model-based --target-cr 4 -o qa-model.toml"
 )]
 pub struct Args {
     /// Folder that `kvfuse dump` wrote
     dump: PathBuf,
     /// KL from no fusion, nats a token, that the calibration questions may reach; a list writes a file for each
-    #[arg(long, value_name = "NATS", value_delimiter = ',', required_unless_present = "target_error")]
+    #[arg(
+        long,
+        value_name = "NATS",
+        value_delimiter = ',',
+        required_unless_present_any = ["target_error", "target_cr"]
+    )]
     target_kl: Vec<f64>,
     /// Relative squared error that each layer's keys, and its values, may reach; a list writes a file for each
     #[arg(long, value_name = "E", value_delimiter = ',')]
     target_error: Vec<f64>,
+    /// Audited ratio to reach with the least predicted error (with --model-based); a list writes a file for each
+    #[arg(long, value_name = "RATIO", value_delimiter = ',', requires = "model_based")]
+    target_cr: Vec<f64>,
+    /// Predict from pair statistics alone (docs/theory.md): nothing is fused or decoded
+    #[arg(long, conflicts_with_all = ["target_kl", "floor"])]
+    model_based: bool,
     /// Questions to calibrate on, drawn by seed [default: half of the dump's]
     #[arg(long, value_name = "N")]
     questions: Option<usize>,
@@ -70,7 +84,8 @@ pub struct Args {
 pub fn run(args: Args) -> Result<()> {
     let kls = args.target_kl.iter().map(|&kl| ("--target-kl", kl, Target::Kl(kl)));
     let errors = args.target_error.iter().map(|&e| ("--target-error", e, Target::Error(e)));
-    let targets: Vec<_> = kls.chain(errors).collect();
+    let ratios = args.target_cr.iter().map(|&cr| ("--target-cr", cr, Target::Cr(cr)));
+    let targets: Vec<_> = kls.chain(errors).chain(ratios).collect();
     if let Some((name, level, _)) = targets.iter().find(|(_, level, _)| !(*level > 0.0 && level.is_finite()))
     {
         bail!("{name} {level}: must be above 0");
@@ -105,16 +120,18 @@ pub fn run(args: Args) -> Result<()> {
     if let Some(folder) = args.out.parent().filter(|f| !f.as_os_str().is_empty()) {
         files::writable_folder(folder)?;
     }
-    for (thresholds, layers) in calibrate(&options)? {
+    let found = if args.model_based { calibrate_from_model(&options) } else { calibrate(&options) }?;
+    for (thresholds, layers) in found {
         let path =
             if targets.len() == 1 { args.out.clone() } else { numbered(&args.out, &thresholds.target) };
         thresholds.write(&path)?;
         say(report(&layers));
         say(format!(
-            "\n{} questions, target {}: CR audited {:.2}{}\n{}\n",
+            "\n{} questions, target {}: CR audited {:.2}{}{}\n{}\n",
             thresholds.questions.len(),
             thresholds.target,
             thresholds.calibration_cr_audited,
+            if args.model_based { " (predicted)" } else { "" },
             thresholds.calibration_kl.map_or(String::new(), |kl| {
                 let over = thresholds
                     .target

@@ -26,6 +26,8 @@ pub enum Target {
     Kl(f64),
     /// Relative squared error of every layer's keys, and of its values.
     Error(f64),
+    /// Audited compression ratio; of the model-based calibration only.
+    Cr(f64),
 }
 
 /// What to calibrate.
@@ -89,19 +91,8 @@ pub fn calibrate(options: &CalibrateOptions) -> Result<Vec<(Thresholds, Vec<Laye
         None => None,
     };
     let thresholds = |layers: Vec<LayerThresholds>| Thresholds {
-        schema: Thresholds::schema(),
-        name: String::new(),
-        model: manifest.model.name.clone(),
-        model_sha256: manifest.model.sha256.clone(),
-        block_size,
-        seed: options.seed,
-        target: String::new(),
-        floor: options.floor,
-        calibration_kl: None,
-        calibration_cr_audited: 1.0,
-        questions: questions.iter().map(|&i| manifest.requests[i].request.id.clone()).collect(),
-        choices: options.choices,
         layers,
+        ..empty_thresholds(options, &manifest, &questions, block_size)
     };
     let codec = |layers: Vec<LayerThresholds>| {
         Fusion::new(options.choices, Rule::Thresholds(Arc::new(thresholds(layers))))
@@ -134,6 +125,9 @@ pub fn calibrate(options: &CalibrateOptions) -> Result<Vec<(Thresholds, Vec<Laye
                 let least = |c: &Vec<Candidate>| c.iter().filter(within).min_by_key(|c| c.bits).cloned();
                 (all.iter().filter_map(least).collect(), None)
             }
+            Target::Cr(_) => {
+                return Err(Error::argument("--target-cr needs --model-based; measured calibration takes --target-kl"));
+            }
             Target::Kl(most) => {
                 let (chosen, kl) = within_kl(&mut stage, &all, most, |chosen| codec(thresholds_of(chosen)))?;
                 (chosen, Some(kl))
@@ -162,7 +156,32 @@ impl std::fmt::Display for Target {
         match self {
             Target::Kl(kl) => write!(f, "kl {kl}"),
             Target::Error(error) => write!(f, "error {error}"),
+            Target::Cr(cr) => write!(f, "cr {cr}"),
         }
+    }
+}
+
+/// A thresholds file without thresholds.
+pub(super) fn empty_thresholds(
+    options: &CalibrateOptions,
+    manifest: &Manifest,
+    questions: &[usize],
+    block_size: usize,
+) -> Thresholds {
+    Thresholds {
+        schema: Thresholds::schema(),
+        name: String::new(),
+        model: manifest.model.name.clone(),
+        model_sha256: manifest.model.sha256.clone(),
+        block_size,
+        seed: options.seed,
+        target: String::new(),
+        floor: options.floor,
+        calibration_kl: None,
+        calibration_cr_audited: 1.0,
+        questions: questions.iter().map(|&i| manifest.requests[i].request.id.clone()).collect(),
+        choices: options.choices,
+        layers: Vec::new(),
     }
 }
 
@@ -172,7 +191,7 @@ fn thresholds_of(chosen: &[Candidate]) -> Vec<LayerThresholds> {
 
 /// The calibration questions, in the order of the dump. All questions about one text are drawn together, by seed, until
 /// there are enough: what fuses is blocks of texts, and those of unseen questions must be unseen too.
-fn draw(options: &CalibrateOptions, manifest: &Manifest) -> Result<Vec<usize>> {
+pub(super) fn draw(options: &CalibrateOptions, manifest: &Manifest) -> Result<Vec<usize>> {
     let all = manifest.requests.len();
     let wanted = options.questions.unwrap_or(all / 2);
     let mut texts: Vec<(&str, Vec<usize>)> = Vec::new();

@@ -52,7 +52,8 @@ pub fn series_labels(rows: &[Vec<String>]) -> Vec<String> {
             words.push("max error".to_owned());
         }
         if calibrated {
-            words.push("calibrated".to_owned());
+            let predicted = row[2].contains("-model-");
+            words.push(if predicted { "calibrated by model" } else { "calibrated" }.to_owned());
         }
         words.join(" ")
     };

@@ -1,11 +1,10 @@
 //! `kvfuse stats`: the similarity table of a dump, with where it came from.
 
-use super::table::{read_csv, write_csv};
+use super::table::{Columns, write_csv};
 use crate::dump::Manifest;
 use crate::error::{Error, Result};
 use crate::files;
 use crate::stats::{SimilarityOptions, StatRow, similarities};
-use polars::prelude::*;
 use std::path::{Path, PathBuf};
 
 pub const STATS_CSV: &str = "stats.csv";
@@ -39,18 +38,12 @@ pub fn measure(options: &StatsOptions) -> Result<Vec<StatRow>> {
 
 /// Reads a stats.csv.
 pub fn read_stats(path: &Path) -> Result<Vec<StatRow>> {
-    let frame = read_csv(path)?;
-    let bad = || Error::file(path, "is no table of `kvfuse stats`");
-    let column = |name: &str, kind: &DataType| frame.column(name).and_then(|c| c.cast(kind)).map_err(|_| bad());
-    let texts = |name: &str| -> Result<Vec<String>> {
-        let column = column(name, &DataType::String)?;
-        let texts = column.str().map_err(|_| bad())?;
-        Ok(texts.iter().map(|x| x.unwrap_or_default().to_owned()).collect())
-    };
+    let table = Columns::read(path)?;
+    let texts = |name: &str| table.strings(name);
     let numbers = |name: &str| -> Result<Vec<Option<f64>>> {
-        let column = column(name, &DataType::Float64)?;
-        Ok(column.f64().map_err(|_| bad())?.iter().collect())
+        Ok(table.floats(name)?.into_iter().map(|x| x.is_finite().then_some(x)).collect())
     };
+    let bad = || Error::file(path, "is no table of `kvfuse stats`");
     let (size, layer, at) = (numbers("block_size")?, numbers("layer")?, numbers("at")?);
     let (value, low, high) = (numbers("value")?, numbers("low")?, numbers("high")?);
     let (part, rope, class, statistic) =
@@ -70,5 +63,5 @@ pub fn read_stats(path: &Path) -> Result<Vec<StatRow>> {
             high: high[i],
         })
     };
-    (0..frame.height()).map(row).collect()
+    (0..table.rows()).map(row).collect()
 }

@@ -2,6 +2,7 @@
 
 mod arms;
 mod calibrate;
+mod calibrate_model;
 mod evaluate;
 mod explain;
 mod floors;
@@ -18,6 +19,7 @@ mod table;
 
 pub use arms::{Arm, ArmColumns, Chunking, Encoder, Grid, Method};
 pub use calibrate::{CalibrateOptions, LayerReport, Target, calibrate};
+pub use calibrate_model::calibrate_from_model;
 pub use evaluate::FirstToken;
 pub use explain::{ExplainOptions, Explanation, FusedBlock, Partner, explain};
 pub use grid::parse_taus;
@@ -30,4 +32,4 @@ pub use simulate::{
     MONTE_CARLO_CSV, PREDICTIONS_CSV, SCALE_CSV, SUMMARY_CSV, SimulateOptions, Simulation, simulate,
 };
 pub use sweep::{LAYERS_CSV, REQUESTS_CSV, SWEEP_CSV, TIMINGS_CSV, sweep};
-pub use table::{read_csv, write_csv};
+pub use table::{Columns, read_csv, write_csv};

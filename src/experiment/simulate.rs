@@ -2,7 +2,7 @@
 
 use super::measure::read_stats;
 use super::sweep::LAYERS_CSV;
-use super::table::{read_csv, write_csv};
+use super::table::{Columns, write_csv};
 use crate::codec::fusion::Pairing;
 use crate::error::{Error, Result};
 use crate::files;
@@ -12,7 +12,6 @@ use crate::theory::{
     percolation_requests, predict, representative, verdict,
 };
 use clap::ValueEnum;
-use polars::prelude::*;
 use serde::Serialize;
 use std::path::{Path, PathBuf};
 
@@ -312,17 +311,9 @@ fn measured_layers(
         let problem = format!("has no {LAYERS_CSV} beside it; run the same sweep again");
         return Err(Error::file(sweep, problem));
     }
-    let frame = read_csv(&path)?;
-    let bad = |name: &str| Error::file(&path, format!("has no usable column '{name}'; sweep again"));
-    let texts = |name: &str| -> Result<Vec<String>> {
-        let column = frame.column(name).and_then(|c| c.cast(&DataType::String)).map_err(|_| bad(name))?;
-        let texts = column.str().map_err(|_| bad(name))?;
-        Ok(texts.iter().map(|x| x.unwrap_or_default().to_owned()).collect())
-    };
-    let numbers = |name: &str| -> Result<Vec<f64>> {
-        let column = frame.column(name).and_then(|c| c.cast(&DataType::Float64)).map_err(|_| bad(name))?;
-        Ok(column.f64().map_err(|_| bad(name))?.iter().map(|x| x.unwrap_or(f64::NAN)).collect())
-    };
+    let table = Columns::read(&path)?;
+    let numbers = |name: &str| table.floats(name);
+    let texts = |name: &str| table.strings(name);
     let rope = of.rope.to_possible_value().map_or(String::new(), |v| v.get_name().to_owned());
     let wanted = [
         ("method", "bff".to_owned()),
@@ -333,7 +324,7 @@ fn measured_layers(
         ("within_tenant", "false".to_owned()),
         ("block_size", laws[0].block_size.to_string()),
     ];
-    let mut keep = vec![true; frame.height()];
+    let mut keep = vec![true; table.rows()];
     for (name, value) in &wanted {
         // Counts may be read as numbers with a point.
         let same = |x: &str| x == value || x.parse::<f64>().ok().is_some_and(|x| value.parse() == Ok(x));
@@ -346,7 +337,7 @@ fn measured_layers(
     let (cr, key, value) = (numbers("cr_audited")?, numbers("key_error")?, numbers("value_error")?);
     let spare = numbers("spare_layers")?;
     let mut found = Vec::new();
-    for i in (0..frame.height()).filter(|&i| keep[i] && tau[i].is_finite()) {
+    for i in (0..table.rows()).filter(|&i| keep[i] && tau[i].is_finite()) {
         let Ok(pairing) = Pairing::from_str(&pairings[i], false) else { continue };
         let usual = representative(pairing).to_possible_value();
         if usual.is_none_or(|v| v.get_name() != representatives[i]) || pairing == Pairing::Lsh {

@@ -6,7 +6,7 @@ use polars::prelude::*;
 use serde::Serialize;
 use serde_json::Value;
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 /// Writes rows as CSV, one column a field in declaration order; absent numbers are empty cells.
 pub fn write_csv<T: Serialize>(path: &Path, rows: &[T]) -> Result<()> {
@@ -51,4 +51,47 @@ pub fn read_csv(path: &Path) -> Result<DataFrame> {
         .map_err(|e| {
             Error::file(path, format!("not a result table: {}", e.to_string().lines().next().unwrap_or("")))
         })
+}
+
+/// A table whose columns are asked for by name.
+pub struct Columns {
+    path: PathBuf,
+    frame: DataFrame,
+}
+
+impl Columns {
+    /// Reads a CSV file; refuses one without rows.
+    pub fn read(path: &Path) -> Result<Self> {
+        let frame = read_csv(path)?;
+        if frame.height() == 0 {
+            return Err(Error::file(path, "has no rows; run the command that wrote it again"));
+        }
+        Ok(Columns { path: path.to_owned(), frame })
+    }
+
+    pub fn rows(&self) -> usize {
+        self.frame.height()
+    }
+
+    /// What is wrong with a table whose column cannot be read.
+    pub fn unusable(&self, name: &str) -> Error {
+        Error::file(&self.path, format!("has no usable column '{name}'; it is no such table of kvfuse"))
+    }
+
+    fn column(&self, name: &str, kind: &DataType) -> Result<Column> {
+        self.frame.column(name).and_then(|c| c.cast(kind)).map_err(|_| self.unusable(name))
+    }
+
+    /// NaN where a cell is empty.
+    pub fn floats(&self, name: &str) -> Result<Vec<f64>> {
+        let column = self.column(name, &DataType::Float64)?;
+        let numbers = column.f64().map_err(|_| self.unusable(name))?;
+        Ok(numbers.iter().map(|x| x.unwrap_or(f64::NAN)).collect())
+    }
+
+    pub fn strings(&self, name: &str) -> Result<Vec<String>> {
+        let column = self.column(name, &DataType::String)?;
+        let texts = column.str().map_err(|_| self.unusable(name))?;
+        Ok(texts.iter().map(|x| x.unwrap_or_default().to_owned()).collect())
+    }
 }

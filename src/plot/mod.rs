@@ -1,7 +1,6 @@
 //! Figures from result tables. Nothing is computed here beyond axes.
 
 mod canvas;
-mod frame;
 mod heatmap;
 mod prediction;
 mod rate;
@@ -13,9 +12,8 @@ mod worlds;
 
 use crate::error::Result;
 use crate::experiment::{
-    MONTE_CARLO_CSV, PREDICTIONS_CSV, SCALE_CSV, STATS_CSV, SUMMARY_CSV, SWEEP_CSV, read_csv, read_stats,
+    Columns, MONTE_CARLO_CSV, PREDICTIONS_CSV, SCALE_CSV, STATS_CSV, SUMMARY_CSV, SWEEP_CSV, read_stats,
 };
-use frame::Columns;
 use rate::{Against, Rate};
 use series::SweepTable;
 use std::path::{Path, PathBuf};
@@ -23,7 +21,7 @@ use std::path::{Path, PathBuf};
 /// Draws all figures of a sweep folder from its sweep.csv, as PNG and SVG; returns what was written.
 pub fn plot_sweep(out: &Path) -> Result<Vec<PathBuf>> {
     let csv = out.join(SWEEP_CSV);
-    let table = SweepTable::new(&csv, &read_csv(&csv)?)?;
+    let table = SweepTable::new(&csv, &Columns::read(&csv)?)?;
     let mut written = canvas::save(&tradeoff::Tradeoff { table: &table }, out, "quality_vs_cr")?;
     if !table.fusion.is_empty() {
         for (against, name) in [(Against::Tau, "cr_vs_tau"), (Against::MaxError, "cr_vs_max_error")] {

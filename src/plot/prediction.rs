@@ -1,8 +1,8 @@
 //! Predicted against measured: the ratio of every layer, and the error against the threshold.
 
 use super::canvas::{Area, Drawn, FONT, Figure, axes, legend, said, series_color};
-use super::frame::Columns;
 use crate::error::Result;
+use crate::experiment::Columns;
 use plotters::prelude::*;
 
 /// One layer and threshold.

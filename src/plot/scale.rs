@@ -1,8 +1,8 @@
 //! What the model says of batch sizes that nobody can run here.
 
 use super::canvas::{Area, Drawn, FONT, Figure, axes, legend, said, series_color};
-use super::frame::Columns;
 use crate::error::Result;
+use crate::experiment::Columns;
 use plotters::prelude::*;
 
 struct Point {

@@ -1,8 +1,7 @@
 //! sweep.csv as the figures want it.
 
 use crate::error::{Error, Result};
-use crate::experiment::{label_columns, series_labels};
-use polars::prelude::*;
+use crate::experiment::{Columns, label_columns, series_labels};
 use std::path::Path;
 
 /// A number and its 95 % interval; NaN where the table has none.
@@ -43,37 +42,21 @@ pub struct SweepTable {
 }
 
 impl SweepTable {
-    pub fn new(path: &Path, frame: &DataFrame) -> Result<Self> {
-        let missing = |name: &str| {
-            Error::file(path, format!("has no usable column '{name}'; plot reads what `kvfuse sweep` writes"))
-        };
-        let floats = |name: &str| -> Result<Vec<f64>> {
-            let column =
-                frame.column(name).and_then(|c| c.cast(&DataType::Float64)).map_err(|_| missing(name))?;
-            let numbers = column.f64().map_err(|_| missing(name))?;
-            Ok(numbers.iter().map(|x| x.unwrap_or(f64::NAN)).collect())
-        };
-        let strings = |name: &str| -> Result<Vec<String>> {
-            let column =
-                frame.column(name).and_then(|c| c.cast(&DataType::String)).map_err(|_| missing(name))?;
-            let texts = column.str().map_err(|_| missing(name))?;
-            Ok(texts.iter().map(|x| x.unwrap_or_default().to_owned()).collect())
-        };
+    pub fn new(path: &Path, table: &Columns) -> Result<Self> {
+        let floats = |name: &str| table.floats(name);
+        let strings = |name: &str| table.strings(name);
         let estimates = |name: &str| -> Result<Vec<Estimate>> {
             let (mid, low, high) =
                 (floats(name)?, floats(&format!("{name}_low"))?, floats(&format!("{name}_high"))?);
             Ok((0..mid.len()).map(|i| Estimate { mid: mid[i], low: low[i], high: high[i] }).collect())
         };
-        if frame.height() == 0 {
-            return Err(Error::file(path, "has no rows; sweep again"));
-        }
         let (method, model, data) = (strings("method")?, strings("model")?, strings("data")?);
         let (tau, budget) = (floats("tau")?, floats("max_error")?);
         let (block_size, requests) = (floats("block_size")?, floats("requests")?);
         let thresholds = strings("thresholds")?;
         let cells: Vec<Vec<String>> = label_columns().map(strings).collect::<Result<_>>()?;
         let rows: Vec<Vec<String>> =
-            (0..frame.height()).map(|i| cells.iter().map(|column| column[i].clone()).collect()).collect();
+            (0..table.rows()).map(|i| cells.iter().map(|column| column[i].clone()).collect()).collect();
         let labels = series_labels(&rows);
         let (audited, paper) = (floats("cr_audited")?, floats("cr_paper")?);
         let (f1, kl, layers) = (estimates("f1")?, estimates("kl")?, strings("layer_cr")?);
@@ -119,7 +102,9 @@ impl SweepTable {
 /// `qa-kl-0.02-1a2b3c4d`, a stem with a checksum, as a label: the target if the stem ends with one.
 fn file_name(thresholds: &str) -> String {
     let stem = thresholds.rsplit_once('-').map_or("", |(stem, _)| stem);
-    for (kind, label) in [("-kl-", "KL"), ("-error-", "error")] {
+    for (kind, label) in
+        [("-model-cr-", "CR"), ("-model-error-", "error"), ("-kl-", "KL"), ("-error-", "error")]
+    {
         if let Some((_, target)) = stem.rsplit_once(kind) {
             return format!("{label} {target}");
         }

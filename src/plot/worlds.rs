@@ -1,8 +1,8 @@
 //! Synthetic worlds: the sweep's own code against the closed forms.
 
 use super::canvas::{Area, Drawn, FONT, Figure, axes, legend, said, series_color};
-use super::frame::Columns;
 use crate::error::Result;
+use crate::experiment::Columns;
 use plotters::prelude::*;
 
 struct Point {

@@ -22,12 +22,12 @@ pub struct Thresholds {
     pub model_sha256: String,
     pub block_size: usize,
     pub seed: u64,
-    /// What was asked for, as typed: `kl 0.02` or `error 0.1`.
+    /// What was asked for, as typed: `kl 0.02`, `error 0.1`, or, predicted and not measured, `model cr 4` or `model error 0.1`.
     pub target: String,
     /// Quantile of the similarity of unrelated blocks below which no threshold lies; absent if not asked for.
     pub floor: Option<f64>,
-    /// Measured on the calibration questions with these thresholds: KL in nats a token (absent if not measured), audited
-    /// compression ratio.
+    /// On the calibration questions with these thresholds: KL in nats a token (absent if not measured), and audited
+    /// compression ratio (measured, or predicted where the target begins with `model`).
     pub calibration_kl: Option<f64>,
     pub calibration_cr_audited: f64,
     /// Ids of the questions seen; a sweep with this file leaves them out.
