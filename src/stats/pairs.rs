@@ -112,6 +112,9 @@ pub struct PairSums {
     /// Over blocks: sum of m^2, and of the square of the sum of a block's cosines.
     pub size_squares: u64,
     pub row_squares: f64,
+    /// Sums of (m - 1) times a block's cosines, and times their squares: what the pairs of pairs that share a block add up to.
+    pub wedge_cosines: f64,
+    pub wedge_squares: f64,
     /// Every pair twice.
     pub histogram: Histogram,
     /// One for each threshold.
@@ -175,6 +178,8 @@ impl PairSums {
         self.blocks += 1;
         self.size_squares += m * m;
         self.row_squares += row.powers[0] * row.powers[0];
+        self.wedge_cosines += (m - 1) as f64 * row.powers[0];
+        self.wedge_squares += (m - 1) as f64 * row.powers[1];
         self.powers.iter_mut().zip(row.powers).for_each(|(sum, x)| *sum += x);
         let mut share = Share { pairs: m, cosine: row.powers[0], ..Share::empty(self.above.len()) };
         // Pairs between two thresholds lie above the lower one and all below it.
@@ -201,6 +206,8 @@ impl AddAssign<&PairSums> for PairSums {
         self.blocks += other.blocks;
         self.size_squares += other.size_squares;
         self.row_squares += other.row_squares;
+        self.wedge_cosines += other.wedge_cosines;
+        self.wedge_squares += other.wedge_squares;
         self.powers.iter_mut().zip(other.powers).for_each(|(a, b)| *a += b);
         self.histogram += &other.histogram;
         for (a, b) in self.above.iter_mut().zip(&other.above) {

@@ -309,10 +309,14 @@ impl Sheet {
             let fourth = s4 - 4.0 * s1 * s3 + 6.0 * s1 * s1 * s2 - 3.0 * s1.powi(4);
             self.put(name, class, "skewness", None, Some(third / variance.powf(1.5)));
             self.put(name, class, "excess_kurtosis", None, Some(fourth / (variance * variance) - 3.0));
-            // Correlation of two pairs that share a block: 0 in the model's world.
+            // Correlation of two pairs that share a block: 0 in the model's world. Blocks with many pairs are in many
+            // such pairs of pairs, so mean and variance are taken over these.
             let wedges = sums.size_squares as f64 - n;
-            let covariance = (sums.row_squares - sums.powers[1]) / wedges - s1 * s1;
-            self.put(name, class, "neighbour_correlation", None, Some(covariance / variance));
+            let mean = sums.wedge_cosines / wedges;
+            let covariance = (sums.row_squares - sums.powers[1]) / wedges - mean * mean;
+            let spread = sums.wedge_squares / wedges - mean * mean;
+            let correlation = (spread > 1e-12).then(|| covariance / spread);
+            self.put(name, class, "neighbour_correlation", None, correlation);
         }
         for p in QUANTILES {
             self.put(name, class, "quantile", Some(p), sums.histogram.quantile(p));
