@@ -29,7 +29,7 @@ fig-bff-qa:
     {{kvfuse}} plot results/bff-qa
 
 # All figures on real questions and long prompts (about an hour on 2 cores)
-figs: fig-pairings fig-spare-layers fig-representatives fig-similarities fig-max-error fig-calibrated fig-tenants fig-shift fig-shift-unaligned fig-cff
+figs: fig-pairings fig-spare-layers fig-representatives fig-similarities fig-max-error fig-calibrated fig-tenants fig-shift fig-shift-unaligned fig-cff fig-poisson fig-model-based
 
 # Which pairing stores least at the same damage
 fig-pairings: dump-xquad (fig "pairings")
@@ -69,6 +69,17 @@ fig-shift-unaligned:
 fig-cff:
     {{kvfuse}} dump --data builtin:longqa --requests 16 --shots 3 --dtype f16 -o dumps/longqa
     {{just_executable()}} fig cff
+
+# Similarity statistics, and the Poisson model's predictions against a sweep
+fig-poisson: dump-xquad (fig "poisson")
+    {{kvfuse}} stats dumps/xquad -o results/poisson
+    {{kvfuse}} simulate --stats results/poisson/stats.csv --against results/poisson/sweep.csv --requests 8..65536 -o results/poisson
+
+# Thresholds from the model against measured ones (fig-calibrated comes first)
+fig-model-based:
+    {{kvfuse}} dump --data squad:{{xquad}} --requests 128 --shots 3 --dtype f16 -o dumps/xquad-128
+    {{kvfuse}} calibrate dumps/xquad-128 --model-based --target-cr 3.5,4.2,4.8,6.5 -o results/model-based/xquad.toml
+    {{just_executable()}} xquad={{xquad}} fig model-based
 
 # Sweep and plot what experiments/NAME.toml says
 fig NAME:

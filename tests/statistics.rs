@@ -8,7 +8,7 @@ use kvfuse::dump::{DataEntry, DumpDtype, Manifest, ModelEntry, RequestEntry, wri
 use kvfuse::model::{ModelConfig, RopeConfig};
 use kvfuse::stats::{Class, Home, SimilarityOptions, StatRow, count_pairs, distinct_blocks, similarities};
 use kvfuse::task::Request;
-use kvfuse::theory::{LayerLaw, Model, Size, layer_cr, percolation_requests, predict};
+use kvfuse::theory::{Extent, LayerLaw, Model, layer_cr, percolation_requests, predict};
 use proptest::prelude::*;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -184,19 +184,29 @@ proptest! {
         for law in LayerLaw::of_rows(&rows, size) {
             for model in [Model::Uniform, Model::ByPosition] {
                 for pairing in [Pairing::Tree, Pairing::Best, Pairing::Components] {
-                    for size in [Size::Measured, Size::Of { requests: 1000.0, own_blocks: 3.0 }] {
-                        let Some(p) = predict(&law, model, pairing, 0.5, size) else {
-                            // Only where there are no pairs to know anything of.
-                            prop_assert!(law.classes.iter().any(|c| c.pairs == 0.0));
-                            continue;
-                        };
-                        prop_assert!(p.blocks.is_finite() && p.cr.is_finite(), "{:?}", p);
-                        prop_assert!(p.blocks <= p.distinct * (1.0 + 1e-9), "{:?}", p);
-                        prop_assert!(p.key_error.is_none_or(|e| e.is_finite() && e >= 0.0), "{:?}", p);
-                        prop_assert!(p.value_error.is_none_or(|e| e.is_finite() && e >= -1e-9), "{:?}", p);
-                        prop_assert!(layer_cr(&law, p.blocks).is_some_and(|cr| cr > 0.0));
+                    for extent in [Extent::MEASURED, Extent { factor: 100.0, own: 1.0 }, Extent { factor: 3.0, own: 2.5 }] {
+                        let mut last = f64::INFINITY;
+                        for tau in [0.9, 0.5, 0.25, 0.0] {
+                            let Some(p) = predict(&law, model, pairing, tau, extent) else {
+                                prop_assert!(law.requests < 2.0 && extent != Extent::MEASURED);
+                                continue;
+                            };
+                            prop_assert!(p.blocks >= 1.0 - 1e-9 && p.blocks <= p.distinct * (1.0 + 1e-9), "{:?}", p);
+                            prop_assert!(p.blocks_low <= p.blocks * 1.001 && p.blocks <= p.blocks_high * 1.001, "{:?}", p);
+                            // By position the second step may find so few left that they no longer meet.
+                            prop_assert!(model == Model::ByPosition || p.blocks <= last * 1.001, "{:?} after {}", p, last);
+                            prop_assert!(p.cr.is_finite() && (0.0..=1.0).contains(&p.giant_share), "{:?}", p);
+                            for error in [p.key_error, p.value_error].into_iter().flatten() {
+                                prop_assert!((-1e-9..=100.0).contains(&error), "{:?}", p);
+                            }
+                            prop_assert!(layer_cr(&law, p.blocks).is_some_and(|cr| cr > 0.0));
+                            last = p.blocks;
+                        }
                     }
-                    percolation_requests(&law, model, 0.5, 3.0);
+                    if let Some(requests) = percolation_requests(&law, model, pairing, 0.5, 1.0) {
+                        let extent = Extent { factor: 4.0 * requests / law.requests, own: 1.0 };
+                        prop_assert!(predict(&law, model, pairing, 0.5, extent).unwrap().giant_share > 0.0);
+                    }
                 }
             }
         }
@@ -207,7 +217,8 @@ proptest! {
 /// deviation 1/sqrt(width), and every dimension is used.
 #[test]
 fn independent_blocks_look_independent() {
-    let config = ModelConfig { head_dim: 64, hidden: 64, rope: RopeConfig { base: 1e4, dims: 64 }, ..config() };
+    let config =
+        ModelConfig { head_dim: 64, hidden: 64, rope: RopeConfig { base: 1e4, dims: 64 }, ..config() };
     let mut rng = ChaCha8Rng::seed_from_u64(9);
     // Sums of twelve uniform numbers, less six.
     let mut normal = || (0..12).map(|_| rng.random_range(0.0f32..1.0)).sum::<f32>() - 6.0;
@@ -221,7 +232,8 @@ fn independent_blocks_look_independent() {
     let manifest = made_up_dump(dir.path(), &config, &caches);
     let options = SimilarityOptions { taus: vec![0.25, 0.3], ..options(1, RopeMode::Keep) };
     let rows = similarities(dir.path(), &manifest, &(0..24).collect::<Vec<_>>(), &options).unwrap();
-    let key = |class: &str, statistic: &str, at: Option<f64>| value(&rows, "key", class, statistic, at).unwrap();
+    let key =
+        |class: &str, statistic: &str, at: Option<f64>| value(&rows, "key", class, statistic, at).unwrap();
     assert_eq!(value(&rows, "both", "all", "distinct", None), Some(720.0));
     for class in ["same_request", "same_position", "other", "all"] {
         assert!(key(class, "mean", None).abs() < 0.005, "{class}");
@@ -248,6 +260,41 @@ fn independent_blocks_look_independent() {
     assert!((dimension / (720.0 * 64.0 / 784.0) - 1.0).abs() < 0.03, "{dimension}");
 }
 
+/// One cluster at one position, everything else orthogonal: dispersion, rho1 and the position's own q in exact numbers.
+#[test]
+fn a_planted_cluster_is_found() {
+    let config =
+        ModelConfig { head_dim: 32, hidden: 32, rope: RopeConfig { base: 1e4, dims: 32 }, ..config() };
+    let caches: Vec<Cache> = (0..10)
+        .map(|i| {
+            let mut keys = vec![0.0; 2 * 32];
+            keys[0] = 1.0;
+            // Distinct, but hardly.
+            keys[1] = 0.001 * (i + 1) as f32;
+            keys[32 + 2 + i] = 1.0;
+            (keys.clone(), keys)
+        })
+        .collect();
+    let dir = tempfile::tempdir().unwrap();
+    let manifest = made_up_dump(dir.path(), &config, &caches);
+    let rows = similarities(dir.path(), &manifest, &(0..10).collect::<Vec<_>>(), &options(1, RopeMode::Keep))
+        .unwrap();
+    let key = |class: &str, statistic: &str| value(&rows, "key", class, statistic, Some(0.9));
+    // 20 blocks, 190 pairs, 45 of them above; 10 blocks have 9 partners each, 10 have none.
+    let near = |x: Option<f64>, y: f64| assert!((x.unwrap() / y - 1.0).abs() < 1e-4, "{x:?} {y}");
+    near(key("all", "exceedance"), 45.0 / 190.0);
+    near(key("all", "dispersion"), 20.0 * 4.5 * 4.5 / (45.0 / 190.0 * 380.0));
+    near(key("all", "rho1"), 8.0 / 18.0);
+    near(key("position_0", "exceedance"), 1.0);
+    assert_eq!(key("position_1", "exceedance"), None, "its lowest threshold without a pair is lower");
+    assert_eq!(value(&rows, "key", "position_1", "exceedance", Some(0.0)), Some(0.0));
+    let law = &LayerLaw::of_rows(&rows, 1)[0];
+    // The cluster becomes one block, the ten others stay; spread over all pairs, the same number of pairs says otherwise.
+    let left = |model| predict(law, model, Pairing::Best, 0.9, Extent::MEASURED).unwrap().blocks;
+    assert!((left(Model::ByPosition) - 11.0).abs() < 1e-6, "{}", left(Model::ByPosition));
+    assert!(left(Model::Uniform) < 8.0, "{}", left(Model::Uniform));
+}
+
 #[test]
 fn statistics_of_the_real_model_against_its_sweep() {
     let dir = tempfile::tempdir().unwrap();
@@ -271,15 +318,30 @@ fn statistics_of_the_real_model_against_its_sweep() {
     let against = sweep.join("sweep.csv");
     let simulate = |out: &str, threads: &str| {
         succeed(&[
-            "simulate", "--stats", text(&stats), "--against", text(&against), "--requests", "8..64", "--draws",
-            "3", "--synthetic", "6,4", "--tau", "0.95,0.8", "-o", text(&path(out)), "--threads", threads,
+            "simulate",
+            "--stats",
+            text(&stats),
+            "--against",
+            text(&against),
+            "--requests",
+            "8..64",
+            "--draws",
+            "3",
+            "--synthetic",
+            "6,4",
+            "--tau",
+            "0.95,0.8",
+            "-o",
+            text(&path(out)),
+            "--threads",
+            threads,
         ])
     };
     let shown = simulate("model", "1");
     assert!(shown.contains("by position") && shown.contains("verdicts"), "{shown}");
     simulate("model-2", "2");
-    for table in
-        ["closed_forms", "monte_carlo", "predictions", "prediction_summary", "verdicts", "scale"].map(|t| format!("{t}.csv"))
+    for table in ["closed_forms", "monte_carlo", "predictions", "prediction_summary", "verdicts", "scale"]
+        .map(|t| format!("{t}.csv"))
     {
         let bytes = fs::read(path("model").join(&table)).unwrap();
         assert!(bytes == fs::read(path("model-2").join(&table)).unwrap(), "{table} depends on the threads");
@@ -288,7 +350,17 @@ fn statistics_of_the_real_model_against_its_sweep() {
         assert!(path("model").join(format!("{figure}.png")).exists(), "{figure}");
     }
     // A second run without a sweep leaves no predictions of the first behind.
-    succeed(&["simulate", "--stats", text(&stats), "--draws", "2", "--synthetic", "4,2", "-o", text(&path("model"))]);
+    succeed(&[
+        "simulate",
+        "--stats",
+        text(&stats),
+        "--draws",
+        "2",
+        "--synthetic",
+        "4,2",
+        "-o",
+        text(&path("model")),
+    ]);
     assert!(!path("model").join("predictions.csv").exists());
 
     // What is not of these caches, or no table at all.
@@ -304,11 +376,37 @@ fn statistics_of_the_real_model_against_its_sweep() {
     );
     refuse(&["simulate", "--stats", text(&stats), "--layer", "99", "-o", text(&path("x"))], &["--layer 99"]);
     refuse(&["simulate", "--stats", text(&stats), "--requests", "64..8"], &["reversed"]);
+    let lots = path("lots");
+    succeed(&[&["sweep", text(small_dump()), "-o", text(&lots), "--batch", "2"], &quick[..]].concat());
+    refuse(
+        &[
+            "simulate",
+            "--stats",
+            text(&stats),
+            "--against",
+            text(&lots.join("sweep.csv")),
+            "-o",
+            text(&path("x")),
+        ],
+        &["several batches", "--batch"],
+    );
     let part = path("part");
     succeed(&["stats", text(small_dump()), "--sample", "20", "--tau", "0.5", "-o", text(&part)]);
     refuse(
-        &["simulate", "--stats", text(&part.join("stats.csv")), "--against", text(&against), "-o", text(&path("x"))],
+        &[
+            "simulate",
+            "--stats",
+            text(&part.join("stats.csv")),
+            "--against",
+            text(&against),
+            "-o",
+            text(&path("x")),
+        ],
         &["different caches"],
+    );
+    refuse(
+        &["simulate", "--stats", text(&part.join("stats.csv")), "--requests", "64", "-o", text(&path("x"))],
+        &["sample", "--requests"],
     );
     // A table cut short in the middle of a line.
     let cut = path("cut.csv");
@@ -322,14 +420,23 @@ fn thresholds_from_the_model_run_in_a_sweep() {
     let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join("model.toml");
     let shown = succeed(&[
-        "calibrate", text(small_dump()), "--model-based", "--target-cr", "1.5", "--questions", "3", "-o",
+        "calibrate",
+        text(small_dump()),
+        "--model-based",
+        "--target-cr",
+        "1.5",
+        "--questions",
+        "3",
+        "-o",
         text(&file),
     ]);
     assert!(shown.contains("(predicted)"), "{shown}");
     assert!(fs::read_to_string(&file).unwrap().contains("model cr 1.5"));
     let out = dir.path().join("sweep");
     let quick = ["--max-new-tokens", "1", "--resamples", "10"];
-    succeed(&[&["sweep", text(small_dump()), "--thresholds", text(&file), "-o", text(&out)], &quick[..]].concat());
+    succeed(
+        &[&["sweep", text(small_dump()), "--thresholds", text(&file), "-o", text(&out)], &quick[..]].concat(),
+    );
     refuse(&["calibrate", text(small_dump()), "--target-cr", "2"], &["--model-based"]);
     refuse(
         &["calibrate", text(small_dump()), "--model-based", "--target-cr", "1e9", "--questions", "3"],

@@ -3,9 +3,7 @@
 use super::table::table;
 use super::{say, typed_command};
 use crate::codec::fusion::{Choices, Pairing, Positions, Representative, RopeMode, ScaleRule, Similarity};
-use crate::experiment::{
-    CalibrateOptions, LayerReport, Settings, Target, calibrate, calibrate_from_model,
-};
+use crate::experiment::{CalibrateOptions, LayerReport, Settings, Target, calibrate, calibrate_from_model};
 use crate::files;
 use anyhow::{Result, bail};
 use std::path::{Path, PathBuf};

@@ -16,8 +16,10 @@ use std::path::PathBuf;
 /// Writes closed_forms.csv, monte_carlo.csv and, where asked for, scale.csv, predictions.csv, verdicts.csv
 /// (docs/theory.md), with figures.
 #[derive(Debug, clap::Args)]
-#[command(after_help = "Examples:\n  kvfuse simulate --stats results/qa-stats/stats.csv --against results/qa/sweep.csv -o results/qa-model\n  \
-    kvfuse simulate --stats results/qa-stats/stats.csv --requests 8..65536 -o results/qa-scale")]
+#[command(
+    after_help = "Examples:\n  kvfuse simulate --stats results/qa-stats/stats.csv --against results/qa/sweep.csv -o results/qa-model\n  \
+    kvfuse simulate --stats results/qa-stats/stats.csv --requests 8..65536 -o results/qa-scale"
+)]
 pub struct Args {
     /// Table that `kvfuse stats` wrote
     #[arg(long, value_name = "FILE")]
@@ -157,7 +159,9 @@ fn report(found: &Simulation) {
             ]
         })
         .collect();
-    say("\npredicted against measured, full blocks of all layers; last columns: predicted / measured, median layer");
+    say(
+        "\npredicted against measured, full blocks of all layers; last columns: predicted / measured, median layer",
+    );
     say(table(
         &["model", "pairing", "tau", "CR measured", "CR predicted", "by layer [10, 90 %]", "K err", "V err"],
         &rows,
@@ -186,7 +190,9 @@ fn report(found: &Simulation) {
     };
     let titles: Vec<String> = columns.iter().map(|&(m, p)| format!("{}: {}", words(m), name(p))).collect();
     let header: Vec<&str> = std::iter::once("layer").chain(titles.iter().map(String::as_str)).collect();
-    say("\nverdicts: where the predicted ratio is within 10 %, at every threshold at which blocks fuse or down to one (and the worst); reasons are in verdicts.csv");
+    say(
+        "\nverdicts: where the predicted ratio is within 10 %, at every threshold at which blocks fuse or down to one (and the worst); reasons are in verdicts.csv",
+    );
     say(table(&header, &(0..layers).map(line).collect::<Vec<_>>()));
 }
 

@@ -39,7 +39,8 @@ pub struct Args {
 }
 
 /// Dense where sweeps look.
-pub const TAUS: &str = "0.99,0.97,0.95,0.93,0.9,0.87,0.85,0.83,0.8,0.78,0.75,0.72,0.7,0.65,0.6,0.55,0.5,0.4,0.3";
+pub const TAUS: &str =
+    "0.99,0.97,0.95,0.93,0.9,0.87,0.85,0.83,0.8,0.78,0.75,0.72,0.7,0.65,0.6,0.55,0.5,0.4,0.3";
 
 pub fn run(args: Args) -> Result<()> {
     if args.block_size.contains(&0) {
@@ -111,8 +112,18 @@ fn report(rows: &[StatRow], size: usize) -> String {
         ]
     };
     let header = [
-        "layer", "blocks", "distinct", "K same req", "K same pos", "K other", "V other", "K dims", "q(0.85)",
-        "dispersion", "rho1", "V above",
+        "layer",
+        "blocks",
+        "distinct",
+        "K same req",
+        "K same pos",
+        "K other",
+        "V other",
+        "K dims",
+        "q(0.85)",
+        "dispersion",
+        "rho1",
+        "V above",
     ];
     format!("blocks of {size} tokens\n{}", table(&header, &(0..layers).map(line).collect::<Vec<_>>()))
 }

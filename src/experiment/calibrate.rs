@@ -126,7 +126,9 @@ pub fn calibrate(options: &CalibrateOptions) -> Result<Vec<(Thresholds, Vec<Laye
                 (all.iter().filter_map(least).collect(), None)
             }
             Target::Cr(_) => {
-                return Err(Error::argument("--target-cr needs --model-based; measured calibration takes --target-kl"));
+                return Err(Error::argument(
+                    "--target-cr needs --model-based; measured calibration takes --target-kl",
+                ));
             }
             Target::Kl(most) => {
                 let (chosen, kl) = within_kl(&mut stage, &all, most, |chosen| codec(thresholds_of(chosen)))?;

@@ -6,12 +6,12 @@ use crate::codec::fusion::{LayerThresholds, Pairing, Positions, Thresholds};
 use crate::dump::Manifest;
 use crate::error::{Error, Result};
 use crate::stats::{SimilarityOptions, similarities};
-use crate::theory::{LayerLaw, Model, Size, layer_cr, predict, representative};
+use crate::theory::{Extent, LayerLaw, Model, layer_cr, predict, representative};
 
 /// Thresholds that are tried.
 const TAUS: [f64; 23] = [
-    0.4, 0.45, 0.5, 0.55, 0.6, 0.64, 0.67, 0.7, 0.72, 0.74, 0.76, 0.78, 0.8, 0.82, 0.84, 0.86, 0.88, 0.9, 0.92,
-    0.94, 0.96, 0.98, 0.99,
+    0.4, 0.45, 0.5, 0.55, 0.6, 0.64, 0.67, 0.7, 0.72, 0.74, 0.76, 0.78, 0.8, 0.82, 0.84, 0.86, 0.88, 0.9,
+    0.92, 0.94, 0.96, 0.98, 0.99,
 ];
 
 /// One threshold of one layer, as predicted.
@@ -54,9 +54,8 @@ pub fn calibrate_from_model(options: &CalibrateOptions) -> Result<Vec<(Threshold
     let all: Vec<Vec<Candidate>> = laws[touched].iter().map(|law| candidates(law, choices.pairing)).collect();
     // Layers that are left alone keep all their bits.
     let untouched = (laws.len() - all.len()) as f64;
-    let total = |chosen: &[Candidate]| {
-        laws.len() as f64 / (untouched + chosen.iter().map(|c| c.rate).sum::<f64>())
-    };
+    let total =
+        |chosen: &[Candidate]| laws.len() as f64 / (untouched + chosen.iter().map(|c| c.rate).sum::<f64>());
     let mut results = Vec::new();
     for &target in &options.targets {
         let chosen = match target {
@@ -72,12 +71,8 @@ pub fn calibrate_from_model(options: &CalibrateOptions) -> Result<Vec<(Threshold
                 return Err(Error::argument("--model-based knows no KL: use --target-cr or --target-error"));
             }
         };
-        let report = |c: &Candidate| LayerReport {
-            thresholds: c.thresholds,
-            floor: None,
-            cr: 1.0 / c.rate,
-            kl: None,
-        };
+        let report =
+            |c: &Candidate| LayerReport { thresholds: c.thresholds, floor: None, cr: 1.0 / c.rate, kl: None };
         let found = Thresholds {
             target: format!("model {target}"),
             calibration_cr_audited: total(&chosen),
@@ -92,7 +87,8 @@ pub fn calibrate_from_model(options: &CalibrateOptions) -> Result<Vec<(Threshold
 fn candidates(law: &LayerLaw, pairing: Pairing) -> Vec<Candidate> {
     let strictest = std::iter::once(1.0);
     let of = |key: f64| {
-        let blocks = if key < 1.0 { predict(law, Model::ByPosition, pairing, key, Size::Measured) } else { None };
+        let blocks =
+            if key < 1.0 { predict(law, Model::ByPosition, pairing, key, Extent::MEASURED) } else { None };
         let rate = |blocks: f64| layer_cr(law, blocks).map(|cr| 1.0 / cr);
         let thresholds = LayerThresholds { layer: law.layer, key, value: -1.0 };
         match blocks {

@@ -8,7 +8,7 @@ use crate::error::{Error, Result};
 use crate::files;
 use crate::stats::rounded;
 use crate::theory::{
-    Comparison, Draws, LayerLaw, Model, MonteCarloRow, Prediction, Size, Verdict, layer_cr, monte_carlo,
+    Comparison, Draws, Extent, LayerLaw, Model, MonteCarloRow, Prediction, Verdict, layer_cr, monte_carlo,
     percolation_requests, predict, representative, verdict,
 };
 use clap::ValueEnum;
@@ -65,7 +65,7 @@ struct ClosedFormRow {
     #[serde(flatten)]
     prediction: Prediction,
     cr_audited: Option<f64>,
-    /// Batch size at which the threshold graph gets a giant component, and the distinct blocks a request that it is for.
+    /// Batch size (a power of two) from which on there is a giant component, and the distinct blocks a request that it is for.
     percolates_at: Option<f64>,
     own_blocks: f64,
 }
@@ -153,12 +153,18 @@ pub fn simulate(options: &SimulateOptions) -> Result<Simulation> {
         None => None,
     };
 
-    let layer = options.layer.unwrap_or(laws.len() / 2);
+    let layer = options.layer.unwrap_or(laws[laws.len() / 2].layer);
     let Some(law) = laws.iter().find(|l| l.layer == layer) else {
-        return Err(Error::argument(format!("--layer {layer}: the statistics have layers 0 to {}", laws.len() - 1)));
+        let (first, last) = (laws[0].layer, laws[laws.len() - 1].layer);
+        return Err(Error::argument(format!(
+            "--layer {layer}: the statistics have layers {first} to {last}"
+        )));
     };
-    let worlds = monte_carlo(law, &taus, &options.draws)?;
-    write_csv(&options.out.join(MONTE_CARLO_CSV), &worlds)?;
+    if !options.requests.is_empty() && laws.iter().any(|l| l.tokens.is_none() || l.requests < 2.0) {
+        let problem =
+            "is of a sample or of one request, which says nothing of other batch sizes (--requests)";
+        return Err(Error::file(&options.stats, problem));
+    }
 
     let closed = closed_forms(&laws, &taus, options);
     write_csv(&options.out.join(CLOSED_FORMS_CSV), &closed)?;
@@ -166,11 +172,17 @@ pub fn simulate(options: &SimulateOptions) -> Result<Simulation> {
     write_or_remove(&options.out.join(SCALE_CSV), &scale)?;
 
     let predictions = measured.map_or(Vec::new(), |measured| predictions(&laws, &measured));
+    if let Some(path) = options.against.as_ref().filter(|_| predictions.is_empty()) {
+        let problem = "has no threshold within those of the statistics; run stats with its --tau";
+        return Err(Error::file(path, problem));
+    }
     let summary = summary(&predictions);
     let verdicts = verdicts(&laws, &predictions);
     write_or_remove(&options.out.join(PREDICTIONS_CSV), &predictions)?;
     write_or_remove(&options.out.join(SUMMARY_CSV), &summary)?;
     write_or_remove(&options.out.join(VERDICTS_CSV), &verdicts)?;
+    let worlds = monte_carlo(law, &taus, &options.draws)?;
+    write_csv(&options.out.join(MONTE_CARLO_CSV), &worlds)?;
     let value = serde_json::json!({
         "kvfuse_version": env!("CARGO_PKG_VERSION"),
         "command": options.command,
@@ -211,19 +223,26 @@ fn thresholds(options: &SimulateOptions, laws: &[LayerLaw]) -> Result<Vec<f64>> 
     }
 }
 
-fn size_of(law: &LayerLaw, requests: usize, blocks: Option<usize>) -> Size {
-    let own_blocks = blocks.map_or(law.own_blocks(), |b| b as f64);
-    Size::Of { requests: requests as f64, own_blocks }
+/// How much larger such a batch is than the one measured.
+fn extent(law: &LayerLaw, requests: usize, blocks: Option<usize>) -> Extent {
+    Extent { factor: requests as f64 / law.requests.max(1.0), own: own(law, blocks) }
+}
+
+/// How many times the distinct blocks that were measured a request adds.
+fn own(law: &LayerLaw, blocks: Option<usize>) -> f64 {
+    match blocks {
+        Some(blocks) if law.own_blocks() > 0.0 => blocks as f64 / law.own_blocks(),
+        _ => 1.0,
+    }
 }
 
 fn closed_forms(laws: &[LayerLaw], taus: &[f64], options: &SimulateOptions) -> Vec<ClosedFormRow> {
     let mut rows = Vec::new();
     for law in laws {
-        let own_blocks = options.blocks.map_or(law.own_blocks(), |b| b as f64);
+        let own = own(law, options.blocks);
         for &tau in taus {
-            let percolates_at = MODELS.map(|m| percolation_requests(law, m, tau, own_blocks).map(rounded));
             for (model, pairing) in models_and_pairings() {
-                let Some(prediction) = predict(law, model, pairing, tau, Size::Measured) else { continue };
+                let Some(prediction) = predict(law, model, pairing, tau, Extent::MEASURED) else { continue };
                 rows.push(ClosedFormRow {
                     model,
                     layer: law.layer,
@@ -231,8 +250,8 @@ fn closed_forms(laws: &[LayerLaw], taus: &[f64], options: &SimulateOptions) -> V
                     tau,
                     prediction: six_digits(prediction),
                     cr_audited: layer_cr(law, prediction.blocks).map(rounded),
-                    percolates_at: percolates_at[usize::from(model == Model::ByPosition)],
-                    own_blocks: rounded(own_blocks),
+                    percolates_at: percolation_requests(law, model, pairing, tau, own),
+                    own_blocks: rounded(own * law.own_blocks()),
                 });
             }
         }
@@ -248,7 +267,7 @@ fn six_digits(p: Prediction) -> Prediction {
     Prediction {
         distinct: rounded(p.distinct),
         q: rounded(p.q),
-        lambda: rounded(p.lambda),
+        lambda: p.lambda.map(rounded),
         poisson_error: p.poisson_error.map(rounded),
         blocks: rounded(p.blocks),
         blocks_low: rounded(p.blocks_low),
@@ -267,7 +286,9 @@ fn scale(laws: &[LayerLaw], taus: &[f64], options: &SimulateOptions) -> Vec<Scal
             for &requests in &options.requests {
                 let all: Vec<Prediction> = laws
                     .iter()
-                    .filter_map(|law| predict(law, model, pairing, tau, size_of(law, requests, options.blocks)))
+                    .filter_map(|law| {
+                        predict(law, model, pairing, tau, extent(law, requests, options.blocks))
+                    })
                     .collect();
                 let sum = |of: fn(&Prediction) -> f64| all.iter().map(of).sum::<f64>();
                 let (before, after) = (sum(|p| p.cr * p.blocks), sum(|p| p.blocks));
@@ -311,6 +332,13 @@ fn measured_layers(
         let problem = format!("has no {LAYERS_CSV} beside it; run the same sweep again");
         return Err(Error::file(sweep, problem));
     }
+    let whole = Columns::read(sweep)?;
+    if whole.floats("requests")?.iter().zip(whole.floats("batch")?).any(|(requests, batch)| *requests > batch)
+    {
+        let problem =
+            "fused its requests in several batches, the statistics are of one; sweep with a larger --batch";
+        return Err(Error::file(sweep, problem));
+    }
     let table = Columns::read(&path)?;
     let numbers = |name: &str| table.floats(name);
     let texts = |name: &str| table.strings(name);
@@ -322,6 +350,7 @@ fn measured_layers(
         ("rope", rope),
         ("group_layers", "1".to_owned()),
         ("within_tenant", "false".to_owned()),
+        ("scale", "norm".to_owned()),
         ("block_size", laws[0].block_size.to_string()),
     ];
     let mut keep = vec![true; table.rows()];
@@ -336,7 +365,8 @@ fn measured_layers(
     let (full, physical) = (numbers("full_blocks")?, numbers("physical_blocks")?);
     let (cr, key, value) = (numbers("cr_audited")?, numbers("key_error")?, numbers("value_error")?);
     let spare = numbers("spare_layers")?;
-    let mut found = Vec::new();
+    let layers = laws.iter().map(|l| l.layer + 1).max().unwrap_or(0);
+    let mut found: Vec<MeasuredLayer> = Vec::new();
     for i in (0..table.rows()).filter(|&i| keep[i] && tau[i].is_finite()) {
         let Ok(pairing) = Pairing::from_str(&pairings[i], false) else { continue };
         let usual = representative(pairing).to_possible_value();
@@ -345,7 +375,11 @@ fn measured_layers(
         }
         let layer = layer[i] as usize;
         let spared = spare[i] as usize;
-        if layer < spared || layer >= laws.len() - spared.min(laws.len()) {
+        if layer < spared || layer >= layers.saturating_sub(spared) {
+            continue;
+        }
+        // Two settings may differ in layers that both touch alike.
+        if found.iter().any(|f| (f.pairing, f.tau, f.layer) == (pairing, tau[i], layer)) {
             continue;
         }
         if let Some(law) = laws.iter().find(|l| l.layer == layer)
@@ -382,8 +416,8 @@ fn measured_layers(
 fn predictions(laws: &[LayerLaw], measured: &[MeasuredLayer]) -> Vec<PredictionRow> {
     let row = |model: Model, m: &MeasuredLayer| {
         let law = laws.iter().find(|l| l.layer == m.layer)?;
-        let p = predict(law, model, m.pairing, m.tau, Size::Measured)?;
-        let e = law.measured(m.tau, m.pairing == Pairing::Tree);
+        let p = predict(law, model, m.pairing, m.tau, Extent::MEASURED)?;
+        let e = law.all_pairs(m.tau);
         let cr = m.full_blocks / m.physical_blocks;
         let of = |blocks: f64| m.full_blocks / blocks;
         let error = |blocks: f64| rounded(of(blocks) / cr - 1.0);
@@ -462,9 +496,7 @@ fn verdicts(laws: &[LayerLaw], predictions: &[PredictionRow]) -> Vec<Verdict> {
     let mut found = Vec::new();
     for (model, pairing) in models_and_pairings() {
         for law in laws {
-            let of = |p: &&PredictionRow| {
-                p.model == model && p.layer == law.layer && p.pairing == pairing
-            };
+            let of = |p: &&PredictionRow| p.model == model && p.layer == law.layer && p.pairing == pairing;
             let comparisons: Vec<Comparison> = predictions
                 .iter()
                 .filter(of)

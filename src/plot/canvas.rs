@@ -64,11 +64,7 @@ fn draw<DB: DrawingBackend>(figure: &impl Figure, root: &Area<DB>) -> Drawn {
 }
 
 /// Draws axes with their descriptions in the style of all charts. Numbers are printed as short as they can be.
-pub fn axes<'a, DB, X, Y>(
-    chart: &mut ChartContext<'a, DB, Cartesian2d<X, Y>>,
-    x: &str,
-    y: &str,
-) -> Drawn
+pub fn axes<'a, DB, X, Y>(chart: &mut ChartContext<'a, DB, Cartesian2d<X, Y>>, x: &str, y: &str) -> Drawn
 where
     DB: DrawingBackend + 'a,
     X: Ranged<ValueType = f64> + ValueFormatter<f64>,

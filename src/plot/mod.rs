@@ -44,10 +44,19 @@ pub fn plot_stats(out: &Path) -> Result<Vec<PathBuf>> {
     for &size in &sizes {
         let own: Vec<_> = rows.iter().filter(|r| r.block_size == size).collect();
         // One size needs no number in its names.
-        let name = |figure: &str| if sizes.len() == 1 { figure.to_owned() } else { format!("{figure}-{size}") };
+        let name =
+            |figure: &str| if sizes.len() == 1 { figure.to_owned() } else { format!("{figure}-{size}") };
         written.extend(canvas::save(&similarity::Densities { rows: &own, size }, out, &name("similarity"))?);
-        written.extend(canvas::save(&similarity::Exceedances { rows: &own, size }, out, &name("exceedance"))?);
-        written.extend(canvas::save(&similarity::Dispersions { rows: &own, size }, out, &name("dispersion"))?);
+        written.extend(canvas::save(
+            &similarity::Exceedances { rows: &own, size },
+            out,
+            &name("exceedance"),
+        )?);
+        written.extend(canvas::save(
+            &similarity::Dispersions { rows: &own, size },
+            out,
+            &name("dispersion"),
+        )?);
     }
     Ok(written)
 }

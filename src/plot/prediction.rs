@@ -95,7 +95,8 @@ impl Predictions {
         for (n, pairing) in PAIRINGS.into_iter().enumerate() {
             let color = series_color(n);
             let own = self.dots.iter().filter(|d| d.model == model && d.pairing == pairing);
-            let marks = own.map(|d| Circle::new((d.measured, d.predicted.clamp(low, high)), 3, color.mix(0.6).filled()));
+            let marks = own
+                .map(|d| Circle::new((d.measured, d.predicted.clamp(low, high)), 3, color.mix(0.6).filled()));
             chart
                 .draw_series(marks)
                 .map_err(said)?
@@ -117,7 +118,10 @@ impl Predictions {
             .build_cartesian_2d(low - 0.02..high + 0.02, (OVER.0..OVER.1).log_scale())
             .map_err(said)?;
         axes(&mut chart, "threshold tau", "predicted / measured (median, 10-90 % of layers)")?;
-        let band = Rectangle::new([(low - 0.02, 0.9), (high + 0.02, 1.1)], RGBColor(120, 120, 120).mix(0.25).filled());
+        let band = Rectangle::new(
+            [(low - 0.02, 0.9), (high + 0.02, 1.1)],
+            RGBColor(120, 120, 120).mix(0.25).filled(),
+        );
         chart.draw_series([band]).map_err(said)?;
         let clip = |y: f64| y.clamp(OVER.0, OVER.1);
         for (n, pairing) in PAIRINGS.into_iter().enumerate() {

@@ -61,7 +61,8 @@ impl Figure for Scale {
         let taus = if known.is_empty() { taus.into_iter().take(5).collect() } else { known };
         let shown = |p: &&&Point| taus.contains(&p.tau);
         let top = all.iter().filter(shown).map(|p| p.cr).fold(4.0, f64::max);
-        let (first, last) = all.iter().fold((f64::INFINITY, 1.0f64), |(a, b), p| (a.min(p.requests), b.max(p.requests)));
+        let (first, last) =
+            all.iter().fold((f64::INFINITY, 1.0f64), |(a, b), p| (a.min(p.requests), b.max(p.requests)));
         for (pairing, panel) in ["tree", "best"].into_iter().zip(&panels) {
             let mut chart = ChartBuilder::on(panel)
                 .caption(pairing, (FONT, 16))
@@ -87,7 +88,10 @@ impl Figure for Scale {
                 let line: Vec<&&Point> =
                     all.iter().filter(|p| p.pairing == pairing && p.tau == tau).collect();
                 chart
-                    .draw_series(LineSeries::new(line.iter().map(|p| (p.requests, p.cr)), color.stroke_width(2)))
+                    .draw_series(LineSeries::new(
+                        line.iter().map(|p| (p.requests, p.cr)),
+                        color.stroke_width(2),
+                    ))
                     .map_err(said)?
                     .label(format!("tau {tau}"))
                     .legend(move |(x, y)| PathElement::new([(x, y), (x + 22, y)], color.stroke_width(3)));

@@ -11,8 +11,7 @@ fn values<'a>(
     class: &'a str,
     statistic: &'a str,
 ) -> impl Iterator<Item = &'a StatRow> + 'a {
-    let wanted =
-        move |r: &&&StatRow| r.part == part && r.class == class && r.statistic == statistic;
+    let wanted = move |r: &&&StatRow| r.part == part && r.class == class && r.statistic == statistic;
     rows.iter().filter(wanted).copied()
 }
 
@@ -71,11 +70,9 @@ impl Figure for Densities<'_> {
                         series_color(1).stroke_width(3),
                     )
                 });
-                chart
-                    .draw_series(means)
-                    .map_err(said)?
-                    .label("mean")
-                    .legend(|(x, y)| PathElement::new([(x, y), (x + 22, y)], series_color(1).stroke_width(3)));
+                chart.draw_series(means).map_err(said)?.label("mean").legend(|(x, y)| {
+                    PathElement::new([(x, y), (x + 22, y)], series_color(1).stroke_width(3))
+                });
                 if row + column == 0 {
                     legend(&mut chart, SeriesLabelPosition::LowerLeft)?;
                 }
@@ -134,11 +131,19 @@ impl Exceedances<'_> {
         };
         for (n, (class, words)) in [CLASSES[1], CLASSES[2]].into_iter().enumerate() {
             let color = series_color(n);
-            let marks = values(&own, "key", class, "exceedance").filter(|r| r.value >= FLOOR).filter_map(|r| {
-                let (low, high) = (r.low.unwrap_or(r.value), r.high.unwrap_or(r.value));
-                let bar = ErrorBar::new_vertical(r.at?, low.max(FLOOR), r.value, high.max(FLOOR), color.filled(), 7);
-                Some(bar)
-            });
+            let marks =
+                values(&own, "key", class, "exceedance").filter(|r| r.value >= FLOOR).filter_map(|r| {
+                    let (low, high) = (r.low.unwrap_or(r.value), r.high.unwrap_or(r.value));
+                    let bar = ErrorBar::new_vertical(
+                        r.at?,
+                        low.max(FLOOR),
+                        r.value,
+                        high.max(FLOOR),
+                        color.filled(),
+                        7,
+                    );
+                    Some(bar)
+                });
             chart
                 .draw_series(marks)
                 .map_err(said)?
@@ -191,12 +196,10 @@ impl Figure for Dispersions<'_> {
         let at = |statistic: &'static str, tau: f64| {
             values(self.rows, "key", "all", statistic).filter(move |r| r.at == Some(tau))
         };
-        let mut taus: Vec<f64> =
-            values(self.rows, "key", "all", "dispersion").filter_map(|r| r.at).collect();
+        let mut taus: Vec<f64> = values(self.rows, "key", "all", "dispersion").filter_map(|r| r.at).collect();
         taus.sort_by(|a, b| b.total_cmp(a));
         taus.dedup();
-        let shown: Vec<f64> =
-            [0.95, 0.9, 0.85, 0.8, 0.7].into_iter().filter(|t| taus.contains(t)).collect();
+        let shown: Vec<f64> = [0.95, 0.9, 0.85, 0.8, 0.7].into_iter().filter(|t| taus.contains(t)).collect();
         let shown = if shown.is_empty() { taus.into_iter().take(5).collect() } else { shown };
         let ratio = |tau: f64| -> Vec<(f64, f64)> {
             let q: Vec<(usize, f64)> = at("exceedance", tau).map(|r| (r.layer, r.value)).collect();
@@ -207,10 +210,15 @@ impl Figure for Dispersions<'_> {
                 })
                 .collect()
         };
-        let dispersion =
-            |tau: f64| -> Vec<(f64, f64)> { at("dispersion", tau).map(|r| (r.layer as f64, r.value)).collect() };
+        let dispersion = |tau: f64| -> Vec<(f64, f64)> {
+            at("dispersion", tau).map(|r| (r.layer as f64, r.value)).collect()
+        };
         let charts: [(&Area<DB>, &str, Vec<Vec<(f64, f64)>>); 2] = [
-            (&panels[0], "variance / mean of a block's exceedances", shown.iter().map(|&t| dispersion(t)).collect()),
+            (
+                &panels[0],
+                "variance / mean of a block's exceedances",
+                shown.iter().map(|&t| dispersion(t)).collect(),
+            ),
             (&panels[1], "rho1 / q", shown.iter().map(|&t| ratio(t)).collect()),
         ];
         for (panel, words, lines) in charts {
@@ -234,7 +242,9 @@ impl Figure for Dispersions<'_> {
                     .map_err(said)?
                     .label(format!("tau {tau}"))
                     .legend(move |(x, y)| PathElement::new([(x, y), (x + 22, y)], color.stroke_width(3)));
-                chart.draw_series(points.into_iter().map(|p| Circle::new(p, 3, color.filled()))).map_err(said)?;
+                chart
+                    .draw_series(points.into_iter().map(|p| Circle::new(p, 3, color.filled())))
+                    .map_err(said)?;
             }
             legend(&mut chart, SeriesLabelPosition::UpperRight)?;
         }

@@ -20,7 +20,8 @@ impl Gaussian {
     /// against, has no say in it. `None` without spread.
     pub fn of_body(histogram: &Histogram) -> Option<Self> {
         let spread = histogram.quantile(0.75)? - histogram.quantile(0.25)?;
-        (spread > 0.0).then_some(())?;
+        // Within a bin or two nothing is known of it.
+        (spread > Histogram::edge(2) - Histogram::edge(0)).then_some(())?;
         Some(Gaussian { mean: histogram.quantile(0.5)?, sd: spread / 1.348_979_5 })
     }
 
@@ -45,8 +46,8 @@ pub struct Pareto {
 
 /// Shares of observations above the thresholds that are tried.
 const TAILS: [f64; 8] = [0.2, 0.1, 0.05, 0.02, 0.01, 0.005, 0.002, 0.001];
-/// Observations without which a tail is not fitted.
-const FEWEST: u64 = 100;
+/// Observations without which a tail is not fitted. Pairs are counted twice: these are 100 of them.
+const FEWEST: u64 = 200;
 
 impl Pareto {
     /// Of several thresholds the one whose tail lies closest to its fit (Clauset, Shalizi and Newman 2009), each fitted by
@@ -119,7 +120,8 @@ mod tests {
     /// Tabulated: Q(1) = 0.158655, Q(2) = 0.0227501, Q(4) = 3.16712e-5, Q(6) = 9.86588e-10.
     #[test]
     fn gaussian_tails() {
-        for (z, q) in [(0.0, 0.5), (1.0, 0.158_655_25), (2.0, 0.022_750_13), (4.0, 3.167_124e-5), (6.0, 9.865_88e-10)]
+        for (z, q) in
+            [(0.0, 0.5), (1.0, 0.158_655_25), (2.0, 0.022_750_13), (4.0, 3.167_124e-5), (6.0, 9.865_88e-10)]
         {
             assert!((gaussian_tail(z) / q - 1.0).abs() < 1e-5, "{z}");
         }
@@ -159,7 +161,8 @@ mod tests {
 
     #[test]
     fn too_little_is_no_fit() {
-        assert_eq!(Pareto::of_tail(&draw(50, 3, |u| u)), None);
+        assert_eq!(Pareto::of_tail(&draw(150, 3, |u| u)), None);
+        assert_eq!(Gaussian::of_body(&draw(50, 3, |_| 0.5)), None);
         assert_eq!(Pareto::of_tail(&draw(5000, 3, |_| 1.0)), None);
         assert_eq!(Gaussian::of_body(&Histogram::default()), None);
     }

@@ -119,12 +119,13 @@ pub struct PairSums {
     pub histogram: Histogram,
     /// One for each threshold.
     pub above: Vec<Above>,
-    /// Shares of the requests, and of the positions, of pairs' first blocks.
+    /// What goes with each request: the ordered pairs of blocks that no other request holds.
     pub by_request: Vec<Share>,
+    /// Ordered pairs by the position of their first block.
     pub by_position: Vec<Share>,
 }
 
-/// What the pairs of some first blocks contribute to [`PairSums`].
+/// A part of the pairs of [`PairSums`].
 #[derive(Debug, Clone, Default)]
 pub struct Share {
     /// Ordered pairs.
@@ -169,7 +170,7 @@ impl PairSums {
     }
 
     /// Adds one block's pairs.
-    fn add_row(&mut self, row: &Row, home: Home) {
+    fn add_row(&mut self, row: &Row, home: Home, single: bool) {
         if row.pairs == 0 {
             return;
         }
@@ -181,7 +182,11 @@ impl PairSums {
         self.wedge_cosines += (m - 1) as f64 * row.powers[0];
         self.wedge_squares += (m - 1) as f64 * row.powers[1];
         self.powers.iter_mut().zip(row.powers).for_each(|(sum, x)| *sum += x);
-        let mut share = Share { pairs: m, cosine: row.powers[0], ..Share::empty(self.above.len()) };
+        let taus = self.above.len();
+        let mut share = Share { pairs: m, cosine: row.powers[0], ..Share::empty(taus) };
+        let mut gone = Share { pairs: 0, cosine: 0.0, ..Share::empty(taus) };
+        row.gone.iter().for_each(|g| (gone.pairs, gone.cosine) = (gone.pairs + g.0, gone.cosine + g.1));
+        let (mut gone_pairs, mut gone_cosine) = (0, 0.0);
         // Pairs between two thresholds lie above the lower one and all below it.
         let (mut k, mut cosine, mut other) = (0, 0.0, 0.0);
         for (t, above) in self.above.iter_mut().enumerate().rev() {
@@ -194,8 +199,13 @@ impl PairSums {
             above.cosine += cosine;
             above.other += other;
             share.above[t] = (k, cosine);
+            let level = &row.gone[t + 1];
+            (gone_pairs, gone_cosine) = (gone_pairs + level.0, gone_cosine + level.1);
+            gone.above[t] = (gone_pairs, gone_cosine);
         }
-        self.by_request[home.request as usize] += &share;
+        if single {
+            self.by_request[home.request as usize] += &gone;
+        }
         self.by_position[home.position as usize] += &share;
     }
 }
@@ -231,20 +241,29 @@ struct Row {
     powers: [f64; 4],
     /// Pairs, their cosines and the other part's, by the number of thresholds they lie above.
     levels: Vec<(u64, f64, f64)>,
+    /// Ordered pairs that would go with this block's request, and their cosines, by the same number.
+    gone: Vec<(u64, f64)>,
 }
 
 impl Row {
     fn empty(taus: usize) -> Self {
-        Row { pairs: 0, powers: [0.0; 4], levels: vec![(0, 0.0, 0.0); taus + 1] }
+        Row {
+            pairs: 0,
+            powers: [0.0; 4],
+            levels: vec![(0, 0.0, 0.0); taus + 1],
+            gone: vec![(0, 0.0); taus + 1],
+        }
     }
 
     fn clear(&mut self) {
         self.pairs = 0;
         self.powers = [0.0; 4];
         self.levels.fill((0, 0.0, 0.0));
+        self.gone.fill((0, 0.0));
     }
 
-    fn add(&mut self, s: f64, other: f64, level: usize) {
+    /// `sides`: how many of the two ordered pairs of these blocks this row stands for if its request goes.
+    fn add(&mut self, s: f64, other: f64, level: usize, sides: u64) {
         self.pairs += 1;
         let square = s * s;
         self.powers[0] += s;
@@ -253,6 +272,8 @@ impl Row {
         self.powers[3] += square * square;
         let at = &mut self.levels[level];
         *at = (at.0 + 1, at.1 + s, at.2 + other);
+        let gone = &mut self.gone[level];
+        *gone = (gone.0 + sides, gone.1 + sides as f64 * s);
     }
 }
 
@@ -314,14 +335,16 @@ fn count_strip(
     let (key_products, value_products) = (times_all(&blocks.keys), times_all(&blocks.values));
     let mut counters = [Counter::new(taus, extent), Counter::new(taus, extent)];
     let mut classes = vec![Class::All; n];
+    let single: Vec<bool> =
+        blocks.homes.iter().map(|h| h.iter().all(|x| x.request == h[0].request)).collect();
     for (i, row) in rows.clone().enumerate() {
         classes.iter_mut().enumerate().for_each(|(j, class)| *class = blocks.class(row, j));
         let keys = &key_products[i * n..][..n];
         let values = &value_products[i * n..][..n];
         let home = blocks.homes[row][0];
         let [key_counter, value_counter] = &mut counters;
-        key_counter.row(row, home, &classes, keys, values);
-        value_counter.row(row, home, &classes, values, keys);
+        key_counter.row((row, home), &classes, &single, keys, values);
+        value_counter.row((row, home), &classes, &single, values, keys);
     }
     let [keys, values] = counters.map(Counter::finish);
     LayerSums { keys, values }
@@ -347,8 +370,16 @@ impl<'a> Counter<'a> {
         }
     }
 
-    /// Reads the pairs of block `row` with all others; `other` are the cosines of the other part.
-    fn row(&mut self, row: usize, home: Home, classes: &[Class], cosines: &[f32], other: &[f32]) {
+    /// Reads the pairs of block `row` with all others. `single`: which blocks one request alone holds; `other`: the cosines
+    /// of the other part.
+    fn row(
+        &mut self,
+        (row, home): (usize, Home),
+        classes: &[Class],
+        single: &[bool],
+        cosines: &[f32],
+        other: &[f32],
+    ) {
         self.rows.iter_mut().for_each(Row::clear);
         for (j, ((&class, &s), &o)) in classes.iter().zip(cosines).zip(other).enumerate() {
             if j == row {
@@ -358,8 +389,10 @@ impl<'a> Counter<'a> {
             let s = f64::from(s).clamp(-1.0, 1.0);
             let level = self.taus.partition_point(|&tau| s > tau);
             self.sums[class as usize].histogram.add(s);
+            // Both blocks of a pair within a request have a row; of any other pair that goes only one counts.
+            let sides = if class == Class::SameRequest && single[j] { 1 } else { 2 };
             for c in [class as usize, Class::All as usize] {
-                self.rows[c].add(s, f64::from(o), level);
+                self.rows[c].add(s, f64::from(o), level, sides);
                 if j > row {
                     self.seen[c] += 1;
                     for above in &mut self.sums[c].above[..level] {
@@ -368,8 +401,9 @@ impl<'a> Counter<'a> {
                 }
             }
         }
+        let single_row = single[row];
         for (sums, row) in self.sums.iter_mut().zip(&self.rows) {
-            sums.add_row(row, home);
+            sums.add_row(row, home, single_row);
         }
     }
 

@@ -16,6 +16,7 @@ use rand::seq::index;
 use rand_chacha::ChaCha8Rng;
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
+use statrs::distribution::{ContinuousCDF, StudentsT};
 use std::collections::HashMap;
 use std::path::Path;
 
@@ -52,8 +53,7 @@ pub struct StatRow {
 }
 
 /// Probabilities whose quantiles are written.
-const QUANTILES: [f64; 13] =
-    [0.001, 0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 0.999, 0.9999, 1.0];
+const QUANTILES: [f64; 13] = [0.001, 0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 0.999, 0.9999, 1.0];
 /// Bins of the written density over [-1, 1].
 const DENSITY_BINS: usize = 100;
 
@@ -82,9 +82,11 @@ pub fn similarities(
             let places = places(&shards, size, options);
             let strip = (options.rope == RopeMode::Strip).then_some(&rope);
             let blocks = distinct_blocks(&caches, &places, size, width, strip);
-            let sums = count_pairs(&blocks, &options.taus, requests.len())?;
+            let sums = count_pairs(&blocks, &options.taus, shards.len())?;
             let mut sheet = Sheet { block_size: size, layer, rope: options.rope, rows: Vec::new() };
-            sheet.blocks(&blocks, places.len());
+            // Those that fill a block.
+            let requests = holders(&places);
+            sheet.blocks(&blocks, &places, requests);
             if options.sample.is_none() {
                 sheet.tokens(&shards, size, width);
             }
@@ -95,7 +97,8 @@ pub fn similarities(
                     sheet.pairs(part, class, sums, &options.taus);
                 }
             }
-            sheet.positions(&blocks, &sums.keys[Class::SamePosition as usize], &options.taus);
+            let level = &sums.keys[Class::SamePosition as usize];
+            sheet.positions(&blocks, requests, level, &options.taus);
             found.append(&mut sheet.rows);
         }
         progress.increment();
@@ -216,38 +219,39 @@ impl Sheet {
     }
 
     /// Keys at one and the same position, position by position: exceedances are not spread evenly over these. The class is
-    /// `position_N`; thresholds that no pair exceeds are left out.
-    fn positions(&mut self, blocks: &DistinctBlocks, sums: &PairSums, taus: &[f64]) {
+    /// `position_N`; of the thresholds that no pair exceeds only the lowest is written.
+    fn positions(&mut self, blocks: &DistinctBlocks, requests: usize, sums: &PairSums, taus: &[f64]) {
         for (position, share) in sums.by_position.iter().enumerate() {
             let class = format!("position_{position}");
-            let here = blocks.homes.iter().filter(|h| h[0].position as usize == position).count();
+            let here = || blocks.homes.iter().filter(|h| h[0].position as usize == position);
             let mut put = |statistic: &str, at: Option<f64>, value: f64| {
                 self.put_interval("key", &class, statistic, at, Some(value), None);
             };
-            put("distinct", None, here as f64);
-            for (&tau, &(above, cosine)) in taus.iter().zip(&share.above).filter(|(_, a)| a.0 > 0) {
-                put("exceedance", Some(tau), above as f64 / share.pairs as f64);
-                put("mean_above", Some(tau), cosine / above as f64);
+            put("distinct", None, here().count() as f64);
+            put("common", None, here().filter(|h| is_common(h, requests)).count() as f64);
+            put("pairs", None, share.pairs as f64 / 2.0);
+            let exceeded = share.above.iter().take_while(|a| a.0 > 0).count();
+            for (&tau, &(above, cosine)) in taus.iter().zip(&share.above).take(exceeded + 1) {
+                if share.pairs > 0 {
+                    put("exceedance", Some(tau), above as f64 / share.pairs as f64);
+                }
+                if above > 0 {
+                    put("mean_above", Some(tau), cosine / above as f64);
+                }
             }
         }
     }
 
-    fn blocks(&mut self, blocks: &DistinctBlocks, places: usize) {
-        let shared = blocks.homes.iter().filter(|h| h.iter().any(|x| x.request != h[0].request)).count();
-        let requests = blocks.homes.iter().flatten().map(|h| h.request).max().map_or(0, |r| r + 1);
-        let held_by = |homes: &Vec<Home>| {
-            // Homes rise by request.
-            1 + homes.windows(2).filter(|w| w[0].request != w[1].request).count()
-        };
-        let common =
-            blocks.homes.iter().filter(|h| requests > 1 && 2 * held_by(h) >= requests as usize).count();
+    fn blocks(&mut self, blocks: &DistinctBlocks, places: &[Home], requests: usize) {
         let zero = blocks.key_norms.iter().zip(&blocks.value_norms).filter(|(k, v)| **k * **v == 0.0).count();
+        let common = || blocks.homes.iter().filter(|h| is_common(h, requests));
         for (statistic, count) in [
-            ("requests", requests as usize),
-            ("blocks", places),
+            ("requests", requests),
+            ("blocks", places.len()),
             ("distinct", blocks.len()),
-            ("shared", shared),
-            ("common", common),
+            ("shared", blocks.homes.iter().filter(|h| holders(h) > 1).count()),
+            ("common", common().count()),
+            ("common_places", common().map(Vec::len).sum()),
             ("zero_norm", zero),
         ] {
             self.put("both", Class::All, statistic, None, Some(count as f64));
@@ -298,7 +302,7 @@ impl Sheet {
         if sums.pairs == 0 {
             return;
         }
-        let jackknife = |of: &dyn Fn(&Share) -> f64, total: f64| jackknife(all, class, of, total);
+        let jackknife = |of: &dyn Fn(&Share) -> f64, total: f64| jackknife(sums, of, total);
         let [s1, s2, s3, s4] = sums.powers.map(|p| p / n);
         let variance = (s2 - s1 * s1).max(0.0);
         let interval = jackknife(&|r| r.cosine, sums.powers[0]);
@@ -352,8 +356,11 @@ impl Sheet {
         }
         for (t, (&tau, above)) in taus.iter().zip(&sums.above).enumerate() {
             let q = above.pairs as f64 / n;
-            let interval = jackknife(&|r| r.above[t].0 as f64, above.pairs as f64)
-                .map(|(low, high)| (low.max(0.0), high.min(1.0)));
+            let interval = jackknife(&|r| r.above[t].0 as f64, above.pairs as f64).map(|(low, high)| {
+                // None of n independent pairs: up to 3/n. These are not independent, so it is the least it can be.
+                let high = if above.pairs == 0 { 6.0 / n } else { high };
+                (low.max(0.0), high.min(1.0))
+            });
             let mut put = |statistic: &str, value: Option<f64>| {
                 self.put(name, class, statistic, Some(tau), value);
             };
@@ -362,9 +369,8 @@ impl Sheet {
             if above.pairs > 0 {
                 let Above { pairs, squares, cross, neighbours, cosine, other, gaps } = above;
                 let k = *pairs as f64;
-                // Pearson's: sum over blocks of (k - m q)^2 / m q; with equal m, variance / mean.
-                let spread =
-                    *squares as f64 - 2.0 * q * *cross as f64 + q * q * sums.size_squares as f64;
+                // Sum over blocks of (k - m q)^2 / sum of m q; with equal m, variance / mean.
+                let spread = *squares as f64 - 2.0 * q * *cross as f64 + q * q * sums.size_squares as f64;
                 put("dispersion", Some(spread / (q * n)));
                 put("rho1", (*neighbours > 0).then(|| (*squares as f64 - k) / *neighbours as f64));
                 put("gap_ks", gaps.distance());
@@ -379,6 +385,17 @@ impl Sheet {
     }
 }
 
+/// Requests among the homes of a block; homes rise by request.
+fn holders(homes: &[Home]) -> usize {
+    homes.chunk_by(|a, b| a.request == b.request).count()
+}
+
+/// Whether a block belongs to a shared preamble: several requests hold it, and at least half of all.
+fn is_common(homes: &[Home], requests: usize) -> bool {
+    let holders = holders(homes);
+    holders > 1 && 2 * holders >= requests
+}
+
 fn part_name(part: Part) -> &'static str {
     match part {
         Part::Key => "key",
@@ -386,38 +403,24 @@ fn part_name(part: Part) -> &'static str {
     }
 }
 
-/// 95 % interval of a mean over pairs from leaving out one request at a time: pairs that share a request are not independent,
-/// requests are taken to be. A block with several homes counts as its first request's. `None` with one request.
-fn jackknife(
-    all: &[PairSums],
-    class: Class,
-    of: &dyn Fn(&Share) -> f64,
-    total: f64,
-) -> Option<(f64, f64)> {
-    let pairs = all[class as usize].pairs as f64;
-    let classes: Vec<Class> = match class {
-        Class::All => vec![Class::SameRequest, Class::SamePosition, Class::Other],
-        class => vec![class],
-    };
-    // (pairs, total) of which each request is a part.
-    let requests = all[class as usize].by_request.len();
-    let mut parts = vec![(0.0, 0.0); requests];
-    for class in classes {
-        // An ordered pair of two requests' blocks counts for the first only; leaving out takes it from both sides.
-        let sides = if class == Class::SameRequest { 1.0 } else { 2.0 };
-        for (part, sums) in parts.iter_mut().zip(&all[class as usize].by_request) {
-            *part = (part.0 + sides * sums.pairs as f64, part.1 + sides * of(sums));
-        }
-    }
-    parts.retain(|part| part.0 > 0.0);
-    let left: Vec<f64> = parts
+/// 95 % interval of a mean over pairs from leaving out one request at a time, with the blocks that it alone holds: pairs that
+/// share a request are not independent, requests are taken to be. Student's t, as requests are few. `None` with one request.
+fn jackknife(sums: &PairSums, of: &dyn Fn(&Share) -> f64, total: f64) -> Option<(f64, f64)> {
+    let pairs = sums.pairs as f64;
+    let left: Vec<f64> = sums
+        .by_request
         .iter()
-        .map(|part| (pairs > part.0).then(|| ((total - part.1) / (pairs - part.0)).clamp(-1.0, 1.0)))
+        .filter(|share| share.pairs > 0)
+        .map(|share| {
+            let kept = pairs - share.pairs as f64;
+            (kept > 0.0).then(|| ((total - of(share)) / kept).clamp(-1.0, 1.0))
+        })
         .collect::<Option<_>>()?;
     let n = left.len() as f64;
     (left.len() > 1).then_some(())?;
     let middle = mean(&left);
     let error = ((n - 1.0) / n * left.iter().map(|x| (x - middle).powi(2)).sum::<f64>()).sqrt();
+    let t = StudentsT::new(0.0, 1.0, n - 1.0).ok()?.inverse_cdf(0.975);
     let share = total / pairs;
-    Some((share - 1.96 * error, share + 1.96 * error))
+    Some((share - t * error, share + t * error))
 }

@@ -15,9 +15,10 @@ pub fn poisson_error(pairs: f64, neighbours: f64, q: f64, rho1: f64) -> f64 {
     ((1.0f64).min(1.0 / lambda) * (independent + dependent)).min(1.0)
 }
 
-/// Blocks expected at the root of the paper's tree over `requests` leaves of `leaf` blocks: a right block stays if none of
-/// the left ones matches it, n = l + r (1 - q)^l. (docs/theory.md, 3)
-pub fn tree_blocks(requests: usize, leaf: f64, q: f64) -> f64 {
+/// Blocks expected at the root of the paper's tree over `blocks` blocks of `requests` requests: a right block stays if none of
+/// the left ones matches it, n = l + r (1 - q)^l. With fewer blocks than requests, leaves without a block do not count.
+/// (docs/theory.md, 3)
+pub fn tree_blocks(requests: usize, blocks: f64, q: f64) -> f64 {
     // Subtrees of equal size have equal expectations, and there are two sizes on every level.
     fn node(requests: usize, leaf: f64, q: f64, known: &mut Vec<(usize, f64)>) -> f64 {
         if requests <= 1 {
@@ -32,25 +33,50 @@ pub fn tree_blocks(requests: usize, leaf: f64, q: f64) -> f64 {
         known.push((requests, blocks));
         blocks
     }
-    node(requests, leaf, q.clamp(0.0, 1.0), &mut Vec::new())
+    let leaves = requests.min(blocks as usize).max(1);
+    node(leaves, blocks / leaves as f64, q.clamp(0.0, 1.0), &mut Vec::new())
 }
 
-/// Connected components expected of `n` blocks (Erdos and Renyi 1960): with c = n q and c' <= 1 the other solution of
-/// c' e^-c' = c e^-c, the small components number n (c' - c'^2/2) / c; beyond c = 1 there is a giant one beside them.
-/// (docs/theory.md, 4)
+/// Blocks up to which components are counted exactly.
+const FEW: f64 = 20.0;
+
+/// Connected components expected of `n` blocks. Few are counted exactly (Gilbert 1959); of many (Erdos and Renyi 1960), with
+/// c = (n - 1) q and c' <= 1 the other solution of c' e^-c' = c e^-c, the small ones number n (c' - c'^2/2) / c, and beyond
+/// c = 1 there is a giant one beside them. (docs/theory.md, 4)
 pub fn component_count(n: f64, q: f64) -> f64 {
-    let c = n * q;
-    if n <= 1.0 || c <= 0.0 {
+    if n <= 1.0 || q <= 0.0 {
         return n;
     }
+    if q >= 1.0 {
+        return 1.0;
+    }
+    if n <= FEW {
+        // Between two whole numbers on a straight line.
+        let (low, share) = (n.floor(), n.fract());
+        return few_components(low as usize, q) * (1.0 - share) + few_components(low as usize + 1, q) * share;
+    }
+    let c = (n - 1.0) * q;
     let dual = dual_degree(c);
     let small = n * (dual - 0.5 * dual * dual) / c;
-    if c > 1.0 { (small + 1.0).min(n) } else { small.max(1.0) }
+    (small + giant_share(n, q)).clamp(1.0, n)
 }
 
-/// Share of all blocks in the giant component: 0 up to c = n q = 1, then 1 - c'/c.
+/// Sum over k of the expected components of k blocks: C(n, k) P(k connected) (1 - q)^(k (n - k)).
+fn few_components(n: usize, q: f64) -> f64 {
+    let choose = |n: usize, k: usize| (0..k).fold(1.0, |c, i| c * (n - i) as f64 / (i + 1) as f64);
+    let apart = |a: usize, b: usize| (1.0 - q).powi((a * b) as i32);
+    // Not connected: the component of the first block has j < k blocks.
+    let mut connected = vec![1.0; n + 1];
+    for k in 2..=n {
+        let split: f64 = (1..k).map(|j| choose(k - 1, j - 1) * connected[j] * apart(j, k - j)).sum();
+        connected[k] = (1.0 - split).max(0.0);
+    }
+    (1..=n).map(|k| choose(n, k) * connected[k] * apart(k, n - k)).sum()
+}
+
+/// Share of all blocks in the giant component: 0 up to c = (n - 1) q = 1, then 1 - c'/c.
 pub fn giant_share(n: f64, q: f64) -> f64 {
-    let c = n * q;
+    let c = (n - 1.0) * q;
     if c > 1.0 { 1.0 - dual_degree(c) / c } else { 0.0 }
 }
 
@@ -69,8 +95,11 @@ fn dual_degree(c: f64) -> f64 {
     0.5 * (low + high)
 }
 
+/// Blocks up to which representatives are counted one by one.
+const ONE_BY_ONE: usize = 256;
+
 /// Representatives expected when blocks come one by one and join any representative above the threshold: k grows by
-/// (1 - q)^k a block, so that k = ln(1 + n a) / a with a = -ln(1 - q). (docs/theory.md, 5)
+/// (1 - q)^k a block; for many blocks, with a = -ln(1 - q), e^(a k) grows by a. (docs/theory.md, 5)
 pub fn leader_count(n: f64, q: f64) -> f64 {
     if n <= 1.0 || q <= 0.0 {
         return n;
@@ -78,8 +107,15 @@ pub fn leader_count(n: f64, q: f64) -> f64 {
     if q >= 1.0 {
         return 1.0;
     }
+    let (mut k, mut seen) = (1.0f64, 1.0);
+    while seen < n && seen < ONE_BY_ONE as f64 {
+        k += (n - seen).min(1.0) * (1.0 - q).powf(k);
+        seen += 1.0;
+    }
     let a = -(1.0 - q).ln();
-    ((n * a).ln_1p() / a).clamp(1.0, n)
+    // ln(e^(a k) + a m) without the overflow.
+    let rest = (n - seen).max(0.0);
+    k + (a * rest * (-a * k).exp()).ln_1p() / a
 }
 
 /// Relative squared error of a block that is replaced by another at cosine `s`, its own norm restored. (docs/theory.md, 6)
@@ -132,15 +168,17 @@ mod tests {
 
     #[test]
     fn limits_of_the_tree() {
-        assert_eq!(tree_blocks(8, 5.0, 0.0), 40.0);
-        assert_eq!(tree_blocks(8, 5.0, 1.0), 5.0);
+        assert_eq!(tree_blocks(8, 40.0, 0.0), 40.0);
+        assert_eq!(tree_blocks(8, 40.0, 1.0), 5.0);
         assert_eq!(tree_blocks(1, 5.0, 0.3), 5.0);
-        assert_eq!(tree_blocks(0, 5.0, 0.3), 0.0);
+        assert_eq!(tree_blocks(0, 0.0, 0.3), 0.0);
         // Two leaves of one block: the second stays with probability 1 - q.
-        assert!((tree_blocks(2, 1.0, 0.3) - 1.7).abs() < 1e-12);
+        assert!((tree_blocks(2, 2.0, 0.3) - 1.7).abs() < 1e-12);
         // Three: 1 | (1, 1).
         let right = 1.7;
-        assert!((tree_blocks(3, 1.0, 0.3) - (1.0 + right * 0.7)).abs() < 1e-12);
+        assert!((tree_blocks(3, 3.0, 0.3) - (1.0 + right * 0.7)).abs() < 1e-12);
+        // Three blocks of 64 requests are three leaves.
+        assert_eq!(tree_blocks(64, 3.0, 0.3), tree_blocks(3, 3.0, 0.3));
     }
 
     /// Below c = 1 the components of a random graph are trees: n - edges. At c = 2 the dual is 0.40637, the giant component has
@@ -153,15 +191,21 @@ mod tests {
         assert!((giant_share(1e6, 2e-6) - 0.796_812).abs() < 1e-5);
         let small = 0.406_375_74 - 0.5 * 0.406_375_74f64.powi(2);
         assert!((component_count(1e6, 2e-6) / 1e6 - small / 2.0).abs() < 2e-6);
-        assert!((component_count(50.0, 1.0) - 1.0).abs() < 1e-6);
+        assert_eq!(component_count(50.0, 1.0), 1.0);
+        // Two blocks: 2 - q. Three: 3 - 3q + q^3.
+        assert!((component_count(2.0, 0.3) - 1.7).abs() < 1e-12);
+        assert!((component_count(3.0, 0.3) - (3.0 - 0.9 + 0.027)).abs() < 1e-12);
+        assert!((leader_count(2.0, 0.3) - 1.7).abs() < 1e-12);
     }
 
     /// Graphs of independent pairs, drawn and counted.
     #[test]
     fn components_and_leaders_of_drawn_graphs() {
         let mut rng = ChaCha8Rng::seed_from_u64(1);
-        for (n, q) in [(400usize, 0.5 / 400.0), (400, 2.0 / 400.0), (300, 0.05)] {
-            let (mut components, mut leaders, draws) = (0.0, 0.0, 60);
+        for (n, q) in
+            [(400usize, 0.5 / 400.0), (400, 2.0 / 400.0), (300, 0.05), (5, 0.2), (15, 0.1), (30, 0.05)]
+        {
+            let (mut components, mut leaders, draws) = (0.0, 0.0, if n < 100 { 2000 } else { 60 });
             for _ in 0..draws {
                 let mut edge = vec![vec![false; n]; n];
                 for i in 0..n {
@@ -196,13 +240,39 @@ mod tests {
         }
     }
 
+    /// More pairs above the threshold never leave more blocks, and never fewer than one.
+    #[test]
+    fn blocks_fall_with_q() {
+        for n in [1.0, 1.5, 2.0, 5.3, 19.9, 20.1, 60.0, 700.0, 1e5] {
+            for count in [component_count, leader_count, |n, q| tree_blocks(16, n, q)] {
+                let mut last = n;
+                for i in 0..400 {
+                    let q = (f64::from(i) / 400.0).powi(3);
+                    let now = count(n, q);
+                    assert!(now <= last * (1.0 + 1e-3) + 1e-9 && now >= 1.0 - 1e-9, "{n} {q}: {last} {now}");
+                    last = now;
+                }
+            }
+        }
+    }
+
     /// Errors of real vectors with one common cosine: simplex directions plus a common component.
     #[test]
     fn errors_of_means() {
         let (m, s) = (5usize, 0.6f64);
         // x_i = sqrt(s) e_0 + sqrt(1 - s) e_i.
         let x = |i: usize| -> Vec<f64> {
-            (0..=m).map(|k| if k == 0 { s.sqrt() } else if k == i + 1 { (1.0 - s).sqrt() } else { 0.0 }).collect()
+            (0..=m)
+                .map(|k| {
+                    if k == 0 {
+                        s.sqrt()
+                    } else if k == i + 1 {
+                        (1.0 - s).sqrt()
+                    } else {
+                        0.0
+                    }
+                })
+                .collect()
         };
         let sum: Vec<f64> = (0..=m).map(|k| (0..m).map(|i| x(i)[k]).sum()).collect();
         let norm = sum.iter().map(|v| v * v).sum::<f64>().sqrt();

@@ -57,6 +57,8 @@ pub struct LayerLaw {
     pub blocks: f64,
     pub distinct: f64,
     pub common: f64,
+    /// Full blocks that are copies of common ones.
+    pub common_places: f64,
     /// Tokens in the caches, requests whose last block is not full, and numbers a token has in K; absent of a sample.
     pub tokens: Option<f64>,
     pub partial_blocks: Option<f64>,
@@ -72,25 +74,41 @@ pub struct LayerLaw {
 /// Pairs of blocks of different requests at one position.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct PositionLaw {
-    /// Distinct blocks.
+    /// Distinct blocks, and common ones of them.
     pub distinct: f64,
-    /// (tau, q, mean cosine above), rising; thresholds that no pair exceeds are missing.
+    pub common: f64,
+    /// (tau, q, mean cosine above), rising; the last may be the lowest threshold that no pair exceeds. Empty without pairs.
     pub exceedances: Vec<(f64, f64, f64)>,
 }
 
 impl PositionLaw {
-    /// Exceedance and mean cosine above at any threshold; between two known ones on straight lines.
-    pub fn at(&self, tau: f64) -> (f64, f64) {
-        let Some(right) = self.exceedances.iter().position(|e| e.0 >= tau - 1e-9) else { return (0.0, 1.0) };
+    /// Exceedance and mean cosine above at any threshold; between two known ones on straight lines. `None` without pairs.
+    pub fn at(&self, tau: f64) -> Option<(f64, f64)> {
+        self.exceedances.first()?;
+        let Some(right) = self.exceedances.iter().position(|e| e.0 >= tau - 1e-9) else {
+            return Some((0.0, 1.0));
+        };
         let (high, q, s) = self.exceedances[right];
-        match right.checked_sub(1).map(|left| self.exceedances[left]) {
+        Some(match right.checked_sub(1).map(|left| self.exceedances[left]) {
             Some((low, lower_q, lower_s)) if high - tau > 1e-9 => {
                 let share = (tau - low) / (high - low);
                 (lower_q + share * (q - lower_q), lower_s + share * (s - lower_s))
             }
             _ => (q, s),
-        }
+        })
     }
+}
+
+/// A batch like the one measured: `factor` times as many requests, each adding `own` times as many distinct blocks to the
+/// common ones.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Extent {
+    pub factor: f64,
+    pub own: f64,
+}
+
+impl Extent {
+    pub const MEASURED: Extent = Extent { factor: 1.0, own: 1.0 };
 }
 
 impl LayerLaw {
@@ -153,10 +171,11 @@ impl LayerLaw {
             let mut exceedances: Vec<(f64, f64, f64)> = own
                 .iter()
                 .filter(|r| r.statistic == "exceedance")
-                .filter_map(|r| Some((r.at?, r.value, above(r.at)?)))
+                .filter_map(|r| Some((r.at?, r.value, above(r.at).unwrap_or(1.0))))
                 .collect();
             exceedances.sort_by(|a, b| a.0.total_cmp(&b.0));
-            Some(PositionLaw { distinct, exceedances })
+            let common = own.iter().find(|r| r.statistic == "common").map_or(0.0, |r| r.value);
+            Some(PositionLaw { distinct, common, exceedances })
         };
         LayerLaw {
             positions: (0..).map_while(position).collect(),
@@ -166,6 +185,7 @@ impl LayerLaw {
             blocks: count("blocks").unwrap_or(0.0),
             distinct: count("distinct").unwrap_or(0.0),
             common: count("common").unwrap_or(0.0),
+            common_places: count("common_places").unwrap_or(0.0),
             tokens: count("tokens"),
             partial_blocks: count("partial_blocks"),
             token_width: count("token_width"),
@@ -183,32 +203,50 @@ impl LayerLaw {
         (self.distinct - self.common).max(0.0) / self.requests.max(1.0)
     }
 
-    /// Exceedances among the pairs of `requests` requests with `own` blocks each: the measured classes, weighed by how many
-    /// pairs of each there would be. `across`: of different requests only.
-    pub fn at(&self, tau: f64, requests: f64, own: f64, across: bool) -> Option<Exceedance> {
-        let pairs_of_requests = 0.5 * requests * (requests - 1.0);
-        let weights = [
-            (Class::SameRequest, if across { 0.0 } else { requests * 0.5 * own * (own - 1.0) }),
-            (Class::SamePosition, own * pairs_of_requests),
-            (Class::Other, own * (own - 1.0).max(0.0) * pairs_of_requests),
-        ];
+    /// Distinct blocks of such a batch.
+    pub fn distinct_of(&self, extent: Extent) -> f64 {
+        self.common + (self.distinct - self.common) * extent.factor * extent.own
+    }
+
+    /// Full blocks of such a batch.
+    pub fn blocks_of(&self, extent: Extent) -> f64 {
+        extent.factor * (self.common_places + extent.own * (self.blocks - self.common_places))
+    }
+
+    /// How many pairs of each class (but for all) such a batch has: exactly those measured, of the batch measured.
+    fn pairs_of(&self, extent: Extent) -> [(Class, f64); 3] {
+        let Extent { factor, own } = extent;
+        let within = self.class(Class::SameRequest).pairs;
+        // Common blocks are in (nearly) every request: their pairs with each other and with a request's own are within it.
+        let common = (0.5 * self.common * (self.common - 1.0)).clamp(0.0, within);
+        let mixed = (self.common * (self.distinct - self.common)).clamp(0.0, within - common);
+        let rest = within - common - mixed;
+        let across = if self.requests > 1.0 {
+            factor * (factor * self.requests - 1.0).max(0.0) / (self.requests - 1.0)
+        } else {
+            0.0
+        };
+        [
+            (Class::SameRequest, common + factor * (own * mixed + own * own * rest)),
+            (Class::SamePosition, across * own * self.class(Class::SamePosition).pairs),
+            (Class::Other, across * own * own * self.class(Class::Other).pairs),
+        ]
+    }
+
+    /// Exceedances among the pairs of some classes in such a batch. Of a batch without such pairs, none; `None` if the
+    /// threshold lies outside of those measured.
+    pub fn exceedance(&self, tau: f64, extent: Extent, classes: &[Class]) -> Option<Exceedance> {
+        let weights: Vec<(Class, f64)> =
+            self.pairs_of(extent).into_iter().filter(|(class, _)| classes.contains(class)).collect();
+        if weights.iter().all(|(class, weight)| *weight <= 0.0 || self.class(*class).pairs == 0.0) {
+            return Some(Exceedance::none(tau));
+        }
         self.mixture(tau, &weights)
     }
 
-    /// Exceedances among the pairs at different positions: of different requests, and unless `across` also of one request.
-    pub fn elsewhere(&self, tau: f64, requests: f64, own: f64, across: bool) -> Option<Exceedance> {
-        let pairs = own * (own - 1.0).max(0.0);
-        let same = if across { 0.0 } else { requests * 0.5 * pairs };
-        self.mixture(tau, &[(Class::SameRequest, same), (Class::Other, pairs * 0.5 * requests * (requests - 1.0))])
-    }
-
-    /// Exceedances among all pairs measured; `across`: of different requests only.
-    pub fn measured(&self, tau: f64, across: bool) -> Option<Exceedance> {
-        if !across {
-            return self.class(Class::All).at(tau);
-        }
-        let weight = |class| (class, self.class(class).pairs);
-        self.mixture(tau, &[weight(Class::SamePosition), weight(Class::Other)])
+    /// How the pairs of all distinct blocks measured exceed a threshold.
+    pub fn all_pairs(&self, tau: f64) -> Option<Exceedance> {
+        self.class(Class::All).at(tau)
     }
 
     fn mixture(&self, tau: f64, weights: &[(Class, f64)]) -> Option<Exceedance> {
@@ -219,7 +257,8 @@ impl LayerLaw {
             .collect();
         let total: f64 = parts.iter().map(|(w, _)| w).sum();
         (total > 0.0).then_some(())?;
-        let mean = |of: &dyn Fn(&Exceedance) -> f64| parts.iter().map(|(w, e)| w * of(e)).sum::<f64>() / total;
+        let mean =
+            |of: &dyn Fn(&Exceedance) -> f64| parts.iter().map(|(w, e)| w * of(e)).sum::<f64>() / total;
         // Of pairs above the threshold there are weight * q.
         let above = |of: fn(&Exceedance) -> Option<f64>| {
             let known: Vec<(f64, f64)> = parts.iter().filter_map(|(w, e)| Some((w * e.q, of(e)?))).collect();
@@ -233,8 +272,9 @@ impl LayerLaw {
             high: mean(&|e| e.high),
             mean_above: above(|e| e.mean_above),
             value_above: above(|e| e.value_above),
-            dispersion: above(|e| e.dispersion),
-            rho1: above(|e| e.rho1),
+            // These are of pairs that share a block, whatever their classes: no mixture has them.
+            dispersion: None,
+            rho1: None,
             gaussian: Some(mean(&|e| e.gaussian.unwrap_or(0.0))),
         })
     }
@@ -257,11 +297,13 @@ impl ClassLaw {
             (Some(a), Some(b)) => Some(a + share * (b - a)),
             (a, b) => a.or(b),
         };
+        let q = log(left.q, right.q);
         Some(Exceedance {
             tau,
-            q: log(left.q, right.q),
-            low: log(left.low, right.low),
-            high: log(left.high, right.high),
+            q,
+            // A zero end takes the line off the log scale.
+            low: log(left.low, right.low).min(q),
+            high: log(left.high, right.high).max(q),
             mean_above: line(left.mean_above, right.mean_above),
             value_above: line(left.value_above, right.value_above),
             dispersion: line(left.dispersion, right.dispersion),

@@ -12,8 +12,8 @@ pub use closed::{
     component_count, giant_share, leader_count, mean_cosine, poisson_error, second_hand_cosine, star_error,
     tree_blocks, verbatim_error,
 };
-pub use law::{ClassLaw, Exceedance, LayerLaw, PositionLaw};
+pub use law::{ClassLaw, Exceedance, Extent, LayerLaw, PositionLaw};
 pub use monte_carlo::{Draws, MonteCarloRow, monte_carlo};
-pub use predict::{Model, Prediction, Size, layer_cr, percolation_requests, predict, representative};
+pub use predict::{Model, Prediction, layer_cr, percolation_requests, predict, representative};
 pub use verdict::{Comparison, Verdict, verdict};
 pub use worlds::{Recipe, World};

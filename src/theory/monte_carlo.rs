@@ -1,7 +1,7 @@
 //! The sweep's own fusion code on synthetic caches, beside the closed forms at what was drawn.
 
-use super::predict::{Meeting, representative};
 use super::law::LayerLaw;
+use super::predict::{Meeting, representative};
 use super::worlds::{Recipe, World};
 use crate::block::{BlockShape, BlockTable, RequestCache, Storage};
 use crate::codec::fusion::{Choices, Fusion, Pairing, Rule};
@@ -75,8 +75,7 @@ pub fn monte_carlo(law: &LayerLaw, taus: &[f64], draws: &Draws) -> Result<Vec<Mo
         let common = Recipe::new(World::Common, law).common;
         let thresholds: Vec<f64> = taus.iter().map(|&tau| Recipe::threshold(world, tau, common)).collect();
         let one = |i: usize| draw_one(&recipe, &thresholds, draws, i as u64);
-        let drawn: Vec<Vec<Drawn>> =
-            (0..draws.draws).into_par_iter().map(one).collect::<Result<Vec<_>>>()?;
+        let drawn: Vec<Vec<Drawn>> = (0..draws.draws).into_par_iter().map(one).collect::<Result<Vec<_>>>()?;
         let pairs = [0.5 * n * (n - 1.0), 0.5 * (n * n - n * p as f64)];
         for (t, (&tau, &tau_world)) in taus.iter().zip(&thresholds).enumerate() {
             for (k, pairing) in PAIRINGS.into_iter().enumerate() {
@@ -84,7 +83,7 @@ pub fn monte_carlo(law: &LayerLaw, taus: &[f64], draws: &Draws) -> Result<Vec<Mo
                 let counts: Vec<f64> = drawn.iter().map(|d| d[t].above[across].0).collect();
                 let cosines: f64 = drawn.iter().map(|d| d[t].above[across].1).sum();
                 let total: f64 = counts.iter().sum();
-                let q = mean(&counts) / pairs[across];
+                let q = if pairs[across] > 0.0 { mean(&counts) / pairs[across] } else { 0.0 };
                 let cr = interval(drawn.iter().map(|d| n / d[t].fused[k].0));
                 let error = interval(drawn.iter().map(|d| d[t].fused[k].1));
                 let meeting = Meeting { pairing, requests: b as f64, distinct: n, q };
@@ -122,8 +121,11 @@ fn draw_one(recipe: &Recipe, thresholds: &[f64], draws: &Draws, draw: u64) -> Re
     // A stream a draw: the same draws on any number of threads.
     let mut rng = ChaCha8Rng::seed_from_u64(draws.seed);
     rng.set_stream(draw);
-    let caches: Vec<(Vec<f32>, Vec<f32>)> =
-        recipe.draw(draws.requests, draws.blocks, &mut rng).into_iter().map(|keys| (keys.clone(), keys)).collect();
+    let caches: Vec<(Vec<f32>, Vec<f32>)> = recipe
+        .draw(draws.requests, draws.blocks, &mut rng)
+        .into_iter()
+        .map(|keys| (keys.clone(), keys))
+        .collect();
     let width = recipe.width();
     let home = |i: usize| Home { request: (i / draws.blocks) as u32, position: (i % draws.blocks) as u32 };
     let places: Vec<Home> = (0..draws.requests * draws.blocks).map(home).collect();
@@ -222,6 +224,11 @@ mod tests {
             // 24 draws of a Poisson variable: var / mean has a standard error of 0.3.
             assert!(row.dispersion.is_some_and(|d| (0.2..2.0).contains(&d)), "{row:?}");
         }
+        // Errors too, while clusters are pairs and triples.
+        for row in rows.iter().filter(|r| r.pairing != Pairing::Lsh && r.cr < 1.3) {
+            let model = row.key_error_model.unwrap();
+            assert!((model / row.key_error - 1.0).abs() < 0.2, "{row:?}");
+        }
         let most = |pairing| rows.iter().filter(|r| r.pairing == pairing).map(|r| r.cr).fold(0.0, f64::max);
         assert!(most(Pairing::Tree) > 1.2 && most(Pairing::Components) > 1.5, "nothing fused");
     }
@@ -238,7 +245,10 @@ mod tests {
             for pairing in [Pairing::Best, Pairing::Components] {
                 assert!((cr(World::Iid, pairing, tau) / cr(World::Common, pairing, tau) - 1.0).abs() < 0.01);
             }
-            assert!(cr(World::Common, Pairing::Tree, tau) > 1.05 * cr(World::Iid, Pairing::Tree, tau), "{tau}");
+            assert!(
+                cr(World::Common, Pairing::Tree, tau) > 1.05 * cr(World::Iid, Pairing::Tree, tau),
+                "{tau}"
+            );
         }
     }
 }

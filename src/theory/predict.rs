@@ -4,19 +4,10 @@ use super::closed::{
     component_count, giant_share, leader_count, poisson_error, second_hand_cosine, star_error, tree_blocks,
     verbatim_error,
 };
-use super::law::{Exceedance, LayerLaw};
+use super::law::{Exceedance, Extent, LayerLaw};
 use crate::codec::fusion::{Pairing, Representative};
 use crate::stats::Class;
 use serde::Serialize;
-
-/// A batch to predict for.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub enum Size {
-    /// The one that was measured.
-    Measured,
-    /// Another number of requests of the same kind, each adding so many distinct blocks to the common ones.
-    Of { requests: f64, own_blocks: f64 },
-}
 
 /// Which pairs are taken to be alike.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -33,10 +24,11 @@ pub enum Model {
 pub struct Prediction {
     /// Distinct blocks before fusion; exact duplicates are taken out first.
     pub distinct: f64,
+    /// Share of pairs above the threshold, of those the pairing looks at.
     pub q: f64,
-    /// Exceedances expected among all pairs.
-    pub lambda: f64,
-    /// Bound on how far their number is from a Poisson law, in total variation.
+    /// Exceedances among all pairs of the batch measured, and a bound on how far their number is from a Poisson law, in
+    /// total variation; absent of other batches, and where there are none.
+    pub lambda: Option<f64>,
     pub poisson_error: Option<f64>,
     /// Blocks left, and the range that the interval of q leaves; by position only that of pairs at different ones.
     pub blocks: f64,
@@ -52,7 +44,7 @@ pub struct Prediction {
     pub value_error: Option<f64>,
 }
 
-/// A stretch of fusion: blocks of `requests` requests that meet with one probability.
+/// A stretch of fusion: blocks of so many requests that meet with one probability.
 pub(super) struct Meeting {
     pub pairing: Pairing,
     pub requests: f64,
@@ -64,7 +56,7 @@ impl Meeting {
     /// Blocks left.
     pub fn blocks(&self) -> f64 {
         match self.pairing {
-            Pairing::Tree => tree_blocks(self.requests as usize, self.distinct / self.requests.max(1.0), self.q),
+            Pairing::Tree => tree_blocks(self.requests as usize, self.distinct, self.q),
             Pairing::Components => component_count(self.distinct, self.q),
             Pairing::Best | Pairing::Lsh => leader_count(self.distinct, self.q),
         }
@@ -83,7 +75,7 @@ impl Meeting {
         }
         let own = if self.pairing == Pairing::Tree { self.distinct / self.requests.max(1.0) } else { 1.0 };
         let fused = self.distinct * (1.0 - (1.0 - self.q).powf((self.distinct - own).max(0.0)));
-        // Every cluster but the fused blocks' joins none away.
+        // Every cluster takes one block less away than it has.
         let clusters = (fused - joined).max(1.0);
         let members = (fused / clusters).max(2.0);
         fused * star_error(s, second_hand_cosine(s, common), members)
@@ -99,54 +91,53 @@ pub fn representative(pairing: Pairing) -> Representative {
     }
 }
 
-/// Predicts; `None` where the threshold lies outside of those measured.
-pub fn predict(law: &LayerLaw, model: Model, pairing: Pairing, tau: f64, size: Size) -> Option<Prediction> {
+const ACROSS: [Class; 2] = [Class::SamePosition, Class::Other];
+const ANY: [Class; 3] = [Class::SameRequest, Class::SamePosition, Class::Other];
+
+/// Predicts for a batch like the one measured; `None` where the threshold lies outside of those measured, or where one
+/// request was measured and more are asked for.
+pub fn predict(
+    law: &LayerLaw,
+    model: Model,
+    pairing: Pairing,
+    tau: f64,
+    extent: Extent,
+) -> Option<Prediction> {
+    if law.requests < 2.0 && extent.factor > 1.0 {
+        return None;
+    }
     // Leaves of the tree are requests: what meets are blocks of different ones.
-    let across = pairing == Pairing::Tree;
-    let (requests, own, distinct) = match size {
-        Size::Measured => (law.requests, law.own_blocks(), law.distinct),
-        Size::Of { requests, own_blocks } => (requests, own_blocks, law.common + requests * own_blocks),
-    };
-    let measured = size == Size::Measured;
-    let all_pairs = if measured { law.measured(tau, across) } else { law.at(tau, requests, own, across) };
-    // A single block has no pairs, and nothing to fuse.
-    let e = match all_pairs {
-        Some(e) => e,
-        None if distinct <= 1.0 => Exceedance::none(tau),
-        None => return None,
-    };
+    let classes: &[Class] = if pairing == Pairing::Tree { &ACROSS } else { &ANY };
+    let e = law.exceedance(tau, extent, classes)?;
     let outcome = match model {
-        Model::Uniform => uniform(law, pairing, requests, distinct, &e),
-        Model::ByPosition => by_position(law, pairing, (requests, own, distinct), &e),
+        Model::Uniform => uniform(law, pairing, extent, &e)?,
+        Model::ByPosition => by_position(law, pairing, extent, &e)?,
     };
-    let pairs = if across {
-        0.5 * distinct * distinct * (1.0 - 1.0 / requests.max(1.0))
-    } else {
-        0.5 * distinct * (distinct - 1.0)
-    };
-    // Full blocks of the batch: of another size, each request has as many as were measured, or as many more as it adds.
-    let all = if measured {
-        law.blocks
-    } else {
-        requests * (law.blocks / law.requests.max(1.0) - law.own_blocks() + own)
-    };
+    let measured = extent == Extent::MEASURED;
+    let all = law.all_pairs(tau).filter(|e| measured && e.q > 0.0);
+    let pairs = law.class(Class::All).pairs;
+    let blocks = law.blocks_of(extent);
     // Blocks that are not full take a share of the energy and have no error.
     let share = match law.tokens.filter(|_| measured) {
         Some(tokens) => law.block_size as f64 / tokens,
-        None => 1.0 / all,
+        None => 1.0 / blocks,
     };
+    // An error is made wherever the block stands: those that are not common stand in so many places on average.
+    let own = law.distinct - law.common;
+    let places = if own > 0.0 { (law.blocks - law.common_places) / own } else { 1.0 };
     Some(Prediction {
-        distinct,
+        distinct: law.distinct_of(extent),
         q: e.q,
-        lambda: pairs * e.q,
-        poisson_error: e.rho1.map(|rho1| poisson_error(pairs, 2.0 * (distinct - 2.0).max(0.0), e.q, rho1)),
+        lambda: all.map(|e| pairs * e.q),
+        poisson_error: all
+            .and_then(|e| Some(poisson_error(pairs, 2.0 * (law.distinct - 2.0).max(0.0), e.q, e.rho1?))),
         blocks: outcome.blocks,
         blocks_low: outcome.blocks_low,
         blocks_high: outcome.blocks_high,
-        cr: if outcome.blocks > 0.0 { all / outcome.blocks } else { 1.0 },
+        cr: if outcome.blocks > 0.0 { blocks / outcome.blocks } else { 1.0 },
         giant_share: outcome.giant_share,
-        key_error: outcome.key_error.map(|error| error * share),
-        value_error: outcome.value_error.map(|error| error * share),
+        key_error: outcome.key_error.map(|error| error * places * share),
+        value_error: outcome.value_error.map(|error| error * places * share),
     })
 }
 
@@ -161,57 +152,64 @@ struct Outcome {
 }
 
 /// All pairs alike.
-fn uniform(law: &LayerLaw, pairing: Pairing, requests: f64, distinct: f64, e: &Exceedance) -> Outcome {
+fn uniform(law: &LayerLaw, pairing: Pairing, extent: Extent, e: &Exceedance) -> Option<Outcome> {
+    let (requests, distinct) = (law.requests * extent.factor, law.distinct_of(extent));
     let meeting = |q: f64| Meeting { pairing, requests, distinct, q };
     let whole = meeting(e.q);
     let blocks = whole.blocks();
     let error = |s: Option<f64>, common: f64| {
         if blocks < distinct { s.map(|s| whole.error(s, common)) } else { Some(0.0) }
     };
-    Outcome {
+    Some(Outcome {
         blocks,
         blocks_low: meeting(e.high).blocks(),
         blocks_high: meeting(e.low).blocks(),
-        giant_share: giant_share(distinct, e.q),
+        giant_share: giant_share(distinct, law.exceedance(e.tau, extent, &ACROSS)?.q),
         key_error: error(e.mean_above, law.class(Class::All).mean),
         value_error: error(e.value_above, law.value_mean),
-    }
+    })
 }
 
-/// First within each position, then among what is left of all. Values are known of all pairs together only.
-fn by_position(
-    law: &LayerLaw,
-    pairing: Pairing,
-    (requests, own, distinct): (f64, f64, f64),
-    e: &Exceedance,
-) -> Outcome {
-    let across = pairing == Pairing::Tree;
-    let held: f64 = law.positions.iter().map(|p| p.distinct).sum();
-    let factor = if held > 0.0 { distinct / held } else { 1.0 };
-    let common = law.class(Class::SamePosition).mean;
+/// First within each position, then among what is left of all. Common blocks are one at their position and stay. Values are
+/// known of all pairs together only.
+fn by_position(law: &LayerLaw, pairing: Pairing, extent: Extent, e: &Exceedance) -> Option<Outcome> {
+    let requests = law.requests * extent.factor;
+    let class = law.class(Class::SamePosition);
+    // A position that two requests never reached is like the others.
+    let usual = class.at(e.tau).map_or((0.0, 1.0), |e| (e.q, e.mean_above.unwrap_or(1.0)));
     let value = e.value_above.unwrap_or(0.0);
     let (mut left, mut key_error, mut value_error) = (0.0, 0.0, 0.0);
     for position in &law.positions {
-        let (q, s) = position.at(e.tau);
-        let here = Meeting { pairing, requests, distinct: position.distinct * factor, q };
-        left += here.blocks();
-        key_error += here.error(s, common);
-        value_error += here.error(value, law.value_mean);
+        let (q, s) = position.at(e.tau).unwrap_or(usual);
+        let distinct = (position.distinct - position.common) * extent.factor;
+        let here = Meeting { pairing, requests, distinct, q };
+        // More blocks a request stand at more positions of the same kind.
+        left += here.blocks() * extent.own;
+        key_error += here.error(s, class.mean) * extent.own;
+        value_error += here.error(value, law.value_mean) * extent.own;
     }
-    let rest = law.elsewhere(e.tau, requests, own, across).unwrap_or(Exceedance::none(e.tau));
+    let own = law.distinct_of(extent) - law.common;
+    let left = left + law.common;
+    let elsewhere: &[Class] =
+        if pairing == Pairing::Tree { &[Class::Other] } else { &[Class::SameRequest, Class::Other] };
+    let rest = law.exceedance(e.tau, extent, elsewhere)?;
     let again = |q: f64| Meeting { pairing, requests, distinct: left, q };
     let blocks = again(rest.q).blocks();
-    key_error += again(rest.q).error(rest.mean_above.unwrap_or(1.0), law.class(Class::Other).mean);
-    value_error += again(rest.q).error(rest.value_above.unwrap_or(0.0), law.value_mean);
-    let value_known = e.value_above.is_some() || blocks >= distinct;
-    Outcome {
+    // What is left stands for all that were there.
+    let stand_for = if left > 0.0 { (law.common + own) / left } else { 1.0 };
+    let other = law.class(Class::Other).mean;
+    key_error += again(rest.q).error(rest.mean_above.unwrap_or(1.0), other) * stand_for;
+    value_error += again(rest.q).error(rest.value_above.unwrap_or(0.0), law.value_mean) * stand_for;
+    let value_known = e.value_above.is_some() || blocks >= law.distinct_of(extent);
+    Some(Outcome {
         blocks,
         blocks_low: again(rest.high).blocks(),
         blocks_high: again(rest.low).blocks(),
-        giant_share: giant_share(left, rest.q),
+        // Chains within a request do not make a giant.
+        giant_share: giant_share(left, law.exceedance(e.tau, extent, &[Class::Other])?.q),
         key_error: Some(key_error),
         value_error: value_known.then_some(value_error),
-    }
+    })
 }
 
 /// Audited ratio of a layer that keeps so many full blocks: blocks and partial blocks at 16 bits a number, a table entry and
@@ -225,20 +223,18 @@ pub fn layer_cr(law: &LayerLaw, blocks: f64) -> Option<f64> {
     Some(tokens * token_bits / (kept * token_bits + side))
 }
 
-/// Requests at which a layer gets a giant component, by bisection on a log scale between 2 and 2^40. `None` if it never does.
-pub fn percolation_requests(law: &LayerLaw, model: Model, tau: f64, own_blocks: f64) -> Option<f64> {
-    let percolates = |log: f64| {
-        let size = Size::Of { requests: log.exp2(), own_blocks };
-        predict(law, model, Pairing::Best, tau, size).is_some_and(|p| p.giant_share > 0.0)
+/// The lowest power of two requests from which on, up to 2^40, a layer has a giant component at every one. `None` if it has
+/// none at 2^40.
+pub fn percolation_requests(
+    law: &LayerLaw,
+    model: Model,
+    pairing: Pairing,
+    tau: f64,
+    own: f64,
+) -> Option<f64> {
+    let percolates = |requests: &f64| {
+        let extent = Extent { factor: requests / law.requests.max(1.0), own };
+        predict(law, model, pairing, tau, extent).is_some_and(|p| p.giant_share > 0.0)
     };
-    let (mut low, mut high) = (1.0f64, 40.0f64);
-    if percolates(low) {
-        return Some(low.exp2());
-    }
-    percolates(high).then_some(())?;
-    for _ in 0..60 {
-        let middle = 0.5 * (low + high);
-        if percolates(middle) { high = middle } else { low = middle }
-    }
-    Some(high.exp2())
+    (1..=40).rev().map(|log| f64::from(log).exp2()).take_while(percolates).last()
 }

@@ -3,6 +3,7 @@
 use super::law::LayerLaw;
 use super::predict::Model;
 use crate::codec::fusion::Pairing;
+use crate::stats::Class;
 use serde::Serialize;
 
 /// One threshold of one layer, predicted and measured.
@@ -25,13 +26,13 @@ pub struct Verdict {
     pub thresholds: usize,
     /// The largest |predicted / measured - 1| of the ratio over these.
     pub worst_error: Option<f64>,
-    /// At the threshold of the worst error.
+    /// The threshold of the worst error; what follows is of all pairs at this threshold.
     pub worst_tau: Option<f64>,
     /// The lowest threshold at which, and above which everywhere, the ratio is within the tolerance.
     pub holds_down_to: Option<f64>,
     pub dispersion: Option<f64>,
     pub rho1_over_q: Option<f64>,
-    /// Measured exceedance over that of the Gaussian body.
+    /// Measured exceedance over that of the Gaussian body, where that is one pair at least.
     pub tail_over_gaussian: Option<f64>,
     pub holds: Option<bool>,
     pub why: String,
@@ -67,10 +68,12 @@ pub fn verdict(law: &LayerLaw, model: Model, pairing: Pairing, comparisons: &[Co
     let mut falling = counted.clone();
     falling.sort_by(|a, b| b.tau.total_cmp(&a.tau));
     let holds_down_to = falling.iter().take_while(|c| error(c) <= TOLERANCE).last().map(|c| c.tau);
-    let e = law.measured(worst.tau, pairing == Pairing::Tree);
+    let e = law.all_pairs(worst.tau);
     let dispersion = e.and_then(|e| e.dispersion);
     let rho1_over_q = e.and_then(|e| e.rho1.map(|rho1| rho1 / e.q)).filter(|x| x.is_finite());
-    let tail = e.and_then(|e| e.gaussian.filter(|g| *g > 0.0).map(|g| e.q / g));
+    // A tail of less than one pair is no tail to compare with.
+    let pairs = law.class(Class::All).pairs;
+    let tail = e.and_then(|e| e.gaussian.filter(|g| g * pairs >= 1.0).map(|g| e.q / g));
     let holds = error(worst) <= TOLERANCE;
     Verdict {
         model,
@@ -84,7 +87,14 @@ pub fn verdict(law: &LayerLaw, model: Model, pairing: Pairing, comparisons: &[Co
         rho1_over_q,
         tail_over_gaussian: tail,
         holds: Some(holds),
-        why: why(pairing, worst, holds, dispersion, rho1_over_q),
+        // Independent pairs have 1 - q.
+        why: why(
+            pairing,
+            worst,
+            holds,
+            dispersion.zip(e).map(|(d, e)| d / (1.0 - e.q).max(1e-9)),
+            rho1_over_q,
+        ),
     }
 }
 
@@ -98,7 +108,7 @@ fn why(
     let (d, r) = (dispersion.unwrap_or(1.0), rho1_over_q.unwrap_or(1.0));
     let clustered = d > 2.0 || r > 2.0;
     let over = worst.cr_predicted > worst.cr_measured;
-    let clusters = format!("pairs above tau share blocks (dispersion {d:.1}, rho1/q {r:.1})");
+    let clusters = format!("pairs above tau share blocks (dispersion/(1-q) {d:.1}, rho1/q {r:.1})");
     match (holds, clustered, over) {
         (true, false, _) => "pairs above tau are close to independent".to_owned(),
         (true, true, _) => format!("in spite of it: {clusters}"),
@@ -109,6 +119,8 @@ fn why(
         }
         (false, true, false) => format!("too low although {clusters}"),
         (false, false, true) => "too high: best partners are taken, so others find none".to_owned(),
-        (false, false, false) => "too low: chains of pairs, or blocks more alike than the tail says".to_owned(),
+        (false, false, false) => {
+            "too low: chains of pairs, or blocks more alike than the tail says".to_owned()
+        }
     }
 }

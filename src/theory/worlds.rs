@@ -38,7 +38,9 @@ pub struct Recipe {
 impl Recipe {
     /// Matches the moments of a layer's keys.
     pub fn new(world: World, law: &LayerLaw) -> Self {
-        let other = law.class(Class::Other);
+        // A single request has pairs within it only.
+        let class = if law.class(Class::Other).pairs > 0.0 { Class::Other } else { Class::All };
+        let other = law.class(class);
         let mean = other.mean.clamp(0.0, 0.98);
         let variance = other.sd.powi(2).max(1e-6);
         let dims = |residual: f64, variance: f64| {
@@ -62,7 +64,7 @@ impl Recipe {
                     if law.pairs > 0.0 { (law.mean - mean).max(0.0) } else { 0.0 }
                 };
                 let (position, request) = (extra(Class::SamePosition), extra(Class::SameRequest));
-                let room = (0.98 - mean) / (position + request).max(0.98 - mean);
+                let room = (0.99 - mean) / (position + request).max(0.99 - mean);
                 let (position, request) = (position * room, request * room);
                 // Pairs with a common block are correlated through its loading: Cov = mean * Var(loading).
                 let correlation = other.neighbour_correlation.clamp(0.0, 0.45);
@@ -83,7 +85,8 @@ impl Recipe {
 
     /// The threshold of the iid world that the same pairs lie above as in the common one.
     pub fn threshold(world: World, tau: f64, common: f64) -> f64 {
-        if world == World::Iid { (tau - common) / (1.0 - common) } else { tau }
+        // Below -1 it is that all pairs lie above it.
+        if world == World::Iid { ((tau - common) / (1.0 - common)).max(-0.999) } else { tau }
     }
 
     /// Numbers of a block: the common direction, then position, request and residual, each in dimensions of its own.
