@@ -49,7 +49,7 @@ impl Figure for Scale {
     }
 
     fn draw<DB: DrawingBackend>(&self, root: &Area<DB>) -> Drawn {
-        let title = "Extrapolated ratio (model by position, all layers); ring: a giant component in half of the layers";
+        let title = "Extrapolated ratio (model by position, all layers); ring: from here on some layer has a giant component";
         let root = root.margin(8, 8, 0, 8).titled(title, (FONT, 19)).map_err(said)?;
         let panels = root.split_evenly((1, 2));
         let own = |p: &&Point| p.model == "by_position" && p.pairing != "components";
@@ -95,7 +95,7 @@ impl Figure for Scale {
                     .map_err(said)?
                     .label(format!("tau {tau}"))
                     .legend(move |(x, y)| PathElement::new([(x, y), (x + 22, y)], color.stroke_width(3)));
-                if let Some(p) = line.iter().find(|p| p.percolated >= 0.5) {
+                if let Some(p) = line.iter().find(|p| p.percolated > 0.0) {
                     let ring = Circle::new((p.requests, p.cr), 7, BLACK.stroke_width(2));
                     chart.draw_series([ring]).map_err(said)?;
                 }

@@ -174,6 +174,9 @@ impl Exceedances<'_> {
     }
 }
 
+/// Points of a curve.
+type Line = Vec<(f64, f64)>;
+
 /// Dispersion index, and how much likelier a pair is above the threshold if a neighbour is, by layer.
 pub struct Dispersions<'a> {
     pub rows: &'a [&'a StatRow],
@@ -201,7 +204,7 @@ impl Figure for Dispersions<'_> {
         taus.dedup();
         let shown: Vec<f64> = [0.95, 0.9, 0.85, 0.8, 0.7].into_iter().filter(|t| taus.contains(t)).collect();
         let shown = if shown.is_empty() { taus.into_iter().take(5).collect() } else { shown };
-        let ratio = |tau: f64| -> Vec<(f64, f64)> {
+        let ratio = |tau: f64| -> Line {
             let q: Vec<(usize, f64)> = at("exceedance", tau).map(|r| (r.layer, r.value)).collect();
             at("rho1", tau)
                 .filter_map(|r| {
@@ -213,7 +216,7 @@ impl Figure for Dispersions<'_> {
         let dispersion = |tau: f64| -> Vec<(f64, f64)> {
             at("dispersion", tau).map(|r| (r.layer as f64, r.value)).collect()
         };
-        let charts: [(&Area<DB>, &str, Vec<Vec<(f64, f64)>>); 2] = [
+        let charts: [(&Area<DB>, &str, Vec<Line>); 2] = [
             (
                 &panels[0],
                 "variance / mean of a block's exceedances",

@@ -288,7 +288,7 @@ const STRIP: usize = 128;
 /// Strips whose sums are in memory at a time.
 const ROUND: usize = 16;
 
-/// Counts all pairs of a layer's distinct blocks. `taus` rise. Memory: [`STRIP`] rows of products a thread, never all.
+/// Counts all pairs of a layer's distinct blocks. `taus` rise. Memory: a strip of rows of products a thread, never all.
 ///
 /// Strips are cut by the number of blocks alone and added in order, so the same blocks give the same bits on any number of
 /// threads.

@@ -148,6 +148,7 @@ mod tests {
     use rand::{RngExt, SeedableRng};
     use rand_chacha::ChaCha8Rng;
     use statrs::distribution::{Binomial, Discrete, Poisson};
+    use std::collections::HashSet;
 
     /// One pair alone is a Bernoulli variable, whose distance from its Poisson law is q (1 - e^-q) <= q^2 = the bound; sums of
     /// independent pairs stay below it.
@@ -207,28 +208,20 @@ mod tests {
         {
             let (mut components, mut leaders, draws) = (0.0, 0.0, if n < 100 { 2000 } else { 60 });
             for _ in 0..draws {
-                let mut edge = vec![vec![false; n]; n];
-                for i in 0..n {
-                    for j in 0..i {
-                        edge[i][j] = rng.random_bool(q);
-                        edge[j][i] = edge[i][j];
-                    }
-                }
+                let mut edges: HashSet<(usize, usize)> = HashSet::new();
+                let pairs = (0..n).flat_map(|i| (0..i).map(move |j| (i, j)));
+                edges.extend(pairs.filter(|_| rng.random_bool(q)));
                 let mut label: Vec<usize> = (0..n).collect();
-                for i in 0..n {
-                    for j in 0..i {
-                        if edge[i][j] && label[i] != label[j] {
-                            let (from, to) = (label[i], label[j]);
-                            label.iter_mut().filter(|l| **l == from).for_each(|l| *l = to);
-                        }
-                    }
+                for &(i, j) in &edges {
+                    let (from, to) = (label[i], label[j]);
+                    label.iter_mut().filter(|l| **l == from).for_each(|l| *l = to);
                 }
                 label.sort_unstable();
                 label.dedup();
                 components += label.len() as f64 / f64::from(draws);
                 let mut found: Vec<usize> = Vec::new();
                 for i in 0..n {
-                    if found.iter().all(|&l| !edge[i][l]) {
+                    if found.iter().all(|&leader| !edges.contains(&(i, leader))) {
                         found.push(i);
                     }
                 }
