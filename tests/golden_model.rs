@@ -1,4 +1,4 @@
-//! SmolLM2-135M against reference numbers made outside this project (shared/golden/models.json, copied as a fixture).
+//! The built-in models against reference numbers made outside this project (shared/golden/models.json, copied as a fixture).
 
 use kvfuse::model::{Model, probe, registry};
 use serde_json::Value;
@@ -13,9 +13,19 @@ fn ids(v: &Value) -> Vec<u32> {
 
 #[test]
 fn smollm2_agrees_with_the_reference() {
-    let golden: Value = serde_json::from_str(include_str!("fixtures/golden_smollm2.json")).unwrap();
-    let golden = &golden[registry::DEFAULT_MODEL];
-    let model = Model::load(registry::DEFAULT_MODEL).unwrap();
+    agrees(registry::DEFAULT_MODEL);
+}
+
+#[test]
+fn qwen2_agrees_with_the_reference() {
+    agrees("qwen2.5-coder-0.5b");
+}
+
+fn agrees(name: &str) {
+    let golden: Value = serde_json::from_str(include_str!("fixtures/golden_models.json")).unwrap();
+    let golden = &golden[name];
+    let model = Model::load(name).unwrap();
+    let config = model.decoder.config();
     assert_eq!(model.sha256, golden["sha256"].as_str().unwrap());
     for (name, expected) in golden["prompts"].as_object().unwrap() {
         let got = probe(&model, expected["text"].as_str().unwrap(), 16).unwrap();
@@ -36,7 +46,7 @@ fn smollm2_agrees_with_the_reference() {
             blocks.flat_map(|e| read(e.block).iter().map(|&x| f64::from(x))).collect()
         };
         let (keys, values) = (floats(&expected["key_norm"]), floats(&expected["value_norm"]));
-        for n in 0..30 {
+        for n in 0..config.layers {
             for (reference, is_values) in [(keys[n], false), (values[n], true)] {
                 let norm = layer(n, is_values).iter().map(|x| x * x).sum::<f64>().sqrt();
                 assert!(
@@ -46,11 +56,11 @@ fn smollm2_agrees_with_the_reference() {
             }
         }
         let token = expected["sample_token"].as_u64().unwrap() as usize;
-        for (i, n) in [0, 15, 29].into_iter().enumerate() {
+        for (i, n) in [0, config.layers / 2, config.layers - 1].into_iter().enumerate() {
             for (reference, is_values) in
                 [(&expected["key_sample"], false), (&expected["value_sample"], true)]
             {
-                let row = &layer(n, is_values)[token * 192..][..8];
+                let row = &layer(n, is_values)[token * config.kv_heads * config.head_dim..][..8];
                 for (got, reference) in row.iter().zip(floats(&reference[i])) {
                     assert!((got - reference).abs() < 2e-3, "{name}: layer {n}: {got} {reference}");
                 }

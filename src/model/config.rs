@@ -13,7 +13,7 @@ pub struct RopeConfig {
     pub dims: usize,
 }
 
-/// Sizes and constants of a `llama` decoder.
+/// Sizes and constants of a decoder of one of [`ARCHITECTURES`].
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct ModelConfig {
     pub architecture: String,
@@ -56,7 +56,7 @@ impl ModelConfig {
         let whole = self.heads.is_multiple_of(self.kv_heads) && self.head_dim.is_multiple_of(2);
         if !whole || self.rope.dims != self.head_dim {
             let problem = format!(
-                "{} heads over {} key/value heads of size {} with {} rotated are not a llama decoder",
+                "{} heads over {} key/value heads of size {} with {} rotated are not a decoder of these architectures",
                 self.heads, self.kv_heads, self.head_dim, self.rope.dims
             );
             return Err(Error::file(path, problem));
@@ -65,10 +65,11 @@ impl ModelConfig {
     }
 }
 
-/// The one architecture this version decodes.
-pub const ARCHITECTURE: &str = "llama";
+/// The architectures this version decodes. `qwen2` is `llama` with biases on queries, keys and values.
+pub const ARCHITECTURES: [&str; 2] = ["llama", "qwen2"];
 
 pub(super) fn unknown_architecture(path: &Path, name: &str) -> Error {
-    let problem = format!("architecture '{name}' is not supported; use a '{ARCHITECTURE}' model");
+    let known = ARCHITECTURES.join("' or '");
+    let problem = format!("architecture '{name}' is not supported; use a '{known}' model");
     Error::file(path, problem)
 }

@@ -1,4 +1,4 @@
-//! The llama decoder. The KV cache is not in here: it lies in a block pool and is read through block tables.
+//! The decoder. The KV cache is not in here: it lies in a block pool and is read through block tables.
 
 use super::attention::{Heads, Query, attend};
 use super::config::ModelConfig;
@@ -110,6 +110,9 @@ impl Decoder {
         let (stride, kv) = (layer.qkv.outputs(), c.kv_heads * c.head_dim);
         let rotated = (c.heads + c.kv_heads) * c.head_dim;
         qkv.par_chunks_exact_mut(stride).with_min_len(32).zip(positions).for_each(|(row, &position)| {
+            if let Some(bias) = &layer.qkv_bias {
+                add(row, bias);
+            }
             for head in row[..rotated].chunks_exact_mut(c.head_dim) {
                 self.rope.rotate(head, position);
             }

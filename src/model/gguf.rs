@@ -1,6 +1,6 @@
 //! GGUF files: metadata, tokenizer vocabulary and (de-quantised) tensors, read with candle.
 
-use super::config::{ARCHITECTURE, ModelConfig, RopeConfig, unknown_architecture};
+use super::config::{ARCHITECTURES, ModelConfig, RopeConfig, unknown_architecture};
 use super::weights::TensorSource;
 use crate::error::{Error, Result};
 use crate::files;
@@ -96,6 +96,10 @@ impl TensorSource for Gguf {
             Error::file(&self.path, format!("tensor {stored} cannot be read: {}", one_line(&e)))
         })?;
         let c = &self.config;
+        // Only llama files are stored interleaved.
+        if c.architecture != "llama" {
+            return Ok((shape, data));
+        }
         if name.ends_with("q_proj.weight") && shape == [c.heads * c.head_dim, c.hidden] {
             data = rotate_half_rows(&data, c.heads, c.hidden);
         } else if name.ends_with("k_proj.weight") && shape == [c.kv_heads * c.head_dim, c.hidden] {
@@ -125,10 +129,10 @@ fn rotate_half_rows(rows: &[f32], heads: usize, inputs: usize) -> Vec<f32> {
 fn config(path: &Path, content: &Content) -> Result<ModelConfig> {
     let architecture = content.metadata.get("general.architecture");
     let architecture = architecture.and_then(|v| v.to_string().ok()).map_or("", String::as_str);
-    if architecture != ARCHITECTURE {
+    if !ARCHITECTURES.contains(&architecture) {
         return Err(unknown_architecture(path, architecture));
     }
-    let key = |name: &str| format!("{ARCHITECTURE}.{name}");
+    let key = |name: &str| format!("{architecture}.{name}");
     let size = |name: &str| integer(content, &key(name)).unwrap_or(0) as usize;
     let float = |name: &str| content.metadata.get(&key(name)).and_then(|v| v.to_f32().ok());
     let scaling = content.metadata.get(&key("rope.scaling.type")).and_then(|v| v.to_string().ok());
@@ -178,7 +182,7 @@ fn integer(content: &Content, key: &str) -> Option<u64> {
     }
 }
 
-/// The GGUF name of a Hugging Face llama tensor.
+/// The GGUF name of a Hugging Face tensor.
 fn gguf_name(name: &str) -> Option<String> {
     let top = match name {
         "model.embed_tokens.weight" => Some("token_embd.weight"),
@@ -190,7 +194,8 @@ fn gguf_name(name: &str) -> Option<String> {
         return Some(top.to_owned());
     }
     let (layer, rest) = name.strip_prefix("model.layers.")?.split_once('.')?;
-    let part = match rest.strip_suffix(".weight")? {
+    let (part, kind) = rest.rsplit_once('.').filter(|(_, kind)| ["weight", "bias"].contains(kind))?;
+    let part = match part {
         "input_layernorm" => "attn_norm",
         "self_attn.q_proj" => "attn_q",
         "self_attn.k_proj" => "attn_k",
@@ -202,7 +207,7 @@ fn gguf_name(name: &str) -> Option<String> {
         "mlp.down_proj" => "ffn_down",
         _ => return None,
     };
-    Some(format!("blk.{layer}.{part}.weight"))
+    Some(format!("blk.{layer}.{part}.{kind}"))
 }
 
 /// candle's errors can carry a backtrace; only their first line is for people.
@@ -225,6 +230,7 @@ mod tests {
     fn names_are_mapped() {
         assert_eq!(gguf_name("model.layers.12.mlp.up_proj.weight").unwrap(), "blk.12.ffn_up.weight");
         assert_eq!(gguf_name("lm_head.weight").unwrap(), "output.weight");
-        assert_eq!(gguf_name("model.layers.1.self_attn.q_proj.bias"), None);
+        assert_eq!(gguf_name("model.layers.1.self_attn.q_proj.bias").unwrap(), "blk.1.attn_q.bias");
+        assert_eq!(gguf_name("model.layers.1.self_attn.rotary_emb.inv_freq"), None);
     }
 }

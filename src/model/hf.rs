@@ -1,6 +1,6 @@
 //! Hugging Face folders: `config.json`, `tokenizer.json` and one or more `*.safetensors`.
 
-use super::config::{ARCHITECTURE, ModelConfig, RopeConfig, unknown_architecture};
+use super::config::{ARCHITECTURES, ModelConfig, RopeConfig, unknown_architecture};
 use super::weights::TensorSource;
 use crate::error::{Error, IoAt, Result};
 use crate::files;
@@ -43,6 +43,8 @@ struct RawConfig {
     attention_bias: bool,
     #[serde(default)]
     mlp_bias: bool,
+    #[serde(default)]
+    use_sliding_window: bool,
 }
 
 #[derive(Deserialize)]
@@ -140,7 +142,7 @@ fn read_config(path: &Path) -> Result<ModelConfig> {
     let bad = |e: serde_json::Error| Error::file(path, format!("not a model configuration: {e}"));
     let value: serde_json::Value = serde_json::from_str(&text).map_err(bad)?;
     let architecture = value.get("model_type").and_then(|v| v.as_str()).unwrap_or_default();
-    if architecture != ARCHITECTURE {
+    if !ARCHITECTURES.contains(&architecture) {
         return Err(unknown_architecture(path, architecture));
     }
     let raw: RawConfig = serde_json::from_value(value).map_err(bad)?;
@@ -152,11 +154,12 @@ fn read_config(path: &Path) -> Result<ModelConfig> {
             format!("RoPE scaling '{kind}' is not supported; use a model without it"),
         ));
     }
-    if raw.attention_bias || raw.mlp_bias {
-        return Err(Error::file(
-            path,
-            "attention and MLP biases are not supported in the llama architecture",
-        ));
+    if raw.use_sliding_window {
+        return Err(Error::file(path, "sliding-window attention is not supported; use a model without it"));
+    }
+    // qwen2 has its three biases whether its configuration says so or not.
+    if raw.attention_bias && raw.model_type == "llama" || raw.mlp_bias {
+        return Err(Error::file(path, "attention biases of llama and MLP biases are not supported"));
     }
     let head_dim = raw.head_dim.unwrap_or(raw.hidden_size / raw.num_attention_heads.max(1));
     let base = raw.rope_theta.or(raw.rope_parameters.as_ref().and_then(|r| r.rope_theta));

