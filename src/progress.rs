@@ -3,6 +3,7 @@
 use indicatif::{HumanBytes, ProgressBar, ProgressDrawTarget, ProgressStyle};
 use std::io::{IsTerminal, Write};
 use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 /// What is counted.
@@ -20,13 +21,21 @@ pub struct Progress {
     last_line: Option<Mutex<Instant>>,
 }
 
+static SILENT: AtomicBool = AtomicBool::new(false);
+
+/// Shows no progress from now on (`--quiet`).
+pub fn silence() {
+    SILENT.store(true, Ordering::Relaxed);
+}
+
 /// Time between plain lines.
 const LINE_EVERY: Duration = Duration::from_secs(10);
 
 impl Progress {
     pub fn new(label: impl Into<String>, total: u64, unit: Unit) -> Self {
         let label = label.into();
-        let terminal = std::io::stderr().is_terminal();
+        let silent = SILENT.load(Ordering::Relaxed);
+        let terminal = std::io::stderr().is_terminal() && !silent;
         let target = if terminal { ProgressDrawTarget::stderr() } else { ProgressDrawTarget::hidden() };
         let bar = ProgressBar::with_draw_target(Some(total), target);
         let counts = match unit {
@@ -40,8 +49,12 @@ impl Progress {
         if terminal {
             bar.enable_steady_tick(Duration::from_millis(200));
         }
-        let progress =
-            Progress { label, unit, bar, last_line: (!terminal).then(|| Mutex::new(Instant::now())) };
+        let progress = Progress {
+            label,
+            unit,
+            bar,
+            last_line: (!terminal && !silent).then(|| Mutex::new(Instant::now())),
+        };
         if progress.last_line.is_some() {
             progress.line();
         }

@@ -8,6 +8,7 @@ use anyhow::Result;
 
 /// Measure this machine: its f32 matrix product, and prefill, batched decode and fusion beside it.
 #[derive(Debug, clap::Args)]
+#[command(after_help = "Example:\n  kvfuse bench --threads 2")]
 pub struct Args {
     /// Built-in name, GGUF file or Hugging Face folder
     #[arg(long, default_value = DEFAULT_MODEL)]

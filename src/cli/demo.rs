@@ -12,6 +12,7 @@ use std::path::PathBuf;
 
 /// Dump 64 requests of the built-in questions, sweep eight thresholds, draw the figures.
 #[derive(Debug, clap::Args)]
+#[command(after_help = "Example:\n  kvfuse demo")]
 pub struct Args {
     /// Folder to write
     #[arg(short, long, value_name = "DIR", default_value = "results/demo")]

@@ -2,6 +2,7 @@
 
 mod bench;
 mod calibrate;
+mod completions;
 mod demo;
 mod dump;
 mod explain;
@@ -27,7 +28,8 @@ use std::io::Write;
     max_term_width = 100,
     after_help = "Environment:\n  \
     KVFUSE_HOME  folder that models are kept in (default: $XDG_CACHE_HOME/kvfuse or ~/.cache/kvfuse)\n  \
-    HF_ENDPOINT, HF_HOME, HF_TOKEN  as in Hugging Face tools\n\n\
+    HF_ENDPOINT, HF_HOME, HF_TOKEN  as in Hugging Face tools\n  \
+    NO_COLOR     no colours in help and progress\n\n\
     Exit status: 0 when all went well, 2 on any error."
 )]
 pub struct Cli {
@@ -36,6 +38,9 @@ pub struct Cli {
     /// Threads to compute with; results do not depend on it [default: all cores]
     #[arg(long, global = true, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
     threads: Option<u16>,
+    /// Show no progress; errors are still shown
+    #[arg(long, short, global = true)]
+    quiet: bool,
 }
 
 #[derive(Debug, Subcommand)]
@@ -54,12 +59,17 @@ enum Command {
     Plot(plot::Args),
     Demo(demo::Args),
     Bench(bench::Args),
+    Completions(completions::Args),
+    Man(completions::ManArgs),
 }
 
 impl Cli {
     /// Runs the command.
     pub fn run(self) -> Result<()> {
         crate::interrupt::install();
+        if self.quiet {
+            crate::progress::silence();
+        }
         if let Some(threads) = self.threads {
             let pool = rayon::ThreadPoolBuilder::new().num_threads(threads.into());
             pool.build_global().context("--threads")?;
@@ -76,6 +86,8 @@ impl Cli {
             Command::Plot(args) => plot::run(args),
             Command::Demo(args) => demo::run(args),
             Command::Bench(args) => bench::run(args),
+            Command::Completions(args) => completions::run(args),
+            Command::Man(args) => completions::man(args),
         }
     }
 }

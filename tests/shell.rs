@@ -1,0 +1,65 @@
+//! What a shell sees: help with an example in every command, completions, a manual page, silence when asked for.
+
+mod common;
+
+use common::{run, small_dump, succeed, text};
+
+const COMMANDS: [&str; 13] = [
+    "dump",
+    "inspect",
+    "sweep",
+    "calibrate",
+    "explain",
+    "stats",
+    "simulate",
+    "plot",
+    "demo",
+    "bench",
+    "completions",
+    "man",
+    "model",
+];
+
+#[test]
+fn every_command_has_help_and_all_but_groups_an_example() {
+    let top = succeed(&["--help"]);
+    for word in ["KVFUSE_HOME", "HF_TOKEN", "NO_COLOR", "Exit status"] {
+        assert!(top.contains(word), "{word}");
+    }
+    for command in COMMANDS {
+        assert!(top.contains(&format!("\n  {command}")), "{command} is missing in {top}");
+        let help = succeed(&[command, "--help"]);
+        assert!(command == "model" || help.contains("Example"), "{command}: {help}");
+        // Lines of the examples name commands and options that exist.
+        for line in help.lines().filter(|l| l.starts_with("  kvfuse ")) {
+            let words: Vec<&str> = line.split_whitespace().collect();
+            assert!(COMMANDS.contains(&words[1]), "{line}");
+            let own = succeed(&[words[1], "--help"]);
+            for option in words.iter().filter(|w| w.starts_with("--")) {
+                assert!(own.contains(option), "{line}: {option}");
+            }
+        }
+    }
+}
+
+#[test]
+fn completions_and_manual() {
+    for shell in ["bash", "zsh", "fish"] {
+        let script = succeed(&["completions", shell]);
+        for command in COMMANDS {
+            assert!(script.contains(command), "{shell}: {command}");
+        }
+    }
+    let page = succeed(&["man"]);
+    assert!(page.starts_with(".ie") || page.contains(".TH"), "{}", &page[..200]);
+    assert!(page.contains("KVFUSE SWEEP") && page.contains("target\\-kl"));
+}
+
+#[test]
+fn quiet_commands_say_nothing_on_stderr() {
+    let output = run(&["inspect", text(small_dump()), "--quiet"]);
+    assert!(output.status.success());
+    assert_eq!(String::from_utf8_lossy(&output.stderr), "");
+    let loud = run(&["inspect", text(small_dump())]);
+    assert!(!loud.stderr.is_empty());
+}
