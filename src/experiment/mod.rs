@@ -3,6 +3,7 @@
 mod arms;
 mod calibrate;
 mod calibrate_model;
+mod compare;
 mod evaluate;
 mod explain;
 mod floors;

@@ -1,5 +1,6 @@
 //! Statistics: intervals over requests, and how alike the blocks of a cache are (docs/statistics.md).
 
+mod blocks;
 mod bootstrap;
 mod fit;
 mod gaps;
@@ -7,12 +8,13 @@ mod histogram;
 mod pairs;
 mod similarity;
 
+pub use blocks::{Class, DistinctBlocks, Home, distinct_blocks};
 pub use bootstrap::{Interval, bootstrap_mean, mean};
 pub use fit::{Gaussian, Pareto, gaussian_tail};
 pub use gaps::Gaps;
 pub use histogram::Histogram;
-pub use pairs::{Class, DistinctBlocks, Home, LayerSums, PairSums, count_pairs};
-pub use similarity::{SimilarityOptions, StatRow, distinct_blocks, similarities};
+pub use pairs::{LayerSums, PairSums, count_pairs};
+pub use similarity::{SimilarityOptions, StatRow, similarities};
 
 /// Six significant digits: more than any number in a result table carries.
 pub fn rounded(x: f64) -> f64 {

@@ -1,5 +1,6 @@
 //! All pairs of a layer's blocks, read strip by strip: what is counted of them, and nothing else, stays in memory.
 
+use super::blocks::{Class, DistinctBlocks, Home};
 use super::gaps::Gaps;
 use super::histogram::Histogram;
 use crate::error::Result;
@@ -7,81 +8,6 @@ use crate::interrupt;
 use crate::model::gemm::{View, product};
 use rayon::prelude::*;
 use std::ops::AddAssign;
-
-/// What two blocks have to do with each other.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum Class {
-    /// Some request holds both.
-    SameRequest,
-    /// Of different requests, at the same position.
-    SamePosition,
-    /// Of different requests, at different positions.
-    Other,
-    /// Any pair.
-    All,
-}
-
-impl Class {
-    pub const ALL: [Class; 4] = [Class::SameRequest, Class::SamePosition, Class::Other, Class::All];
-
-    /// As in stats.csv.
-    pub fn name(self) -> &'static str {
-        match self {
-            Class::SameRequest => "same_request",
-            Class::SamePosition => "same_position",
-            Class::Other => "other",
-            Class::All => "all",
-        }
-    }
-}
-
-/// Where a block stands.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Home {
-    /// Number of the request in the dump.
-    pub request: u32,
-    /// Number of the block in its request.
-    pub position: u32,
-}
-
-/// The distinct blocks of one layer; exact duplicates are one block with several homes.
-#[derive(Debug, Default)]
-pub struct DistinctBlocks {
-    /// Numbers of a block.
-    pub width: usize,
-    /// Keys and values scaled to unit norm, `[blocks, width]`; a block of zeros stays one.
-    pub keys: Vec<f32>,
-    pub values: Vec<f32>,
-    pub key_norms: Vec<f64>,
-    pub value_norms: Vec<f64>,
-    /// Rising; the first is the one that counts where a block can have one only.
-    pub homes: Vec<Vec<Home>>,
-}
-
-impl DistinctBlocks {
-    pub fn len(&self) -> usize {
-        self.homes.len()
-    }
-
-    pub fn is_empty(&self) -> bool {
-        self.homes.is_empty()
-    }
-
-    fn class(&self, a: usize, b: usize) -> Class {
-        let (a, b) = (&self.homes[a], &self.homes[b]);
-        // Both lists rise by request, so one pass over both finds a common one.
-        let (mut i, mut j) = (0, 0);
-        while i < a.len() && j < b.len() {
-            match a[i].request.cmp(&b[j].request) {
-                std::cmp::Ordering::Equal => return Class::SameRequest,
-                std::cmp::Ordering::Less => i += 1,
-                std::cmp::Ordering::Greater => j += 1,
-            }
-        }
-        let same = a.iter().any(|x| b.iter().any(|y| x.position == y.position));
-        if same { Class::SamePosition } else { Class::Other }
-    }
-}
 
 /// What is counted of the pairs that lie above one threshold.
 #[derive(Debug, Clone, Default)]

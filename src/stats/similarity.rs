@@ -1,15 +1,15 @@
 //! `kvfuse stats`: how alike the blocks of a dump are, layer by layer, as rows of one long table (docs/statistics.md).
 
+use super::blocks::{Class, DistinctBlocks, Home, distinct_blocks};
 use super::fit::{Gaussian, Pareto};
 use super::histogram::Histogram;
-use super::pairs::{Above, Class, DistinctBlocks, Home, PairSums, Share, count_pairs};
+use super::pairs::{Above, PairSums, Share, count_pairs};
 use super::{mean, rounded};
 use crate::codec::fusion::{Part, RopeMode};
 use crate::dump::{Manifest, Shard, open_request};
 use crate::error::{Error, Result};
 use crate::interrupt;
 use crate::model::Rope;
-use crate::model::kernels::inner;
 use crate::progress::{Progress, Unit};
 use rand::SeedableRng;
 use rand::seq::index;
@@ -17,7 +17,6 @@ use rand_chacha::ChaCha8Rng;
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 use statrs::distribution::{ContinuousCDF, StudentsT};
-use std::collections::HashMap;
 use std::path::Path;
 
 /// What to measure.
@@ -127,57 +126,6 @@ fn places(shards: &[Shard], size: usize, options: &SimilarityOptions) -> Vec<Hom
         }
         _ => all,
     }
-}
-
-/// The distinct blocks at some places of one layer. `caches`: keys and values of each request, `[tokens, width]`. With
-/// `strip`, keys are compared without positions; exact duplicates are then still looked for at equal positions only, where
-/// no rounding can part them.
-pub fn distinct_blocks(
-    caches: &[(Vec<f32>, Vec<f32>)],
-    places: &[Home],
-    block_size: usize,
-    width: usize,
-    strip: Option<&Rope>,
-) -> DistinctBlocks {
-    let length = block_size * width;
-    let numbers = |home: &Home| {
-        let at = home.position as usize * length;
-        let (keys, values) = &caches[home.request as usize];
-        (&keys[at..at + length], &values[at..at + length])
-    };
-    let mut found = DistinctBlocks { width: length, ..DistinctBlocks::default() };
-    // The last numbers of a block are cheap to look up and rarely equal by chance.
-    let glance = |x: &[f32]| x.last_chunk::<2>().map(|last| last.map(f32::to_bits));
-    let mut seen: HashMap<_, Vec<usize>> = HashMap::new();
-    for home in places {
-        let (keys, values) = numbers(home);
-        let position = strip.map(|_| home.position);
-        let alike = seen.entry((position, glance(keys), glance(values))).or_default();
-        match alike.iter().find(|&&b| numbers(&found.homes[b][0]) == (keys, values)) {
-            Some(&block) => found.homes[block].push(*home),
-            None => {
-                alike.push(found.homes.len());
-                found.homes.push(vec![*home]);
-            }
-        }
-    }
-    let unit = |numbers: &[f32], into: &mut Vec<f32>| {
-        let norm = f64::from(inner(numbers, numbers)).sqrt();
-        let factor = if norm > 0.0 { 1.0 / norm } else { 0.0 };
-        into.extend(numbers.iter().map(|&x| (f64::from(x) * factor) as f32));
-        norm
-    };
-    let DistinctBlocks { keys: all_keys, values: all_values, key_norms, value_norms, homes, .. } = &mut found;
-    for home in homes.iter().map(|homes| homes[0]) {
-        let (keys, values) = numbers(&home);
-        let mut keys = keys.to_vec();
-        if let Some(rope) = strip {
-            rope.strip_tokens(&mut keys, width, home.position as usize * block_size);
-        }
-        key_norms.push(unit(&keys, all_keys));
-        value_norms.push(unit(values, all_values));
-    }
-    found
 }
 
 /// Rows of one layer and block size.

@@ -1,0 +1,274 @@
+//! The model's predictions against the layers of a sweep.
+
+use super::simulate::{MODELS, models_and_pairings};
+use super::sweep::LAYERS_CSV;
+use super::table::Columns;
+use crate::codec::fusion::Pairing;
+use crate::error::{Error, Result};
+use crate::stats::{StatRow, rounded};
+use crate::theory::{
+    Comparison, Extent, LayerLaw, Model, Verdict, layer_cr, predict, representative, verdict,
+};
+use clap::ValueEnum;
+use serde::Serialize;
+use std::path::Path;
+
+/// One row of predictions.csv.
+#[derive(Debug, Clone, Serialize)]
+pub(super) struct PredictionRow {
+    model: Model,
+    layer: usize,
+    pairing: Pairing,
+    tau: f64,
+    q: f64,
+    dispersion: Option<f64>,
+    rho1: Option<f64>,
+    poisson_error: Option<f64>,
+    /// Full blocks before / after; low and high from the interval of q.
+    cr_predicted: f64,
+    cr_predicted_low: f64,
+    cr_predicted_high: f64,
+    cr_measured: f64,
+    /// Predicted / measured - 1.
+    cr_error: f64,
+    cr_error_low: f64,
+    cr_error_high: f64,
+    cr_duplicates: f64,
+    cr_audited_predicted: Option<f64>,
+    cr_audited_measured: f64,
+    key_error_predicted: Option<f64>,
+    key_error_measured: f64,
+    value_error_predicted: Option<f64>,
+    value_error_measured: f64,
+}
+
+/// All layers of one pairing and threshold: predicted / measured ratio, its median and its tenths from either end.
+#[derive(Debug, Clone, Serialize)]
+pub struct SummaryRow {
+    pub model: Model,
+    pub pairing: Pairing,
+    pub tau: f64,
+    pub layers: usize,
+    /// Median over layers of |predicted / measured - 1|.
+    pub cr_error: f64,
+    pub cr_over: f64,
+    pub cr_over_low: f64,
+    pub cr_over_high: f64,
+    pub key_error_over: Option<f64>,
+    pub value_error_over: Option<f64>,
+    /// Of all layers together.
+    pub cr_predicted: f64,
+    pub cr_measured: f64,
+}
+
+/// One layer of one arm of a sweep.
+pub(super) struct MeasuredLayer {
+    pairing: Pairing,
+    tau: f64,
+    layer: usize,
+    full_blocks: f64,
+    physical_blocks: f64,
+    cr_audited: f64,
+    key_error: f64,
+    value_error: f64,
+}
+
+/// The arms of a sweep that the model speaks of: bff on keys at one threshold, over one batch of all requests.
+pub(super) fn measured_layers(sweep: &Path, laws: &[LayerLaw], of: &StatRow) -> Result<Vec<MeasuredLayer>> {
+    let path = sweep.with_file_name(LAYERS_CSV);
+    if !path.exists() {
+        let problem = format!("has no {LAYERS_CSV} beside it; run the same sweep again");
+        return Err(Error::file(sweep, problem));
+    }
+    let whole = Columns::read(sweep)?;
+    if whole.floats("requests")?.iter().zip(whole.floats("batch")?).any(|(requests, batch)| *requests > batch)
+    {
+        let problem =
+            "fused its requests in several batches, the statistics are of one; sweep with a larger --batch";
+        return Err(Error::file(sweep, problem));
+    }
+    let table = Columns::read(&path)?;
+    let numbers = |name: &str| table.floats(name);
+    let texts = |name: &str| table.strings(name);
+    let rope = of.rope.to_possible_value().map_or(String::new(), |v| v.get_name().to_owned());
+    let wanted = [
+        ("method", "bff".to_owned()),
+        ("similarity", "keys".to_owned()),
+        ("positions", "any".to_owned()),
+        ("rope", rope),
+        ("group_layers", "1".to_owned()),
+        ("within_tenant", "false".to_owned()),
+        ("scale", "norm".to_owned()),
+        ("block_size", laws[0].block_size.to_string()),
+    ];
+    let mut keep = vec![true; table.rows()];
+    for (name, value) in &wanted {
+        // Counts may be read as numbers with a point.
+        let same = |x: &str| x == value || x.parse::<f64>().ok().is_some_and(|x| value.parse() == Ok(x));
+        keep.iter_mut().zip(texts(name)?).for_each(|(keep, x)| *keep &= same(&x));
+    }
+    let pairings = texts("pairing")?;
+    let representatives = texts("representative")?;
+    let (tau, layer) = (numbers("tau")?, numbers("layer")?);
+    let (full, physical) = (numbers("full_blocks")?, numbers("physical_blocks")?);
+    let (cr, key, value) = (numbers("cr_audited")?, numbers("key_error")?, numbers("value_error")?);
+    let spare = numbers("spare_layers")?;
+    let layers = laws.iter().map(|l| l.layer + 1).max().unwrap_or(0);
+    let mut found: Vec<MeasuredLayer> = Vec::new();
+    for i in (0..table.rows()).filter(|&i| keep[i] && tau[i].is_finite()) {
+        let Ok(pairing) = Pairing::from_str(&pairings[i], false) else { continue };
+        let usual = representative(pairing).to_possible_value();
+        if usual.is_none_or(|v| v.get_name() != representatives[i]) || pairing == Pairing::Lsh {
+            continue;
+        }
+        let layer = layer[i] as usize;
+        let spared = spare[i] as usize;
+        if layer < spared || layer >= layers.saturating_sub(spared) {
+            continue;
+        }
+        // Two settings may differ in layers that both touch alike.
+        if found.iter().any(|f| (f.pairing, f.tau, f.layer) == (pairing, tau[i], layer)) {
+            continue;
+        }
+        if let Some(law) = laws.iter().find(|l| l.layer == layer)
+            && law.blocks != full[i]
+        {
+            let problem = format!(
+                "lists {} full blocks in layer {layer}, the statistics {}: they are of different caches",
+                full[i], law.blocks
+            );
+            return Err(Error::file(&path, problem));
+        }
+        found.push(MeasuredLayer {
+            pairing,
+            tau: tau[i],
+            layer,
+            full_blocks: full[i],
+            physical_blocks: physical[i],
+            cr_audited: cr[i],
+            key_error: key[i],
+            value_error: value[i],
+        });
+    }
+    if found.is_empty() {
+        let problem = format!(
+            "has no arm the model speaks of: bff with --tau, --similarity keys, --positions any, blocks of {} tokens, \
+             and means for tree and components or first blocks for best",
+            laws[0].block_size
+        );
+        return Err(Error::file(&path, problem));
+    }
+    Ok(found)
+}
+
+pub(super) fn predictions(laws: &[LayerLaw], measured: &[MeasuredLayer]) -> Vec<PredictionRow> {
+    let row = |model: Model, m: &MeasuredLayer| {
+        let law = laws.iter().find(|l| l.layer == m.layer)?;
+        let p = predict(law, model, m.pairing, m.tau, Extent::MEASURED)?;
+        let e = law.all_pairs(m.tau);
+        let cr = m.full_blocks / m.physical_blocks;
+        let of = |blocks: f64| m.full_blocks / blocks;
+        let error = |blocks: f64| rounded(of(blocks) / cr - 1.0);
+        Some(PredictionRow {
+            model,
+            layer: m.layer,
+            pairing: m.pairing,
+            tau: m.tau,
+            q: rounded(p.q),
+            dispersion: e.and_then(|e| e.dispersion).map(rounded),
+            rho1: e.and_then(|e| e.rho1).map(rounded),
+            poisson_error: p.poisson_error.map(rounded),
+            cr_predicted: rounded(of(p.blocks)),
+            cr_predicted_low: rounded(of(p.blocks_high)),
+            cr_predicted_high: rounded(of(p.blocks_low)),
+            cr_measured: rounded(cr),
+            cr_error: error(p.blocks),
+            cr_error_low: error(p.blocks_high),
+            cr_error_high: error(p.blocks_low),
+            cr_duplicates: rounded(law.blocks / law.distinct),
+            cr_audited_predicted: layer_cr(law, p.blocks).map(rounded),
+            cr_audited_measured: m.cr_audited,
+            key_error_predicted: p.key_error.map(rounded),
+            key_error_measured: m.key_error,
+            value_error_predicted: p.value_error.map(rounded),
+            value_error_measured: m.value_error,
+        })
+    };
+    MODELS.into_iter().flat_map(|model| measured.iter().filter_map(move |m| row(model, m))).collect()
+}
+
+pub(super) fn summary(predictions: &[PredictionRow]) -> Vec<SummaryRow> {
+    let mut groups: Vec<(Model, Pairing, f64)> = Vec::new();
+    for p in predictions {
+        if !groups.contains(&(p.model, p.pairing, p.tau)) {
+            groups.push((p.model, p.pairing, p.tau));
+        }
+    }
+    let quantile = |mut x: Vec<f64>, p: f64| {
+        x.sort_by(f64::total_cmp);
+        x.get(((x.len().max(1) - 1) as f64 * p).round() as usize).copied()
+    };
+    let of = |&(model, pairing, tau): &(Model, Pairing, f64)| {
+        let here = |p: &&PredictionRow| p.model == model && p.pairing == pairing && p.tau == tau;
+        let rows: Vec<&PredictionRow> = predictions.iter().filter(here).collect();
+        let all = |f: &dyn Fn(&PredictionRow) -> f64| rows.iter().map(|r| f(r)).collect::<Vec<f64>>();
+        let over = |p| quantile(all(&|r| r.cr_predicted / r.cr_measured), p).map_or(f64::NAN, rounded);
+        // A ratio of errors says nothing where next to nothing fuses.
+        let ratio = |predicted: fn(&PredictionRow) -> Option<f64>, measured: fn(&PredictionRow) -> f64| {
+            let known = rows.iter().filter(|r| measured(r) > 1e-4);
+            quantile(known.filter_map(|r| Some(predicted(r)? / measured(r))).collect(), 0.5).map(rounded)
+        };
+        // Every layer has the same blocks before fusion.
+        let together = |f: fn(&PredictionRow) -> f64| {
+            rounded(rows.len() as f64 / rows.iter().map(|r| 1.0 / f(r)).sum::<f64>())
+        };
+        SummaryRow {
+            model,
+            pairing,
+            tau,
+            layers: rows.len(),
+            cr_error: quantile(all(&|r| r.cr_error.abs()), 0.5).map_or(f64::NAN, rounded),
+            cr_over: over(0.5),
+            cr_over_low: over(0.1),
+            cr_over_high: over(0.9),
+            key_error_over: ratio(|r| r.key_error_predicted, |r| r.key_error_measured),
+            value_error_over: ratio(|r| r.value_error_predicted, |r| r.value_error_measured),
+            cr_predicted: together(|r| r.cr_predicted),
+            cr_measured: together(|r| r.cr_measured),
+        }
+    };
+    groups.iter().map(of).collect()
+}
+
+pub(super) fn verdicts(laws: &[LayerLaw], predictions: &[PredictionRow]) -> Vec<Verdict> {
+    let mut found = Vec::new();
+    for (model, pairing) in models_and_pairings() {
+        for law in laws {
+            let of = |p: &&PredictionRow| p.model == model && p.layer == law.layer && p.pairing == pairing;
+            let comparisons: Vec<Comparison> = predictions
+                .iter()
+                .filter(of)
+                .map(|p| Comparison {
+                    tau: p.tau,
+                    cr_duplicates: p.cr_duplicates,
+                    cr_predicted: p.cr_predicted,
+                    cr_measured: p.cr_measured,
+                })
+                .collect();
+            if !comparisons.is_empty() {
+                found.push(six(verdict(law, model, pairing, &comparisons)));
+            }
+        }
+    }
+    found
+}
+
+fn six(v: Verdict) -> Verdict {
+    Verdict {
+        worst_error: v.worst_error.map(rounded),
+        dispersion: v.dispersion.map(rounded),
+        rho1_over_q: v.rho1_over_q.map(rounded),
+        tail_over_gaussian: v.tail_over_gaussian.map(rounded),
+        ..v
+    }
+}
