@@ -13,7 +13,7 @@ pub struct RopeConfig {
     pub dims: usize,
 }
 
-/// Sizes and constants of a decoder of one of [`ARCHITECTURES`].
+/// Sizes and constants of a decoder of a llama-like architecture (docs/models.md).
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct ModelConfig {
     pub architecture: String,
