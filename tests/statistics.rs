@@ -82,8 +82,7 @@ fn options(size: usize, rope: RopeMode) -> SimilarityOptions {
 }
 
 fn value(rows: &[StatRow], part: &str, class: &str, statistic: &str, at: Option<f64>) -> Option<f64> {
-    let is = |r: &&StatRow| r.part == part && r.class == class && r.statistic == statistic && r.at == at;
-    rows.iter().find(is).map(|r| r.value)
+    rows.iter().find(|r| r.is(part, class, statistic, at)).map(|r| r.value)
 }
 
 /// Caches of few different numbers, so that duplicates, zero blocks and equal blocks are common.

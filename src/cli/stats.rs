@@ -79,14 +79,8 @@ pub fn run(args: Args) -> Result<()> {
 /// A line a layer of one block size.
 fn report(rows: &[StatRow], size: usize) -> String {
     let of = |layer: usize, part: &str, class: &str, statistic: &str, at: Option<f64>| {
-        let row = rows.iter().find(|r| {
-            r.block_size == size
-                && r.layer == layer
-                && r.part == part
-                && r.class == class
-                && r.statistic == statistic
-                && r.at == at
-        });
+        let of_layer = |r: &&StatRow| r.block_size == size && r.layer == layer;
+        let row = rows.iter().find(|r| of_layer(r) && r.is(part, class, statistic, at));
         row.map(|r| r.value)
     };
     let layers = rows.iter().map(|r| r.layer).max().map_or(0, |l| l + 1);

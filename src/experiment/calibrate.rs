@@ -44,6 +44,15 @@ pub struct CalibrateOptions {
     pub seed: u64,
 }
 
+impl CalibrateOptions {
+    pub(super) fn block_size(&self) -> Result<usize> {
+        match self.sweep.block_sizes[..] {
+            [size] => Ok(size),
+            _ => Err(Error::argument("calibration takes one --block-size")),
+        }
+    }
+}
+
 /// What was found out about one layer.
 #[derive(Debug, Clone)]
 pub struct LayerReport {
@@ -78,14 +87,11 @@ struct Candidate {
 pub fn calibrate(options: &CalibrateOptions) -> Result<Vec<(Thresholds, Vec<LayerReport>)>> {
     let manifest = Manifest::read(&options.sweep.dump)?;
     let questions = draw(options, &manifest)?;
-    let [block_size] = options.sweep.block_sizes[..] else {
-        return Err(Error::argument("calibration takes one --block-size"));
-    };
+    let block_size = options.block_size()?;
     let model = open_model(&options.sweep.dump, options.sweep.model.as_deref(), &manifest)?;
     let layers = model.decoder.config().layers;
     let mut stage = Stage::new(&model, &options.sweep, &manifest, &questions, block_size, None)?;
-    let spare = options.choices.spare_layers.min(layers);
-    let touched: Vec<usize> = (spare..layers.saturating_sub(spare)).collect();
+    let touched: Vec<usize> = options.choices.touched(layers).collect();
     let floors = match options.floor {
         Some(quantile) => Some(floors(stage.batches(), &touched, quantile, &options.choices, options.seed)?),
         None => None,

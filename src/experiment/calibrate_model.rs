@@ -37,9 +37,7 @@ pub fn calibrate_from_model(options: &CalibrateOptions) -> Result<Vec<(Threshold
     }
     let manifest = Manifest::read(&options.sweep.dump)?;
     let questions = draw(options, &manifest)?;
-    let [block_size] = options.sweep.block_sizes[..] else {
-        return Err(Error::argument("calibration takes one --block-size"));
-    };
+    let block_size = options.block_size()?;
     let measured = SimilarityOptions {
         block_sizes: vec![block_size],
         rope: choices.rope,
@@ -49,9 +47,8 @@ pub fn calibrate_from_model(options: &CalibrateOptions) -> Result<Vec<(Threshold
     };
     let rows = similarities(&options.sweep.dump, &manifest, &questions, &measured)?;
     let laws = LayerLaw::of_rows(&rows, block_size);
-    let spare = choices.spare_layers.min(laws.len());
-    let touched = spare..(laws.len() - spare).max(spare);
-    let all: Vec<Vec<Candidate>> = laws[touched].iter().map(|law| candidates(law, choices.pairing)).collect();
+    let touched = &laws[choices.touched(laws.len())];
+    let all: Vec<Vec<Candidate>> = touched.iter().map(|law| candidates(law, choices.pairing)).collect();
     // Layers that are left alone keep all their bits.
     let untouched = (laws.len() - all.len()) as f64;
     let total =

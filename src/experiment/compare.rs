@@ -3,7 +3,7 @@
 use super::simulate::{MODELS, models_and_pairings};
 use super::sweep::LAYERS_CSV;
 use super::table::Columns;
-use crate::codec::fusion::Pairing;
+use crate::codec::fusion::{Choices, Pairing};
 use crate::error::{Error, Result};
 use crate::stats::{StatRow, rounded};
 use crate::theory::{
@@ -122,8 +122,8 @@ pub(super) fn measured_layers(sweep: &Path, laws: &[LayerLaw], of: &StatRow) -> 
             continue;
         }
         let layer = layer[i] as usize;
-        let spared = spare[i] as usize;
-        if layer < spared || layer >= layers.saturating_sub(spared) {
+        let choices = Choices { spare_layers: spare[i] as usize, ..Choices::default() };
+        if !choices.touched(layers).contains(&layer) {
             continue;
         }
         // Two settings may differ in layers that both touch alike.

@@ -10,7 +10,7 @@ use super::sweep::{open_model, questions, setting};
 use crate::codec::{CacheBatch, Memo, relative_error};
 use crate::dump::Manifest;
 use crate::error::{Error, IoAt, Result};
-use crate::model::kernels::inner;
+use crate::model::kernels::cosine;
 use serde_json::Value;
 use std::collections::BTreeMap;
 use std::fs;
@@ -236,9 +236,4 @@ fn fused_blocks(original: &CacheBatch, encoded: &CacheBatch, request: usize) -> 
         }
     }
     fused
-}
-
-fn cosine(a: &[f32], b: &[f32]) -> f64 {
-    let norm = f64::from(inner(a, a)).sqrt() * f64::from(inner(b, b)).sqrt();
-    if norm > 0.0 { f64::from(inner(a, b)) / norm } else { 0.0 }
 }

@@ -3,7 +3,7 @@
 use crate::codec::CacheBatch;
 use crate::codec::fusion::{Blocks, Choices, Part, Place, Positions};
 use crate::error::{Error, Result};
-use crate::model::kernels::inner;
+use crate::model::kernels::cosine;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use rayon::prelude::*;
@@ -72,9 +72,4 @@ fn draw<'a>(batch: &'a CacheBatch, positions: Positions, rng: &mut ChaCha8Rng) -
         }
     }
     Unrelated { batch, blocks, pairs }
-}
-
-fn cosine(a: &[f32], b: &[f32]) -> f64 {
-    let norm = f64::from(inner(a, a)).sqrt() * f64::from(inner(b, b)).sqrt();
-    if norm > 0.0 { f64::from(inner(a, b)) / norm } else { 0.0 }
 }

@@ -165,6 +165,12 @@ pub fn inner(a: &[f32], b: &[f32]) -> f32 {
     dot(a, b)
 }
 
+/// Cosine of two vectors of equal length; 0 if one is zero.
+pub fn cosine(a: &[f32], b: &[f32]) -> f64 {
+    let norm = f64::from(inner(a, a)).sqrt() * f64::from(inner(b, b)).sqrt();
+    if norm > 0.0 { f64::from(inner(a, b)) / norm } else { 0.0 }
+}
+
 /// `out += factor * x`.
 #[multiversion(targets("x86_64+avx512f+avx512vl+avx512dq+avx2+fma", "x86_64+avx2+fma"))]
 pub fn add_multiple(out: &mut [f32], factor: f32, x: &[f32]) {

@@ -31,8 +31,6 @@ pub struct Above {
 pub struct PairSums {
     /// Ordered pairs.
     pub pairs: u64,
-    /// Blocks with any pair.
-    pub blocks: u64,
     /// Sums of powers 1 to 4 of the cosine.
     pub powers: [f64; 4],
     /// Over blocks: sum of m^2, and of the square of the sum of a block's cosines.
@@ -102,7 +100,6 @@ impl PairSums {
         }
         let m = row.pairs;
         self.pairs += m;
-        self.blocks += 1;
         self.size_squares += m * m;
         self.row_squares += row.powers[0] * row.powers[0];
         self.wedge_cosines += (m - 1) as f64 * row.powers[0];
@@ -139,7 +136,6 @@ impl PairSums {
 impl AddAssign<&PairSums> for PairSums {
     fn add_assign(&mut self, other: &PairSums) {
         self.pairs += other.pairs;
-        self.blocks += other.blocks;
         self.size_squares += other.size_squares;
         self.row_squares += other.row_squares;
         self.wedge_cosines += other.wedge_cosines;
@@ -222,6 +218,9 @@ pub fn count_pairs(blocks: &DistinctBlocks, taus: &[f64], requests: usize) -> Re
     let n = blocks.len();
     let positions = blocks.homes.iter().map(|h| h[0].position as usize + 1).max().unwrap_or(0);
     let extent = Extent { requests, positions };
+    // Which blocks one request alone holds.
+    let single: Vec<bool> =
+        blocks.homes.iter().map(|h| h.iter().all(|x| x.request == h[0].request)).collect();
     let empty = || vec![PairSums::empty(taus.len(), extent); Class::ALL.len()];
     let mut sums = LayerSums { keys: empty(), values: empty() };
     let strips: Vec<usize> = (0..n).step_by(STRIP).collect();
@@ -229,7 +228,7 @@ pub fn count_pairs(blocks: &DistinctBlocks, taus: &[f64], requests: usize) -> Re
         interrupt::check()?;
         let counted: Vec<LayerSums> = round
             .par_iter()
-            .map(|&first| count_strip(blocks, taus, extent, first..n.min(first + STRIP)))
+            .map(|&first| count_strip(blocks, &single, taus, extent, first..n.min(first + STRIP)))
             .collect();
         for strip in &counted {
             for (into, from) in [(&mut sums.keys, &strip.keys), (&mut sums.values, &strip.values)] {
@@ -247,6 +246,7 @@ pub fn count_pairs(blocks: &DistinctBlocks, taus: &[f64], requests: usize) -> Re
 
 fn count_strip(
     blocks: &DistinctBlocks,
+    single: &[bool],
     taus: &[f64],
     extent: Extent,
     rows: std::ops::Range<usize>,
@@ -261,16 +261,14 @@ fn count_strip(
     let (key_products, value_products) = (times_all(&blocks.keys), times_all(&blocks.values));
     let mut counters = [Counter::new(taus, extent), Counter::new(taus, extent)];
     let mut classes = vec![Class::All; n];
-    let single: Vec<bool> =
-        blocks.homes.iter().map(|h| h.iter().all(|x| x.request == h[0].request)).collect();
     for (i, row) in rows.clone().enumerate() {
         classes.iter_mut().enumerate().for_each(|(j, class)| *class = blocks.class(row, j));
         let keys = &key_products[i * n..][..n];
         let values = &value_products[i * n..][..n];
         let home = blocks.homes[row][0];
         let [key_counter, value_counter] = &mut counters;
-        key_counter.row((row, home), &classes, &single, keys, values);
-        value_counter.row((row, home), &classes, &single, values, keys);
+        key_counter.row((row, home), &classes, single, keys, values);
+        value_counter.row((row, home), &classes, single, values, keys);
     }
     let [keys, values] = counters.map(Counter::finish);
     LayerSums { keys, values }

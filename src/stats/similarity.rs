@@ -51,6 +51,13 @@ pub struct StatRow {
     pub high: Option<f64>,
 }
 
+impl StatRow {
+    /// Whether this is a part's and a class's number of that name, at `at`.
+    pub fn is(&self, part: &str, class: &str, statistic: &str, at: Option<f64>) -> bool {
+        self.part == part && self.class == class && self.statistic == statistic && self.at == at
+    }
+}
+
 /// Probabilities whose quantiles are written.
 const QUANTILES: [f64; 13] = [0.001, 0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 0.999, 0.9999, 1.0];
 /// Bins of the written density over [-1, 1].

@@ -123,10 +123,7 @@ impl LayerLaw {
 
     fn of_layer(layer: usize, block_size: usize, rows: &[&StatRow]) -> LayerLaw {
         let find = |part: &str, class: Class, statistic: &str, at: Option<f64>| {
-            let is = |r: &&&StatRow| {
-                r.part == part && r.class == class.name() && r.statistic == statistic && r.at == at
-            };
-            rows.iter().find(is).copied()
+            rows.iter().find(|r| r.is(part, class.name(), statistic, at)).copied()
         };
         let count = |statistic| find("both", Class::All, statistic, None).map(|r| r.value);
         let class = |class: Class| {
@@ -272,10 +269,10 @@ impl LayerLaw {
             high: mean(&|e| e.high),
             mean_above: above(|e| e.mean_above),
             value_above: above(|e| e.value_above),
-            // These are of pairs that share a block, whatever their classes: no mixture has them.
+            // These are of all pairs together, whatever their classes: no mixture has them.
             dispersion: None,
             rho1: None,
-            gaussian: Some(mean(&|e| e.gaussian.unwrap_or(0.0))),
+            gaussian: None,
         })
     }
 }

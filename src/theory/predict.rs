@@ -188,19 +188,18 @@ fn by_position(law: &LayerLaw, pairing: Pairing, extent: Extent, e: &Exceedance)
         key_error += here.error(s, class.mean) * extent.own;
         value_error += here.error(value, law.value_mean) * extent.own;
     }
-    let own = law.distinct_of(extent) - law.common;
-    let left = left + law.common;
+    let (distinct, left) = (law.distinct_of(extent), left + law.common);
     let elsewhere: &[Class] =
         if pairing == Pairing::Tree { &[Class::Other] } else { &[Class::SameRequest, Class::Other] };
     let rest = law.exceedance(e.tau, extent, elsewhere)?;
     let again = |q: f64| Meeting { pairing, requests, distinct: left, q };
     let blocks = again(rest.q).blocks();
     // What is left stands for all that were there.
-    let stand_for = if left > 0.0 { (law.common + own) / left } else { 1.0 };
+    let stand_for = if left > 0.0 { distinct / left } else { 1.0 };
     let other = law.class(Class::Other).mean;
     key_error += again(rest.q).error(rest.mean_above.unwrap_or(1.0), other) * stand_for;
     value_error += again(rest.q).error(rest.value_above.unwrap_or(0.0), law.value_mean) * stand_for;
-    let value_known = e.value_above.is_some() || blocks >= law.distinct_of(extent);
+    let value_known = e.value_above.is_some() || blocks >= distinct;
     Some(Outcome {
         blocks,
         blocks_low: again(rest.high).blocks(),

@@ -4,6 +4,7 @@ use super::thresholds::Thresholds;
 use crate::error::{Error, Result};
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
+use std::ops::Range;
 use std::sync::Arc;
 
 /// Which blocks fuse with which.
@@ -128,6 +129,14 @@ impl Default for Choices {
             scale: ScaleRule::Norm,
             within_tenant: false,
         }
+    }
+}
+
+impl Choices {
+    /// The layers that are not left alone, of a model of so many.
+    pub fn touched(&self, layers: usize) -> Range<usize> {
+        let first = self.spare_layers.min(layers);
+        first..(layers - first).max(first)
     }
 }
 

@@ -150,8 +150,7 @@ impl Fusion {
 
 impl Codec for Fusion {
     fn coverage(&self, layers: usize) -> Coverage {
-        let first = self.choices.spare_layers.min(layers);
-        let touched = first..(layers - first).max(first);
+        let touched = self.choices.touched(layers);
         Coverage { layers: self.only.clone().unwrap_or(touched), table_layers: self.choices.group_layers }
     }
 
