@@ -169,7 +169,7 @@ fn real_batch(model: &Model) -> Result<CacheBatch> {
     let prompts: Vec<Vec<u32>> =
         set.requests.iter().map(|r| model.tokenizer.encode_prompt(&r.prompt)).collect::<Result<_>>()?;
     let common = shared_prefix(&prompts);
-    let mut batch = CacheBatch::empty(decoder.block_shape(BLOCK_SIZE), Storage::F16, decoder.rope());
+    let mut batch = CacheBatch::empty(decoder.block_shape(BLOCK_SIZE), Storage::F16, decoder.ropes());
     let mut prefix = decoder.new_cache();
     decoder.forward(
         &mut batch.pool,

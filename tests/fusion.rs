@@ -5,7 +5,7 @@ use kvfuse::codec::fusion::{
     Choices, ChunkFusion, Fusion, Pairing, Positions, Representative, RopeMode, Rule, ScaleRule, Similarity,
 };
 use kvfuse::codec::{CacheBatch, Codec, Ledger, Memo, Prefix, Unfused, distortion};
-use kvfuse::model::{Rope, RopeConfig, to_f32};
+use kvfuse::model::{Rope, RopeConfig, Ropes, to_f32};
 use proptest::prelude::*;
 use rand::seq::SliceRandom;
 use rand::{RngExt, SeedableRng};
@@ -15,8 +15,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 /// Position embedding for heads of this size.
-fn rope(head_dim: usize) -> Arc<Rope> {
-    Arc::new(Rope::new(RopeConfig { base: 100.0, dims: head_dim }, 256))
+fn rope(head_dim: usize) -> Arc<Ropes> {
+    Arc::new(Ropes::same(Rope::new(&RopeConfig::plain(100.0, head_dim), 256)))
 }
 
 /// Appends whole layers (`[tokens, kv_heads * head_dim]` keys and values) to a new cache.
@@ -365,11 +365,11 @@ proptest! {
                     // Without its scale, and in the frame that was compared.
                     let (mut x, values) = original.read(request, layer, block);
                     if choices.rope == RopeMode::Strip {
-                        original.rope.strip_tokens(&mut x, 4, 4 * block);
+                        original.ropes.layer(0).strip_tokens(&mut x, 4, 4 * block);
                     }
                     let mut rep = fused.pool.keys(entry.block).to_vec();
                     if choices.rope == RopeMode::Strip && !entry.stripped {
-                        original.rope.strip_tokens(&mut rep, 4, 4 * block);
+                        original.ropes.layer(0).strip_tokens(&mut rep, 4, 4 * block);
                     }
                     let (key, value) = (cosine(&x, &rep), cosine(&values, fused.pool.values(entry.block)));
                     let similarity = match choices.similarity {
@@ -526,7 +526,7 @@ fn stripped_keys_match_at_other_positions() {
     for shift in [0usize, 2] {
         // `shift` blocks of other text first; keys get the positions they come to stand at.
         let mut keys = [random(shift * 16), text_keys.clone()].concat();
-        rope.rotate_tokens(&mut keys, 4, 0);
+        rope.layer(0).rotate_tokens(&mut keys, 4, 0);
         let values = [random(shift * 16), text_values.clone()].concat();
         let data = vec![(keys, values); 5];
         let cache = cache(&mut batch.pool, &data);

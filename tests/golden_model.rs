@@ -21,7 +21,14 @@ fn qwen2_agrees_with_the_reference() {
     agrees("qwen2.5-coder-0.5b");
 }
 
+#[test]
+fn gemma3_agrees_with_the_reference() {
+    agrees("gemma3-270m");
+}
+
 fn agrees(name: &str) {
+    // Gemma's values reach 55.
+    let sample_tolerance = if name.starts_with("gemma") { 1e-2 } else { 2e-3 };
     let golden: Value = serde_json::from_str(include_str!("fixtures/golden_models.json")).unwrap();
     let golden = &golden[name];
     let model = Model::load(name).unwrap();
@@ -62,7 +69,7 @@ fn agrees(name: &str) {
             {
                 let row = &layer(n, is_values)[token * config.kv_heads * config.head_dim..][..8];
                 for (got, reference) in row.iter().zip(floats(&reference[i])) {
-                    assert!((got - reference).abs() < 2e-3, "{name}: layer {n}: {got} {reference}");
+                    assert!((got - reference).abs() < sample_tolerance, "{name}: layer {n}: {got} {reference}");
                 }
             }
         }

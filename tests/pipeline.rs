@@ -200,7 +200,7 @@ fn hf_folder(gguf: &Path, folder: &Path) {
         .into_iter()
         .map(|name| {
             let (shape, data) = source.tensor(&name).unwrap();
-            (name, shape, data.iter().flat_map(|x| x.to_le_bytes()).collect())
+            (name, shape, data.into_f32().iter().flat_map(|x| x.to_le_bytes()).collect())
         })
         .collect();
     let views = tensors.iter().map(|(n, s, b)| (n, TensorView::new(Dtype::F32, s.clone(), b).unwrap()));

@@ -31,7 +31,9 @@ fn config() -> ModelConfig {
         vocab: 16,
         context: 4096,
         rms_epsilon: 1e-5,
-        rope: RopeConfig { base: 10_000.0, dims: WIDTH },
+        rope: RopeConfig::plain(10_000.0, WIDTH),
+        sliding: None,
+        query_scalar: None,
     }
 }
 
@@ -217,7 +219,7 @@ proptest! {
 #[test]
 fn independent_blocks_look_independent() {
     let config =
-        ModelConfig { head_dim: 64, hidden: 64, rope: RopeConfig { base: 1e4, dims: 64 }, ..config() };
+        ModelConfig { head_dim: 64, hidden: 64, rope: RopeConfig::plain(1e4, 64), ..config() };
     let mut rng = ChaCha8Rng::seed_from_u64(9);
     // Sums of twelve uniform numbers, less six.
     let mut normal = || (0..12).map(|_| rng.random_range(0.0f32..1.0)).sum::<f32>() - 6.0;
@@ -263,7 +265,7 @@ fn independent_blocks_look_independent() {
 #[test]
 fn a_planted_cluster_is_found() {
     let config =
-        ModelConfig { head_dim: 32, hidden: 32, rope: RopeConfig { base: 1e4, dims: 32 }, ..config() };
+        ModelConfig { head_dim: 32, hidden: 32, rope: RopeConfig::plain(1e4, 32), ..config() };
     let caches: Vec<Cache> = (0..10)
         .map(|i| {
             let mut keys = vec![0.0; 2 * 32];

@@ -13,7 +13,7 @@ pub use prefix::Prefix;
 
 use crate::block::{BlockPool, BlockShape, RequestCache, Storage};
 use crate::error::Result;
-use crate::model::Rope;
+use crate::model::Ropes;
 use fusion::Blocks;
 use std::ops::Range;
 use std::sync::{Arc, OnceLock};
@@ -27,19 +27,19 @@ pub struct CacheBatch {
     pub tokens: Vec<Vec<u32>>,
     /// Whose request each is.
     pub tenants: Vec<String>,
-    /// What turns the keys of this model.
-    pub rope: Arc<Rope>,
+    /// What turns the keys of this model's layers.
+    pub ropes: Arc<Ropes>,
 }
 
 impl CacheBatch {
     /// No requests yet, blocks of this shape.
-    pub fn empty(shape: BlockShape, storage: Storage, rope: Arc<Rope>) -> Self {
+    pub fn empty(shape: BlockShape, storage: Storage, ropes: Arc<Ropes>) -> Self {
         CacheBatch {
             pool: BlockPool::new(shape, storage),
             caches: Vec::new(),
             tokens: Vec::new(),
             tenants: Vec::new(),
-            rope,
+            ropes,
         }
     }
 
@@ -62,7 +62,8 @@ impl CacheBatch {
         let shape = self.pool.shape();
         let mut keys = self.pool.keys(entry.block).to_vec();
         if entry.stripped {
-            self.rope.rotate_tokens(&mut keys, shape.token_width(), block * shape.block_size);
+            let rope = self.ropes.layer(layer);
+            rope.rotate_tokens(&mut keys, shape.token_width(), block * shape.block_size);
         }
         keys.iter_mut().for_each(|x| *x *= entry.key_scale());
         let values = self.pool.values(entry.block).iter().map(|x| x * entry.value_scale()).collect();

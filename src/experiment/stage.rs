@@ -218,7 +218,7 @@ pub fn encode_batch(model: &Model, base: &CacheBatch, memo: &Memo, encoder: &Enc
             Ok(batch)
         }
         Encoder::Chunks(chunks) => {
-            let mut batch = CacheBatch::empty(base.pool.shape(), Storage::F16, base.rope.clone());
+            let mut batch = CacheBatch::empty(base.pool.shape(), Storage::F16, base.ropes.clone());
             for (tokens, tenant) in base.tokens.iter().zip(&base.tenants) {
                 batch.push(model.decoder.new_cache(), tokens.clone(), tenant);
                 chunks.prefill(&model.decoder, &mut batch)?;
@@ -244,7 +244,7 @@ pub fn load(
     answer: usize,
 ) -> Result<(CacheBatch, Vec<Prompt>)> {
     let shape = model.decoder.block_shape(block_size);
-    let mut batch = CacheBatch::empty(shape, Storage::F16, model.decoder.rope());
+    let mut batch = CacheBatch::empty(shape, Storage::F16, model.decoder.ropes());
     let width = batch.pool.shape().block_width();
     let mut prompts = Vec::new();
     for &i in requests {

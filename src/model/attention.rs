@@ -1,17 +1,21 @@
-//! Grouped-query attention that reads keys and values through a block table.
+//! Grouped-query attention that reads keys and values through a block table, all of them or those in a sliding window.
 
 use super::gemm::{View, product};
-use super::kernels::{causal_softmax, scores, weighted_sum};
+use super::kernels::{causal_softmax, scores, softmax_row, weighted_sum};
 use super::rope::Rope;
 use crate::block::{BlockPool, BlockTable, Entry};
 use rayon::prelude::*;
 
-/// Head geometry of the queries; the pool knows that of the keys.
+/// Head geometry of the queries (the pool knows that of the keys), and what a query does with the keys.
 #[derive(Debug, Clone, Copy)]
 pub struct Heads {
     pub heads: usize,
     pub kv_heads: usize,
     pub head_dim: usize,
+    /// Factor on the inner products of queries and keys.
+    pub scale: f32,
+    /// Tokens a query sees, its own among them; `None` for all.
+    pub window: Option<usize>,
 }
 
 impl Heads {
@@ -22,6 +26,11 @@ impl Heads {
 
     fn width(&self) -> usize {
         self.heads * self.head_dim
+    }
+
+    /// The first position that a query at `position` sees.
+    fn first_seen(&self, position: usize) -> usize {
+        self.window.map_or(0, |w| (position + 1).saturating_sub(w))
     }
 }
 
@@ -105,11 +114,16 @@ struct Seen<'a> {
     tokens: usize,
 }
 
-/// The table's blocks that hold the first `tokens` tokens.
-fn visible<'a>(pool: &'a BlockPool, table: &'a BlockTable, tokens: usize) -> impl Iterator<Item = Seen<'a>> {
+/// The table's blocks that hold the tokens from `from` (rounded down to a whole block) to `to`.
+fn visible<'a>(
+    pool: &'a BlockPool,
+    table: &'a BlockTable,
+    from: usize,
+    to: usize,
+) -> impl Iterator<Item = Seen<'a>> {
     let size = pool.shape().block_size;
-    let blocks = table.entries[..tokens.div_ceil(size)].iter().enumerate();
-    blocks.map(move |(b, entry)| Seen { entry, first: b * size, tokens: size.min(tokens - b * size) })
+    let blocks = table.entries[..to.div_ceil(size)].iter().enumerate().skip(from / size);
+    blocks.map(move |(b, entry)| Seen { entry, first: b * size, tokens: size.min(to - b * size) })
 }
 
 /// Keys of one head of a block that is stored without positions, rotated to where the block stands:
@@ -139,7 +153,6 @@ fn in_place(
     task: &Task,
 ) -> Vec<f32> {
     let (d, group) = (heads.head_dim, heads.group());
-    let softmax_scale = 1.0 / (d as f32).sqrt();
     let total = task.start + task.tokens;
     let stride_kv = heads.kv_heads * d;
     let at = task.kv_head * d;
@@ -148,10 +161,11 @@ fn in_place(
     let mut out = vec![0.0; task.tokens * group * d];
     for (i, out) in out.chunks_exact_mut(d).enumerate() {
         let (token, head) = (i / group, task.kv_head * group + i % group);
-        let weights = &mut weights[..task.start + token + 1];
+        let end = task.start + token + 1;
+        let from = heads.first_seen(end - 1);
         let query = &queries[(task.row + token) * stride + head * d..][..d];
-        for seen in visible(pool, task.table, weights.len()) {
-            let scale = seen.entry.key_scale() * softmax_scale;
+        for seen in visible(pool, task.table, from, end) {
+            let scale = seen.entry.key_scale() * heads.scale;
             let weights = &mut weights[seen.first..seen.first + seen.tokens];
             if seen.entry.stripped {
                 rotated(pool, rope, heads, task.kv_head, &seen, &mut turned);
@@ -160,9 +174,11 @@ fn in_place(
                 scores(query, &pool.keys(seen.entry.block)[at..], stride_kv, scale, weights);
             }
         }
-        let length = weights.len();
-        causal_softmax(weights, length, length, 1);
-        for seen in visible(pool, task.table, length) {
+        // What the first block holds before the window.
+        let block = pool.shape().block_size;
+        weights[from / block * block..from].fill(0.0);
+        softmax_row(&mut weights[from..end]);
+        for seen in visible(pool, task.table, from, end) {
             let values = &pool.values(seen.entry.block)[at..];
             let weights = &weights[seen.first..seen.first + seen.tokens];
             weighted_sum(out, values, stride_kv, seen.entry.value_scale(), weights);
@@ -181,14 +197,17 @@ fn gathered(
     task: &Task,
 ) -> Vec<f32> {
     let (d, group) = (heads.head_dim, heads.group());
-    let total = task.start + task.tokens;
+    let size = pool.shape().block_size;
+    // Blocks before the first query's window are of no use to any.
+    let from = heads.first_seen(task.start) / size * size;
+    let end = task.start + task.tokens;
+    let total = end - from;
     let rows = task.tokens * group;
-    let softmax_scale = 1.0 / (d as f32).sqrt();
     let mut keys = Vec::with_capacity(total * d);
     let mut values = Vec::with_capacity(total * d);
     let mut turned = Vec::new();
-    for seen in visible(pool, task.table, total) {
-        let (key_scale, value_scale) = (seen.entry.key_scale() * softmax_scale, seen.entry.value_scale());
+    for seen in visible(pool, task.table, from, end) {
+        let (key_scale, value_scale) = (seen.entry.key_scale() * heads.scale, seen.entry.value_scale());
         if seen.entry.stripped {
             rotated(pool, rope, heads, task.kv_head, &seen, &mut turned);
             keys.extend(turned.iter().map(|x| x * key_scale));
@@ -209,7 +228,7 @@ fn gathered(
     let mut weights = vec![0.0; rows * total];
     let queries = View::row_major(&gathered_queries, rows, d);
     product(queries, View::row_major(&keys, total, d).transposed(), &mut weights);
-    causal_softmax(&mut weights, total, task.start + 1, group);
+    causal_softmax(&mut weights, total, task.start + 1 - from, group, heads.window.unwrap_or(usize::MAX));
     let mut out = vec![0.0; rows * d];
     product(View::row_major(&weights, rows, total), View::row_major(&values, total, d), &mut out);
     out
@@ -225,10 +244,13 @@ mod tests {
 
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(40))]
-        /// Both paths equal attention written out in f64, scales and blocks without positions included.
+        /// Both paths equal attention written out in f64: scales, blocks without positions and windows included.
         #[test]
-        fn equals_the_definition(start in 0usize..40, tokens in 1usize..70, block_size in 1usize..20, seed in 0u64..99) {
-            let heads = Heads { heads: 4, kv_heads: 2, head_dim: 8 };
+        fn equals_the_definition(
+            start in 0usize..40, tokens in 1usize..70, block_size in 1usize..20,
+            window in prop::option::of(1usize..60), seed in 0u64..99
+        ) {
+            let heads = Heads { heads: 4, kv_heads: 2, head_dim: 8, scale: 0.4, window };
             let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(seed);
             let mut random = |n: usize| -> Vec<f32> { (0..n).map(|_| rng.random_range(-1.0..1.0)).collect() };
             let mut pool = BlockPool::new(BlockShape { block_size, kv_heads: 2, head_dim: 8 }, Storage::F32);
@@ -238,7 +260,7 @@ mod tests {
             for t in 0..total {
                 table.append(&mut pool, &keys[t * 16..][..16], &values[t * 16..][..16]);
             }
-            let rope = Rope::new(RopeConfig { base: 100.0, dims: 8 }, 128);
+            let rope = Rope::new(&RopeConfig::plain(100.0, 8), 128);
             for (i, entry) in table.entries.iter_mut().enumerate() {
                 if i % 2 == 1 { entry.scale = Some(Scale { key: 1.5, value: 0.5 }); }
                 if i % 3 == 1 {
@@ -259,10 +281,12 @@ mod tests {
                     let query = &queries[token * stride + head * 8..][..8];
                     let kv = head / 2;
                     let scale = |t: usize, on: f64| if t / block_size % 2 == 1 { on } else { 1.0 };
-                    let weights: Vec<f64> = (0..=start + token).map(|t| {
+                    let own = start + token;
+                    let weights: Vec<f64> = (0..=own).map(|t| {
+                        if window.is_some_and(|w| own - t >= w) { return 0.0; }
                         let key = &keys[t * 16 + kv * 8..][..8];
                         let s: f64 = query.iter().zip(key).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum();
-                        (s * scale(t, 1.5) / 8f64.sqrt()).exp()
+                        (s * scale(t, 1.5) * 0.4).exp()
                     }).collect();
                     let sum: f64 = weights.iter().sum();
                     for i in 0..8 {

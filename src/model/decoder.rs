@@ -2,8 +2,8 @@
 
 use super::attention::{Heads, Query, attend};
 use super::config::ModelConfig;
-use super::kernels::{add, rms_norm, silu_product};
-use super::rope::Rope;
+use super::kernels::{add, gelu_product, rms_norm, silu_product};
+use super::rope::Ropes;
 use super::weights::{LayerWeights, Weights};
 use crate::block::{BlockPool, BlockShape, RequestCache};
 use rayon::prelude::*;
@@ -12,7 +12,7 @@ use std::sync::Arc;
 pub struct Decoder {
     config: ModelConfig,
     weights: Weights,
-    rope: Arc<Rope>,
+    ropes: Arc<Ropes>,
 }
 
 /// New tokens of one request and the cache they extend.
@@ -23,8 +23,8 @@ pub struct Segment<'a> {
 
 impl Decoder {
     pub fn new(config: ModelConfig, weights: Weights) -> Self {
-        let rope = Arc::new(Rope::new(config.rope, config.context.max(1)));
-        Decoder { config, weights, rope }
+        let ropes = Arc::new(Ropes::new(&config, config.context.max(1)));
+        Decoder { config, weights, ropes }
     }
 
     pub fn config(&self) -> &ModelConfig {
@@ -33,12 +33,12 @@ impl Decoder {
 
     /// Longest sequence this decoder can process, in tokens.
     pub fn context(&self) -> usize {
-        self.rope.positions()
+        self.ropes.positions()
     }
 
-    /// The position embedding of this model's keys.
-    pub fn rope(&self) -> Arc<Rope> {
-        Arc::clone(&self.rope)
+    /// The position embeddings of this model's keys.
+    pub fn ropes(&self) -> Arc<Ropes> {
+        Arc::clone(&self.ropes)
     }
 
     /// The shape of this model's cache blocks.
@@ -69,19 +69,32 @@ impl Decoder {
             segments.iter().flat_map(|s| s.cache.tokens..s.cache.tokens + s.tokens.len()).collect();
         let mut x: Vec<f32> = Vec::with_capacity(positions.len() * hidden);
         for &token in segments.iter().flat_map(|s| s.tokens) {
-            x.extend_from_slice(&self.weights.embedding[token as usize * hidden..][..hidden]);
+            self.weights.embed(token, &mut x);
         }
+        let traits = self.config.traits();
+        if traits.scaled_embedding {
+            let factor = (hidden as f32).sqrt();
+            x.iter_mut().for_each(|x| *x *= factor);
+        }
+        let (epsilon, wide) = (self.config.rms_epsilon, self.config.intermediate);
+        let gate = if traits.gelu { gelu_product } else { silu_product };
         for (n, layer) in self.weights.layers.iter().enumerate() {
             let attended = self.attention(n, layer, &x, &positions, pool, segments);
             if let Some(tap) = tap.as_deref_mut() {
                 tap.extend_from_slice(&attended);
             }
-            add(&mut x, &layer.attention_out.apply(&attended));
-            let normed = rms_norm(&x, &layer.mlp_norm, self.config.rms_epsilon);
-            let gated = by_rows(&layer.gate_up.apply(&normed), 2 * self.config.intermediate, |rows| {
-                silu_product(rows, self.config.intermediate)
-            });
-            add(&mut x, &layer.down.apply(&gated));
+            let mut out = layer.attention_out.apply(&attended);
+            if let Some([gain, _]) = &layer.post_norms {
+                out = rms_norm(&out, gain, epsilon);
+            }
+            add(&mut x, &out);
+            let normed = rms_norm(&x, &layer.mlp_norm, epsilon);
+            let gated = by_rows(&layer.gate_up.apply(&normed), 2 * wide, |rows| gate(rows, wide));
+            let mut out = layer.down.apply(&gated);
+            if let Some([_, gain]) = &layer.post_norms {
+                out = rms_norm(&out, gain, epsilon);
+            }
+            add(&mut x, &out);
         }
         for segment in segments {
             segment.cache.tokens += segment.tokens.len();
@@ -109,12 +122,17 @@ impl Decoder {
         let mut qkv = layer.qkv.apply(&normed);
         let (stride, kv) = (layer.qkv.outputs(), c.kv_heads * c.head_dim);
         let rotated = (c.heads + c.kv_heads) * c.head_dim;
+        let rope = self.ropes.layer(n);
         qkv.par_chunks_exact_mut(stride).with_min_len(32).zip(positions).for_each(|(row, &position)| {
             if let Some(bias) = &layer.qkv_bias {
                 add(row, bias);
             }
-            for head in row[..rotated].chunks_exact_mut(c.head_dim) {
-                self.rope.rotate(head, position);
+            for (i, head) in row[..rotated].chunks_exact_mut(c.head_dim).enumerate() {
+                if let Some(gains) = &layer.qk_norms {
+                    let gain = &gains[usize::from(i >= c.heads)];
+                    head.copy_from_slice(&rms_norm(head, gain, c.rms_epsilon));
+                }
+                rope.rotate(head, position);
             }
         });
         let mut rows = qkv.chunks_exact(stride);
@@ -134,8 +152,14 @@ impl Decoder {
                 query
             })
             .collect();
-        let heads = Heads { heads: c.heads, kv_heads: c.kv_heads, head_dim: c.head_dim };
-        attend(pool, &self.rope, heads, &qkv, stride, &requests)
+        let heads = Heads {
+            heads: c.heads,
+            kv_heads: c.kv_heads,
+            head_dim: c.head_dim,
+            scale: c.attention_scale(),
+            window: c.window(n),
+        };
+        attend(pool, rope, heads, &qkv, stride, &requests)
     }
 }
 

@@ -3,8 +3,13 @@
 //! Every product is cut into tiles that depend on the operands' shapes only; each tile is computed by one thread. So the
 //! same product has the same bits whatever the number of threads.
 
+use super::weights::Numbers;
 use gemm::Parallelism;
+use half::slice::HalfFloatSliceExt;
+use half::{bf16, f16};
 use rayon::prelude::*;
+use std::borrow::Cow;
+use std::ops::Range;
 
 /// A read-only matrix view: element (i, j) lies at `data[i * row_stride + j * column_stride]`.
 #[derive(Clone, Copy)]
@@ -88,11 +93,60 @@ unsafe fn product_raw(a: View, b: View, out: *mut f32, out_stride: usize) {
 /// The weight of a linear layer, cut along its outputs into panels of `TILE_OUTPUTS`, each `[inputs, panel outputs]`.
 ///
 /// A panel is read from one end to the other, output-contiguous: the kernel needs no packing and the memory no seeking,
-/// which is what a decode step of a few sequences spends its time on.
+/// which is what a decode step of a few sequences spends its time on. Weights stored in 16 bits stay so; a panel of them is
+/// turned into f32 when it is multiplied.
 pub struct Linear {
-    weight: Vec<f32>,
+    weight: Panels,
     inputs: usize,
     outputs: usize,
+}
+
+/// Weights panel by panel, in the precision of the file.
+enum Panels {
+    F32(Vec<f32>),
+    F16(Vec<f16>),
+    Bf16(Vec<bf16>),
+}
+
+impl Panels {
+    fn len(&self) -> usize {
+        match self {
+            Panels::F32(x) => x.len(),
+            Panels::F16(x) => x.len(),
+            Panels::Bf16(x) => x.len(),
+        }
+    }
+
+    /// Some of the weights in f32.
+    fn read(&self, range: Range<usize>) -> Cow<'_, [f32]> {
+        match self {
+            Panels::F32(x) => Cow::Borrowed(&x[range]),
+            Panels::F16(x) => Cow::Owned(x[range].to_f32_vec()),
+            Panels::Bf16(x) => Cow::Owned(x[range].to_f32_vec()),
+        }
+    }
+
+    fn get(&self, i: usize) -> f32 {
+        match self {
+            Panels::F32(x) => x[i],
+            Panels::F16(x) => x[i].to_f32(),
+            Panels::Bf16(x) => x[i].to_f32(),
+        }
+    }
+}
+
+/// Rows of `inputs` numbers each, of one matrix after the other, rearranged panel by panel.
+fn panels<T: Copy + Default>(parts: &[&[T]], inputs: usize) -> Vec<T> {
+    let rows: Vec<&[T]> = parts.iter().flat_map(|p| p.chunks_exact(inputs)).collect();
+    let mut weight = vec![T::default(); inputs * rows.len()];
+    for (panel, rows) in weight.chunks_mut(inputs * TILE_OUTPUTS).zip(rows.chunks(TILE_OUTPUTS)) {
+        for (o, row) in rows.iter().enumerate() {
+            for (i, &w) in row.iter().enumerate() {
+                panel[i * rows.len() + o] = w;
+            }
+        }
+    }
+    weight
 }
 
 /// Outputs that one tile covers: the height of the AVX-512 kernel, and small enough to share 576 outputs between cores.
@@ -113,18 +167,37 @@ impl OutPointer {
 impl Linear {
     /// From `[outputs, inputs]`, the order of model files. Several such matrices are stacked along the outputs.
     pub fn from_rows(parts: &[&[f32]], inputs: usize) -> Self {
-        let rows: Vec<&[f32]> = parts.iter().flat_map(|p| p.chunks_exact(inputs)).collect();
-        let outputs = rows.len();
-        let mut weight = vec![0.0; inputs * outputs];
-        let panels = weight.chunks_mut(inputs * TILE_OUTPUTS);
-        for (panel, rows) in panels.zip(rows.chunks(TILE_OUTPUTS)) {
-            for (o, row) in rows.iter().enumerate() {
-                for (i, &w) in row.iter().enumerate() {
-                    panel[i * rows.len() + o] = w;
-                }
-            }
+        Self::new(Panels::F32(panels(parts, inputs)), inputs)
+    }
+
+    /// [`Linear::from_rows`] in the precision the numbers have; in f32 if they differ in it.
+    pub fn stack(parts: Vec<Numbers>, inputs: usize) -> Self {
+        let f16s: Option<Vec<&[f16]>> =
+            parts.iter().map(|p| if let Numbers::F16(x) = p { Some(&x[..]) } else { None }).collect();
+        let bf16s: Option<Vec<&[bf16]>> =
+            parts.iter().map(|p| if let Numbers::Bf16(x) = p { Some(&x[..]) } else { None }).collect();
+        if let Some(parts) = f16s {
+            return Self::new(Panels::F16(panels(&parts, inputs)), inputs);
         }
+        if let Some(parts) = bf16s {
+            return Self::new(Panels::Bf16(panels(&parts, inputs)), inputs);
+        }
+        let parts: Vec<Vec<f32>> = parts.into_iter().map(Numbers::into_f32).collect();
+        let parts: Vec<&[f32]> = parts.iter().map(Vec::as_slice).collect();
+        Self::from_rows(&parts, inputs)
+    }
+
+    fn new(weight: Panels, inputs: usize) -> Self {
+        let outputs = weight.len() / inputs;
         Linear { weight, inputs, outputs }
+    }
+
+    /// Appends the weights of one output (`[inputs]`).
+    pub fn extend_with_row(&self, output: usize, out: &mut Vec<f32>) {
+        let first = output / TILE_OUTPUTS * TILE_OUTPUTS;
+        let width = TILE_OUTPUTS.min(self.outputs - first);
+        let at = first * self.inputs + output - first;
+        out.extend((0..self.inputs).map(|i| self.weight.get(at + i * width)));
     }
 
     pub fn outputs(&self) -> usize {
@@ -150,7 +223,8 @@ impl Linear {
             let tile_rows = TILE_ROWS.min(rows - row);
             let tile_columns = TILE_OUTPUTS.min(self.outputs - column);
             let a = View::row_major(&x[row * self.inputs..], tile_rows, self.inputs);
-            let b = View::row_major(&self.weight[column * self.inputs..], self.inputs, tile_columns);
+            let panel = self.weight.read(column * self.inputs..(column + tile_columns) * self.inputs);
+            let b = View::row_major(&panel, self.inputs, tile_columns);
             a.check();
             b.check();
             // SAFETY: the views were checked. Tile (row, column) writes rows row..row+tile_rows and columns
@@ -192,6 +266,26 @@ mod tests {
             let got = Linear::from_rows(&[&w], inputs).apply(&x);
             for (g, e) in got.iter().zip(naive(&x, &w, rows, inputs, outputs)) {
                 prop_assert!((g - e).abs() < 1e-3, "{} {}", g, e);
+            }
+        }
+    }
+
+    /// 16-bit weights multiply as their values in f32 do, to the bit, and every row can be read back.
+    #[test]
+    fn stored_precision_changes_no_product() {
+        let (x, w) = (numbers(5 * 24, 1), numbers(150 * 24, 2));
+        let exact = Linear::from_rows(&[&w], 24);
+        let halves = Numbers::F16(w.iter().map(|&x| f16::from_f32(x)).collect());
+        let brains = Numbers::Bf16(w.iter().map(|&x| bf16::from_f32(x)).collect());
+        for stored in [halves, brains] {
+            let linear = Linear::stack(vec![stored], 24);
+            assert!(!matches!(linear.weight, Panels::F32(_)));
+            // These numbers are eighths below 2: exact in both formats.
+            assert_eq!(linear.apply(&x), exact.apply(&x));
+            for output in [0, 63, 64, 127, 128, 149] {
+                let mut row = Vec::new();
+                linear.extend_with_row(output, &mut row);
+                assert_eq!(row, &w[output * 24..][..24]);
             }
         }
     }

@@ -1,7 +1,10 @@
 //! GGUF files: metadata, tokenizer vocabulary and (de-quantised) tensors, read with candle.
 
-use super::config::{ARCHITECTURES, ModelConfig, RopeConfig, unknown_architecture};
-use super::weights::TensorSource;
+use super::config::{
+    ARCHITECTURES, GEMMA3_LOCAL_BASE, GEMMA3_PATTERN, ModelConfig, RopeConfig, Sliding, all_but_each,
+    unknown_architecture, unknown_scaling,
+};
+use super::weights::{Numbers, TensorSource};
 use crate::error::{Error, Result};
 use crate::files;
 use candle_core::Device;
@@ -29,7 +32,6 @@ impl Gguf {
                 format!("damaged or truncated GGUF header ({}); fetch the file again", one_line(&e));
             Error::file(path, problem)
         })?;
-        let config = config(path, &content)?;
         let end = content.tensor_infos.values().map(|t| {
             let blocks = t.shape.elem_count() / t.ggml_dtype.block_size();
             content.tensor_data_offset + t.offset + (blocks * t.ggml_dtype.type_size()) as u64
@@ -39,6 +41,7 @@ impl Gguf {
             let problem = format!("truncated: {have} bytes of at least {needed}; fetch the file again");
             return Err(Error::file(path, problem));
         }
+        let config = config(path, &map, &content)?;
         Ok(Gguf { path: path.to_owned(), map, content, config })
     }
 
@@ -63,6 +66,12 @@ impl Gguf {
         values.iter().map(|v| v.to_i32().ok().map(i64::from)).collect()
     }
 
+    /// A metadata array of floating-point numbers.
+    pub fn floats(&self, key: &str) -> Option<Vec<f32>> {
+        let values = self.content.metadata.get(key)?.to_vec().ok()?;
+        values.iter().map(|v| v.to_f32().ok()).collect()
+    }
+
     /// A metadata flag.
     pub fn boolean(&self, key: &str) -> Option<bool> {
         self.content.metadata.get(key)?.to_bool().ok()
@@ -80,12 +89,13 @@ impl TensorSource for Gguf {
     }
 
     fn has(&self, name: &str) -> bool {
-        gguf_name(name).is_some_and(|n| self.content.tensor_infos.contains_key(&n))
+        gguf_name(&self.config.architecture, name).is_some_and(|n| self.content.tensor_infos.contains_key(&n))
     }
 
-    fn tensor(&self, name: &str) -> Result<(Vec<usize>, Vec<f32>)> {
+    fn tensor(&self, name: &str) -> Result<(Vec<usize>, Numbers)> {
         let missing = || Error::file(&self.path, format!("tensor {name} is missing"));
-        let stored = gguf_name(name).filter(|n| self.content.tensor_infos.contains_key(n));
+        let stored = gguf_name(&self.config.architecture, name);
+        let stored = stored.filter(|n| self.content.tensor_infos.contains_key(n));
         let stored = stored.ok_or_else(missing)?;
         let read = || -> candle_core::Result<(Vec<usize>, Vec<f32>)> {
             let tensor = self.content.tensor(&mut Cursor::new(&self.map[..]), &stored, &Device::Cpu)?;
@@ -98,14 +108,14 @@ impl TensorSource for Gguf {
         let c = &self.config;
         // Only llama files are stored interleaved.
         if c.architecture != "llama" {
-            return Ok((shape, data));
+            return Ok((shape, Numbers::F32(data)));
         }
         if name.ends_with("q_proj.weight") && shape == [c.heads * c.head_dim, c.hidden] {
             data = rotate_half_rows(&data, c.heads, c.hidden);
         } else if name.ends_with("k_proj.weight") && shape == [c.kv_heads * c.head_dim, c.hidden] {
             data = rotate_half_rows(&data, c.kv_heads, c.hidden);
         }
-        Ok((shape, data))
+        Ok((shape, Numbers::F32(data)))
     }
 }
 
@@ -126,7 +136,7 @@ fn rotate_half_rows(rows: &[f32], heads: usize, inputs: usize) -> Vec<f32> {
     out
 }
 
-fn config(path: &Path, content: &Content) -> Result<ModelConfig> {
+fn config(path: &Path, map: &[u8], content: &Content) -> Result<ModelConfig> {
     let architecture = content.metadata.get("general.architecture");
     let architecture = architecture.and_then(|v| v.to_string().ok()).map_or("", String::as_str);
     if !ARCHITECTURES.contains(&architecture) {
@@ -135,19 +145,36 @@ fn config(path: &Path, content: &Content) -> Result<ModelConfig> {
     let key = |name: &str| format!("{architecture}.{name}");
     let size = |name: &str| integer(content, &key(name)).unwrap_or(0) as usize;
     let float = |name: &str| content.metadata.get(&key(name)).and_then(|v| v.to_f32().ok());
-    let scaling = content.metadata.get(&key("rope.scaling.type")).and_then(|v| v.to_string().ok());
-    if scaling.is_some_and(|s| s != "none") || content.tensor_infos.contains_key("rope_freqs.weight") {
-        return Err(Error::file(path, "RoPE scaling is not supported; use a model without it"));
-    }
     let heads = size("attention.head_count");
     let head_dim = match size("attention.key_length") {
         0 => size("embedding_length") / heads.max(1),
         n => n,
     };
     let vocab = content.tensor_infos.get("token_embd.weight").map_or(0, |t| t.shape.dims()[0]);
+    let layers = size("block_count");
+    let dims = match size("rope.dimension_count") {
+        0 => head_dim,
+        n => n,
+    };
+    let base = float("rope.freq_base").map_or(10_000.0, f64::from);
+    let rope = scaled(path, map, content, RopeConfig::plain(base, dims), &key("rope.scaling"))?;
+    let window = size("attention.sliding_window");
+    let sliding = match architecture {
+        _ if window == 0 => None,
+        "gemma3" => {
+            let base = float("rope.freq_base_swa").map_or(GEMMA3_LOCAL_BASE, f64::from);
+            let pattern = match size("attention.sliding_window_pattern") {
+                0 => GEMMA3_PATTERN,
+                n => n,
+            };
+            let rope = Some(RopeConfig::plain(base, dims));
+            Some(Sliding { window, layers: all_but_each(pattern, layers), rope })
+        }
+        _ => Some(Sliding { window, layers: (0..layers).collect(), rope: None }),
+    };
     ModelConfig {
         architecture: architecture.to_owned(),
-        layers: size("block_count"),
+        layers,
         hidden: size("embedding_length"),
         heads,
         kv_heads: match size("attention.head_count_kv") {
@@ -159,15 +186,39 @@ fn config(path: &Path, content: &Content) -> Result<ModelConfig> {
         vocab,
         context: size("context_length"),
         rms_epsilon: float("attention.layer_norm_rms_epsilon").unwrap_or(1e-5),
-        rope: RopeConfig {
-            base: float("rope.freq_base").map_or(10_000.0, f64::from),
-            dims: match size("rope.dimension_count") {
-                0 => head_dim,
-                n => n,
-            },
-        },
+        rope,
+        sliding,
+        // The one Gemma 3 whose queries are scaled otherwise is the 27B, of 62 layers; GGUF files do not say so.
+        query_scalar: (architecture == "gemma3" && layers == 62)
+            .then(|| size("embedding_length") as f64 / heads as f64),
     }
     .checked(path)
+}
+
+/// RoPE with the scaling a file asks for: divisors of its own (llama 3), or one for all.
+fn scaled(path: &Path, map: &[u8], content: &Content, rope: RopeConfig, key: &str) -> Result<RopeConfig> {
+    const DIVISORS: &str = "rope_freqs.weight";
+    if content.tensor_infos.contains_key(DIVISORS) {
+        let read = || -> candle_core::Result<Vec<f32>> {
+            let tensor = content.tensor(&mut Cursor::new(map), DIVISORS, &Device::Cpu)?;
+            tensor.dequantize(&Device::Cpu)?.flatten_all()?.to_vec1()
+        };
+        let bad = |e| Error::file(path, format!("tensor {DIVISORS} cannot be read: {}", one_line(&e)));
+        let divisors = read().map_err(bad)?.into_iter().map(f64::from).collect();
+        return Ok(RopeConfig { divisors, ..rope });
+    }
+    if content.tensor_infos.contains_key("rope_factors_long.weight") {
+        return Err(unknown_scaling(path, "longrope"));
+    }
+    let kind = content.metadata.get(&format!("{key}.type")).and_then(|v| v.to_string().ok());
+    match kind.map(String::as_str) {
+        None | Some("none") => Ok(rope),
+        Some("linear") => {
+            let factor = content.metadata.get(&format!("{key}.factor")).and_then(|v| v.to_f32().ok());
+            Ok(rope.linear(f64::from(factor.unwrap_or(1.0))))
+        }
+        Some(other) => Err(unknown_scaling(path, other)),
+    }
 }
 
 fn integer(content: &Content, key: &str) -> Option<u64> {
@@ -182,8 +233,8 @@ fn integer(content: &Content, key: &str) -> Option<u64> {
     }
 }
 
-/// The GGUF name of a Hugging Face tensor.
-fn gguf_name(name: &str) -> Option<String> {
+/// The GGUF name of a Hugging Face tensor of an architecture.
+fn gguf_name(architecture: &str, name: &str) -> Option<String> {
     let top = match name {
         "model.embed_tokens.weight" => Some("token_embd.weight"),
         "model.norm.weight" => Some("output_norm.weight"),
@@ -201,9 +252,15 @@ fn gguf_name(name: &str) -> Option<String> {
         "self_attn.k_proj" => "attn_k",
         "self_attn.v_proj" => "attn_v",
         "self_attn.o_proj" => "attn_output",
-        "post_attention_layernorm" => "ffn_norm",
+        "self_attn.qkv_proj" => "attn_qkv",
+        "self_attn.q_norm" => "attn_q_norm",
+        "self_attn.k_norm" => "attn_k_norm",
+        "post_attention_layernorm" if architecture == "gemma3" => "post_attention_norm",
+        "post_attention_layernorm" | "pre_feedforward_layernorm" => "ffn_norm",
+        "post_feedforward_layernorm" => "post_ffw_norm",
         "mlp.gate_proj" => "ffn_gate",
-        "mlp.up_proj" => "ffn_up",
+        // phi3 files keep gate and up under the name of up.
+        "mlp.up_proj" | "mlp.gate_up_proj" => "ffn_up",
         "mlp.down_proj" => "ffn_down",
         _ => return None,
     };
@@ -228,9 +285,13 @@ mod tests {
 
     #[test]
     fn names_are_mapped() {
-        assert_eq!(gguf_name("model.layers.12.mlp.up_proj.weight").unwrap(), "blk.12.ffn_up.weight");
-        assert_eq!(gguf_name("lm_head.weight").unwrap(), "output.weight");
-        assert_eq!(gguf_name("model.layers.1.self_attn.q_proj.bias").unwrap(), "blk.1.attn_q.bias");
-        assert_eq!(gguf_name("model.layers.1.self_attn.rotary_emb.inv_freq"), None);
+        let name = |name: &str| gguf_name("qwen2", name);
+        assert_eq!(name("model.layers.12.mlp.up_proj.weight").unwrap(), "blk.12.ffn_up.weight");
+        assert_eq!(name("lm_head.weight").unwrap(), "output.weight");
+        assert_eq!(name("model.layers.1.self_attn.q_proj.bias").unwrap(), "blk.1.attn_q.bias");
+        assert_eq!(name("model.layers.1.self_attn.rotary_emb.inv_freq"), None);
+        let norm = "model.layers.3.post_attention_layernorm.weight";
+        assert_eq!(name(norm).unwrap(), "blk.3.ffn_norm.weight");
+        assert_eq!(gguf_name("gemma3", norm).unwrap(), "blk.3.post_attention_norm.weight");
     }
 }

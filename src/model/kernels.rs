@@ -100,14 +100,39 @@ pub fn weighted_sum(out: &mut [f32], values: &[f32], stride: usize, scale: f32, 
     }
 }
 
-/// Softmax of every row of `rows` (`[rows, width]`): of its first `seen + i / group` numbers, the rest becomes zero.
+/// Softmax of every row of `rows` (`[rows, width]`): of the last `window` of its first `seen + i / group` numbers; the rest
+/// becomes zero.
 #[multiversion(targets("x86_64+avx512f+avx512vl+avx512dq+avx2+fma", "x86_64+avx2+fma"))]
-pub fn causal_softmax(rows: &mut [f32], width: usize, seen: usize, group: usize) {
+pub fn causal_softmax(rows: &mut [f32], width: usize, seen: usize, group: usize, window: usize) {
     for (i, row) in rows.chunks_exact_mut(width).enumerate() {
         let (past, future) = row.split_at_mut(seen + i / group);
+        let (forgotten, past) = past.split_at_mut(past.len().saturating_sub(window));
+        forgotten.fill(0.0);
         softmax(past);
         future.fill(0.0);
     }
+}
+
+/// Softmax of one row, in place.
+#[multiversion(targets("x86_64+avx512f+avx512vl+avx512dq+avx2+fma", "x86_64+avx2+fma"))]
+pub fn softmax_row(row: &mut [f32]) {
+    softmax(row);
+}
+
+/// GELU in its tanh form (Hendrycks and Gimpel 2016), gating: for each row `[gate, up]` of `gate_up`, `gelu(gate) * up`.
+#[multiversion(targets("x86_64+avx512f+avx512vl+avx512dq+avx2+fma", "x86_64+avx2+fma"))]
+pub fn gelu_product(gate_up: &[f32], width: usize) -> Vec<f32> {
+    // sqrt(2 / pi), and twice it: 0.5 (1 + tanh z) = 1 / (1 + e^-2z).
+    const TWICE: f32 = 2.0 * 0.797_884_6;
+    let mut out = vec![0.0; gate_up.len() / 2];
+    for (row, out) in gate_up.chunks_exact(2 * width).zip(out.chunks_exact_mut(width)) {
+        let (gate, up) = row.split_at(width);
+        for ((o, &g), &u) in out.iter_mut().zip(gate).zip(up) {
+            let z = TWICE * (g + 0.044_715 * g * g * g);
+            *o = g / (1.0 + exp(-z)) * u;
+        }
+    }
+    out
 }
 
 /// Root-mean-square norm of every row of `x` (`[rows, gain.len()]`).

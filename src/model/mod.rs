@@ -1,12 +1,14 @@
 //! Language models: files, tokenizer and a decoder whose KV cache lives outside of it.
 
 pub mod attention;
+mod chat;
 mod config;
 mod decoder;
 mod fetch;
 pub mod gemm;
 mod gguf;
 mod hf;
+mod hf_config;
 pub mod kernels;
 mod probe;
 pub mod registry;
@@ -14,14 +16,14 @@ mod rope;
 mod tokenizer;
 mod weights;
 
-pub use config::{ModelConfig, RopeConfig};
+pub use config::{ARCHITECTURES, ModelConfig, RopeConfig, Sliding, Traits, traits};
 pub use decoder::{Decoder, Segment};
 pub use gguf::Gguf;
 pub use hf::{HfFolder, to_f32};
 pub use probe::{Probe, argmax, log_sum_exp, probe};
-pub use rope::Rope;
+pub use rope::{Rope, Ropes};
 pub use tokenizer::Tokenizer;
-pub use weights::{TensorSource, Weights};
+pub use weights::{Numbers, TensorSource, Weights};
 
 use crate::error::{Error, Result};
 use crate::files;

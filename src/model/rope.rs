@@ -1,6 +1,43 @@
 //! Rotary position embedding, rotate-half layout: number i of a head is paired with number i + d/2.
 
-use super::config::RopeConfig;
+use super::config::{ModelConfig, RopeConfig};
+
+/// The position embeddings of all layers of a model; sliding layers may have their own.
+pub struct Ropes {
+    tables: Vec<Rope>,
+    /// Layer -> table; layers beyond the last have the first.
+    of_layer: Vec<usize>,
+}
+
+impl Ropes {
+    /// For positions `0..positions`.
+    pub fn new(config: &ModelConfig, positions: usize) -> Self {
+        let mut kinds: Vec<&RopeConfig> = vec![&config.rope];
+        let mut kind = |rope| {
+            let known = kinds.iter().position(|k| *k == rope);
+            known.unwrap_or_else(|| {
+                kinds.push(rope);
+                kinds.len() - 1
+            })
+        };
+        let of_layer = (0..config.layers).map(|n| kind(config.layer_rope(n))).collect();
+        Ropes { tables: kinds.into_iter().map(|k| Rope::new(k, positions)).collect(), of_layer }
+    }
+
+    /// One for all layers.
+    pub fn same(rope: Rope) -> Self {
+        Ropes { tables: vec![rope], of_layer: Vec::new() }
+    }
+
+    pub fn layer(&self, n: usize) -> &Rope {
+        &self.tables[self.of_layer.get(n).copied().unwrap_or(0)]
+    }
+
+    /// Positions the tables reach to.
+    pub fn positions(&self) -> usize {
+        self.tables[0].positions()
+    }
+}
 
 /// Cosines and sines for positions `0..positions`.
 pub struct Rope {
@@ -11,10 +48,12 @@ pub struct Rope {
 }
 
 impl Rope {
-    pub fn new(config: RopeConfig, positions: usize) -> Self {
+    pub fn new(config: &RopeConfig, positions: usize) -> Self {
         let half = config.dims / 2;
-        let frequencies: Vec<f64> =
-            (0..half).map(|i| config.base.powf(-2.0 * i as f64 / config.dims as f64)).collect();
+        let mut frequencies = config.frequencies();
+        for (frequency, divisor) in frequencies.iter_mut().zip(&config.divisors) {
+            *frequency /= divisor;
+        }
         let angles = (0..positions).flat_map(|p| frequencies.iter().map(move |f| p as f64 * f));
         let (cos, sin) = angles.map(|a| (a.cos() as f32, a.sin() as f32)).unzip();
         Rope { half, cos, sin }
@@ -74,7 +113,7 @@ mod tests {
         fn strip_then_rotate_is_the_identity(
             position in 0usize..8192, keys in prop::collection::vec(-4.0f32..4.0, 2 * 2 * 64)
         ) {
-            let rope = Rope::new(RopeConfig { base: 100_000.0, dims: 64 }, 8194);
+            let rope = Rope::new(&RopeConfig::plain(100_000.0, 64), 8194);
             let mut turned = keys.clone();
             rope.strip_tokens(&mut turned, 128, position);
             rope.rotate_tokens(&mut turned, 128, position);
@@ -86,7 +125,7 @@ mod tests {
 
     #[test]
     fn scores_depend_on_the_distance_only() {
-        let rope = Rope::new(RopeConfig { base: 100.0, dims: 4 }, 64);
+        let rope = Rope::new(&RopeConfig::plain(100.0, 4), 64);
         let score = |p: usize, q: usize| {
             let (mut a, mut b) = ([0.3f32, -1.0, 0.7, 0.2], [1.0f32, 0.5, -0.25, 2.0]);
             rope.rotate(&mut a, p);

@@ -1,18 +1,38 @@
-//! The weights of a decoder, in f32, whatever file they come from.
+//! The weights of a decoder, whatever file they come from.
 
 use super::config::ModelConfig;
 use super::gemm::Linear;
 use crate::error::{Error, Result};
+use half::{bf16, f16};
 use rayon::prelude::*;
 use std::path::Path;
 
-/// A file or folder that yields tensors by their Hugging Face names, with keys and queries in rotate-half layout.
+/// Numbers in the precision they are stored in.
+pub enum Numbers {
+    F32(Vec<f32>),
+    F16(Vec<f16>),
+    Bf16(Vec<bf16>),
+}
+
+impl Numbers {
+    /// The numbers in f32; no copy if they are already.
+    pub fn into_f32(self) -> Vec<f32> {
+        match self {
+            Numbers::F32(x) => x,
+            Numbers::F16(x) => x.into_iter().map(f16::to_f32).collect(),
+            Numbers::Bf16(x) => x.into_iter().map(bf16::to_f32).collect(),
+        }
+    }
+}
+
+/// A file or folder that yields tensors by their Hugging Face names, with keys and queries in rotate-half layout and norms'
+/// gains as they multiply.
 pub trait TensorSource: Sync {
     /// Where errors point.
     fn path(&self) -> &Path;
     fn has(&self, name: &str) -> bool;
-    /// Shape (outermost first) and f32 data of a tensor.
-    fn tensor(&self, name: &str) -> Result<(Vec<usize>, Vec<f32>)>;
+    /// Shape (outermost first) and data of a tensor.
+    fn tensor(&self, name: &str) -> Result<(Vec<usize>, Numbers)>;
 }
 
 pub struct LayerWeights {
@@ -21,26 +41,30 @@ pub struct LayerWeights {
     pub qkv: Linear,
     /// Added to them (qwen2).
     pub qkv_bias: Option<Vec<f32>>,
+    /// Gains of the norms of each head's query and key, `[head_dim]` each (qwen3, gemma3).
+    pub qk_norms: Option<[Vec<f32>; 2]>,
     pub attention_out: Linear,
     pub mlp_norm: Vec<f32>,
     /// Gate and up stacked: `hidden -> 2 * intermediate`.
     pub gate_up: Linear,
     pub down: Linear,
+    /// Gains of the norms after attention and after the MLP (gemma3).
+    pub post_norms: Option<[Vec<f32>; 2]>,
 }
 
 pub struct Weights {
-    /// `[vocab, hidden]`.
-    pub embedding: Vec<f32>,
+    /// `hidden -> vocab`; an embedding is a row of it where the two are tied.
+    pub head: Linear,
+    /// `[vocab, hidden]`, where it is not tied to the head.
+    pub embedding: Option<Linear>,
     pub layers: Vec<LayerWeights>,
     pub final_norm: Vec<f32>,
-    /// `hidden -> vocab`; the embedding again when the two are tied.
-    pub head: Linear,
 }
 
 impl Weights {
     /// Reads all tensors, checking every shape against the configuration.
     pub fn load(config: &ModelConfig, source: &dyn TensorSource) -> Result<Self> {
-        let tensor = |name: &str, shape: &[usize]| -> Result<Vec<f32>> {
+        let tensor = |name: &str, shape: &[usize]| -> Result<Numbers> {
             let (found, data) = source.tensor(name)?;
             if found != shape {
                 let problem = format!("tensor {name} has shape {found:?}, expected {shape:?}");
@@ -48,43 +72,82 @@ impl Weights {
             }
             Ok(data)
         };
-        let (hidden, wide) = (config.hidden, config.intermediate);
-        let (q, kv) = (config.heads * config.head_dim, config.kv_heads * config.head_dim);
-        let layer = |n: usize| -> Result<LayerWeights> {
-            let get = |name: &str, shape: &[usize]| tensor(&format!("model.layers.{n}.{name}.weight"), shape);
-            let query = get("self_attn.q_proj", &[q, hidden])?;
-            let key = get("self_attn.k_proj", &[kv, hidden])?;
-            let value = get("self_attn.v_proj", &[kv, hidden])?;
-            let gate = get("mlp.gate_proj", &[wide, hidden])?;
-            let up = get("mlp.up_proj", &[wide, hidden])?;
-            let bias =
-                |part: &str, size: usize| tensor(&format!("model.layers.{n}.self_attn.{part}.bias"), &[size]);
-            let qkv_bias = if config.architecture == "qwen2" {
-                Some([bias("q_proj", q)?, bias("k_proj", kv)?, bias("v_proj", kv)?].concat())
-            } else {
-                None
-            };
-            Ok(LayerWeights {
-                qkv_bias,
-                attention_norm: get("input_layernorm", &[hidden])?,
-                qkv: Linear::from_rows(&[&query, &key, &value], hidden),
-                attention_out: Linear::from_rows(&[&get("self_attn.o_proj", &[hidden, q])?], q),
-                mlp_norm: get("post_attention_layernorm", &[hidden])?,
-                gate_up: Linear::from_rows(&[&gate, &up], hidden),
-                down: Linear::from_rows(&[&get("mlp.down_proj", &[hidden, wide])?], wide),
-            })
+        // The largest first: what it needs on the way into memory is free again before the others come.
+        let embedding = "model.embed_tokens.weight";
+        let matrix = |name: &str, outputs: usize, inputs: usize| -> Result<Linear> {
+            Ok(Linear::stack(vec![tensor(name, &[outputs, inputs])?], inputs))
         };
-        let embedding = tensor("model.embed_tokens.weight", &[config.vocab, hidden])?;
-        let head = if source.has("lm_head.weight") {
-            Linear::from_rows(&[&tensor("lm_head.weight", &[config.vocab, hidden])?], hidden)
+        let (head, embedding) = if source.has("lm_head.weight") {
+            let own = matrix(embedding, config.vocab, config.hidden)?;
+            (matrix("lm_head.weight", config.vocab, config.hidden)?, Some(own))
         } else {
-            Linear::from_rows(&[&embedding], hidden)
+            (matrix(embedding, config.vocab, config.hidden)?, None)
         };
+        let layer = |n: usize| layer(config, &|name, shape| tensor(&format!("model.layers.{n}.{name}"), shape));
         Ok(Weights {
+            head,
             embedding,
             layers: (0..config.layers).into_par_iter().map(layer).collect::<Result<_>>()?,
-            final_norm: tensor("model.norm.weight", &[hidden])?,
-            head,
+            final_norm: tensor("model.norm.weight", &[config.hidden])?.into_f32(),
         })
     }
+
+    /// Appends a token's embedding (`[hidden]`).
+    pub fn embed(&self, token: u32, out: &mut Vec<f32>) {
+        self.embedding.as_ref().unwrap_or(&self.head).extend_with_row(token as usize, out);
+    }
+}
+
+/// Reads one layer; `tensor` takes names within it.
+fn layer(
+    config: &ModelConfig,
+    tensor: &dyn Fn(&str, &[usize]) -> Result<Numbers>,
+) -> Result<LayerWeights> {
+    let traits = config.traits();
+    let (hidden, wide) = (config.hidden, config.intermediate);
+    let (q, kv) = (config.heads * config.head_dim, config.kv_heads * config.head_dim);
+    let vector = |name: &str, size: usize| Ok(tensor(name, &[size])?.into_f32());
+    let (qkv, gate_up) = if traits.fused_projections {
+        let qkv = vec![tensor("self_attn.qkv_proj.weight", &[q + 2 * kv, hidden])?];
+        (qkv, vec![tensor("mlp.gate_up_proj.weight", &[2 * wide, hidden])?])
+    } else {
+        let qkv = vec![
+            tensor("self_attn.q_proj.weight", &[q, hidden])?,
+            tensor("self_attn.k_proj.weight", &[kv, hidden])?,
+            tensor("self_attn.v_proj.weight", &[kv, hidden])?,
+        ];
+        let gate = tensor("mlp.gate_proj.weight", &[wide, hidden])?;
+        (qkv, vec![gate, tensor("mlp.up_proj.weight", &[wide, hidden])?])
+    };
+    let qkv_bias = if traits.qkv_bias {
+        let parts = [("q_proj", q), ("k_proj", kv), ("v_proj", kv)];
+        let parts = parts.map(|(part, size)| vector(&format!("self_attn.{part}.bias"), size));
+        Some(parts.into_iter().collect::<Result<Vec<_>>>()?.concat())
+    } else {
+        None
+    };
+    let qk_norms = if traits.qk_norm {
+        let d = config.head_dim;
+        Some([vector("self_attn.q_norm.weight", d)?, vector("self_attn.k_norm.weight", d)?])
+    } else {
+        None
+    };
+    let after_attention = vector("post_attention_layernorm.weight", hidden)?;
+    let (mlp_norm, post_norms) = if traits.post_norms {
+        let after_mlp = vector("post_feedforward_layernorm.weight", hidden)?;
+        (vector("pre_feedforward_layernorm.weight", hidden)?, Some([after_attention, after_mlp]))
+    } else {
+        (after_attention, None)
+    };
+    Ok(LayerWeights {
+        attention_norm: vector("input_layernorm.weight", hidden)?,
+        qkv: Linear::stack(qkv, hidden),
+        qkv_bias,
+        qk_norms,
+        attention_out: Linear::stack(vec![tensor("self_attn.o_proj.weight", &[hidden, q])?], q),
+        mlp_norm,
+        gate_up: Linear::stack(gate_up, hidden),
+        down: Linear::stack(vec![tensor("mlp.down_proj.weight", &[hidden, wide])?], wide),
+        post_norms,
+    })
 }

@@ -9,7 +9,7 @@ use crate::codec::fusion::{Part, RopeMode};
 use crate::dump::{Manifest, Shard, open_request};
 use crate::error::{Error, Result};
 use crate::interrupt;
-use crate::model::Rope;
+use crate::model::Ropes;
 use crate::progress::{Progress, Unit};
 use rand::SeedableRng;
 use rand::seq::index;
@@ -76,7 +76,7 @@ pub fn similarities(
         requests.iter().map(|&i| open_request(dump, manifest, i)).collect::<Result<_>>()?;
     let config = &manifest.model.config;
     let longest = shards.iter().map(|s| s.tokens().len()).max().unwrap_or(0);
-    let rope = Rope::new(config.rope, longest.max(1));
+    let ropes = Ropes::new(config, longest.max(1));
     let width = config.kv_heads * config.head_dim;
     let progress = Progress::new("measuring", config.layers as u64, Unit::Items("layers"));
     let mut found: Vec<Vec<StatRow>> = vec![Vec::new(); options.block_sizes.len()];
@@ -86,7 +86,7 @@ pub fn similarities(
             shards.par_iter().map(|s| s.layer(layer)).collect::<Result<_>>()?;
         for (&size, found) in options.block_sizes.iter().zip(&mut found) {
             let places = places(&shards, size, options);
-            let strip = (options.rope == RopeMode::Strip).then_some(&rope);
+            let strip = (options.rope == RopeMode::Strip).then_some(ropes.layer(layer));
             let blocks = distinct_blocks(&caches, &places, size, width, strip);
             let sums = count_pairs(&blocks, &options.taus, shards.len())?;
             let mut sheet = Sheet { block_size: size, layer, rope: options.rope, rows: Vec::new() };

@@ -8,7 +8,7 @@ use crate::codec::fusion::{Choices, Fusion, Pairing, Rule};
 use crate::codec::{CacheBatch, Codec, Memo, distortion};
 use crate::error::Result;
 use crate::interrupt;
-use crate::model::{Rope, RopeConfig};
+use crate::model::{Rope, RopeConfig, Ropes};
 use crate::stats::{Class, Home, count_pairs, distinct_blocks, mean, rounded};
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
@@ -166,7 +166,7 @@ fn draw_one(recipe: &Recipe, thresholds: &[f64], draws: &Draws, draw: u64) -> Re
 /// Caches of one layer, a block a token.
 fn batch_of(caches: &[(Vec<f32>, Vec<f32>)], width: usize) -> CacheBatch {
     let shape = BlockShape { block_size: 1, kv_heads: 1, head_dim: width };
-    let rope = Rope::new(RopeConfig { base: 10_000.0, dims: width }, 1);
+    let rope = Ropes::same(Rope::new(&RopeConfig::plain(10_000.0, width), 1));
     let mut batch = CacheBatch::empty(shape, Storage::F32, Arc::new(rope));
     for (keys, values) in caches {
         let mut table = BlockTable::default();

@@ -97,7 +97,7 @@ impl Blocks {
                 let shape = batch.pool.shape();
                 let mut keys = batch.pool.keys(block).to_vec();
                 let position = self.places[place].block * shape.block_size;
-                batch.rope.strip_tokens(&mut keys, shape.token_width(), position);
+                batch.ropes.layer(layer).strip_tokens(&mut keys, shape.token_width(), position);
                 Cow::Owned(keys)
             }
         }

@@ -1,0 +1,143 @@
+//! A Hugging Face `config.json` as a [`ModelConfig`].
+
+use super::config::{
+    ARCHITECTURES, GEMMA3_LOCAL_BASE, GEMMA3_PATTERN, Llama3Scaling, ModelConfig, RopeConfig, Sliding,
+    all_but_each, unknown_architecture, unknown_scaling,
+};
+use crate::error::{Error, IoAt, Result};
+use serde::Deserialize;
+use serde_json::Value;
+use std::fs;
+use std::path::Path;
+
+/// The fields of `config.json` that kvfuse reads.
+#[derive(Deserialize)]
+struct RawConfig {
+    num_hidden_layers: usize,
+    hidden_size: usize,
+    num_attention_heads: usize,
+    num_key_value_heads: Option<usize>,
+    head_dim: Option<usize>,
+    intermediate_size: usize,
+    vocab_size: usize,
+    #[serde(default)]
+    max_position_embeddings: usize,
+    #[serde(default = "default_epsilon")]
+    rms_norm_eps: f32,
+    rope_theta: Option<f64>,
+    /// Of gemma3's sliding layers.
+    rope_local_base_freq: Option<f64>,
+    rope_scaling: Option<Value>,
+    /// Where transformers 5 puts the three above: one object, or one a kind of layer.
+    rope_parameters: Option<Value>,
+    partial_rotary_factor: Option<f64>,
+    #[serde(default)]
+    attention_bias: bool,
+    #[serde(default)]
+    mlp_bias: bool,
+    #[serde(default)]
+    use_sliding_window: bool,
+    sliding_window: Option<usize>,
+    #[serde(alias = "_sliding_window_pattern")]
+    sliding_window_pattern: Option<usize>,
+    layer_types: Option<Vec<String>>,
+    query_pre_attn_scalar: Option<f64>,
+}
+
+fn default_epsilon() -> f32 {
+    1e-6
+}
+
+/// Reads and checks a `config.json`.
+pub fn read(path: &Path) -> Result<ModelConfig> {
+    let text = fs::read_to_string(path).at(path)?;
+    let bad = |e: serde_json::Error| Error::file(path, format!("not a model configuration: {e}"));
+    let value: Value = serde_json::from_str(&text).map_err(bad)?;
+    let named = value.get("model_type").and_then(Value::as_str).unwrap_or_default();
+    let architecture = match named {
+        "gemma3_text" => "gemma3",
+        "gemma3" => {
+            let problem = "a Gemma 3 that reads images is not supported; use a text model (gemma3_text)";
+            return Err(Error::file(path, problem));
+        }
+        other => other,
+    }
+    .to_owned();
+    if !ARCHITECTURES.contains(&&architecture[..]) {
+        return Err(unknown_architecture(path, &architecture));
+    }
+    let raw: RawConfig = serde_json::from_value(value).map_err(bad)?;
+    // qwen2 has its three biases whether its configuration says so or not.
+    if raw.attention_bias && architecture != "qwen2" || raw.mlp_bias {
+        return Err(Error::file(path, "attention biases but qwen2's, and MLP biases, are not supported"));
+    }
+    if raw.partial_rotary_factor.is_some_and(|f| f != 1.0) {
+        return Err(Error::file(path, "RoPE on a part of each head is not supported; use another model"));
+    }
+    let head_dim = raw.head_dim.unwrap_or(raw.hidden_size / raw.num_attention_heads.max(1));
+    let gemma = architecture == "gemma3";
+    // Per kind of layer, in transformers 5 (gemma3).
+    let part = |kind: &str| raw.rope_parameters.as_ref().map(|p| p.get(kind).unwrap_or(p));
+    let base = |own: Option<&Value>| own.and_then(|p| p.get("rope_theta")).and_then(Value::as_f64);
+    let general = part("full_attention");
+    let default = if gemma { 1_000_000.0 } else { 10_000.0 };
+    let plain = RopeConfig::plain(raw.rope_theta.or(base(general)).unwrap_or(default), head_dim);
+    let rope = scaled(path, plain, raw.rope_scaling.as_ref().or(general))?;
+    let sliding = sliding(&raw, &architecture, || {
+        let local = raw.rope_local_base_freq.or(base(part("sliding_attention")));
+        RopeConfig::plain(local.unwrap_or(GEMMA3_LOCAL_BASE), head_dim)
+    });
+    ModelConfig {
+        layers: raw.num_hidden_layers,
+        hidden: raw.hidden_size,
+        heads: raw.num_attention_heads,
+        kv_heads: raw.num_key_value_heads.unwrap_or(raw.num_attention_heads),
+        head_dim,
+        intermediate: raw.intermediate_size,
+        vocab: raw.vocab_size,
+        context: raw.max_position_embeddings,
+        rms_epsilon: raw.rms_norm_eps,
+        rope,
+        sliding,
+        query_scalar: raw.query_pre_attn_scalar.filter(|s| gemma && *s != head_dim as f64),
+        architecture,
+    }
+    .checked(path)
+}
+
+/// The layers that slide, if any do.
+fn sliding(raw: &RawConfig, architecture: &str, local: impl Fn() -> RopeConfig) -> Option<Sliding> {
+    // The qwens name a window that they use only when told to.
+    if architecture.starts_with("qwen") && !raw.use_sliding_window {
+        return None;
+    }
+    let window = raw.sliding_window?;
+    let gemma = architecture == "gemma3";
+    let layers = match &raw.layer_types {
+        Some(kinds) => (0..kinds.len()).filter(|&n| kinds[n] == "sliding_attention").collect(),
+        None if gemma => {
+            all_but_each(raw.sliding_window_pattern.unwrap_or(GEMMA3_PATTERN), raw.num_hidden_layers)
+        }
+        None => (0..raw.num_hidden_layers).collect(),
+    };
+    Some(Sliding { window, layers, rope: gemma.then(local) })
+}
+
+/// RoPE with the scaling that a `rope_scaling` or `rope_parameters` object asks for.
+fn scaled(path: &Path, rope: RopeConfig, scaling: Option<&Value>) -> Result<RopeConfig> {
+    let Some(scaling) = scaling else { return Ok(rope) };
+    let kind = scaling.get("rope_type").or_else(|| scaling.get("type")).and_then(Value::as_str);
+    let bad = |e: serde_json::Error| Error::file(path, format!("rope_scaling: {e}"));
+    match kind {
+        None | Some("default") => Ok(rope),
+        Some("linear") => {
+            let factor = scaling.get("factor").and_then(Value::as_f64).unwrap_or(1.0);
+            Ok(rope.linear(factor))
+        }
+        Some("llama3") => {
+            let scaling: Llama3Scaling = serde_json::from_value(scaling.clone()).map_err(bad)?;
+            Ok(rope.llama3(scaling))
+        }
+        Some(other) => Err(unknown_scaling(path, other)),
+    }
+}
