@@ -61,6 +61,11 @@ impl Progress {
         progress
     }
 
+    /// Sets how much there is in all, where it was not known at first.
+    pub fn set_length(&self, total: u64) {
+        self.bar.set_length(total);
+    }
+
     /// Sets the count reached so far.
     pub fn set(&self, done: u64) {
         self.bar.set_position(done);

@@ -48,14 +48,8 @@ fn made_up_dump(folder: &Path, config: &ModelConfig, caches: &[Cache]) -> Manife
         let shard = format!("request-{i:05}.safetensors");
         let layers = [(longer(keys), longer(values))];
         write_shard(&folder.join(&shard), &vec![1; tokens], &layers, config, DumpDtype::F32).unwrap();
-        let request = Request {
-            id: i.to_string(),
-            prompt: "x".to_owned(),
-            references: vec!["y".to_owned()],
-            question: String::new(),
-            tenant: String::new(),
-            shift_tokens: 0,
-        };
+        let references = vec!["y".to_owned()];
+        let request = Request { references, ..Request::raw(i.to_string(), "x".to_owned()) };
         requests.push(RequestEntry { shard, tokens, request });
     }
     let manifest = Manifest {
@@ -73,6 +67,8 @@ fn made_up_dump(folder: &Path, config: &ModelConfig, caches: &[Cache]) -> Manife
         dtype: DumpDtype::F32,
         shared_prefix_tokens: 0,
         stop: None,
+        answer_tokens: None,
+        chat: false,
         requests,
     };
     manifest.write(folder).unwrap();

@@ -2,7 +2,7 @@
 
 use super::sweep::summary;
 use super::{say, typed_command};
-use crate::dump::{DumpDtype, DumpOptions, dump};
+use crate::dump::{DumpDtype, DumpOptions, Sort, dump};
 use crate::experiment::{SWEEP_CSV, Settings, sweep};
 use crate::model::registry::DEFAULT_MODEL;
 use crate::plot::plot_sweep;
@@ -30,6 +30,9 @@ pub fn run(args: Args) -> Result<()> {
             model: DEFAULT_MODEL.to_owned(),
             draw: Draw::plain("builtin:qa", args.requests, 3, 0),
             shift: 0,
+            chat: false,
+            max_tokens: None,
+            sort: Sort::None,
             dtype: DumpDtype::F16,
             command: typed_command(),
         },

@@ -1,7 +1,7 @@
 //! `kvfuse dump`.
 
 use super::{say, typed_command};
-use crate::dump::{DumpDtype, DumpOptions, dump};
+use crate::dump::{DumpDtype, DumpOptions, Sort, dump};
 use crate::model::registry::DEFAULT_MODEL;
 use crate::task::Draw;
 use anyhow::Result;
@@ -13,16 +13,20 @@ use std::path::PathBuf;
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Example:\n  kvfuse dump --data builtin:qa --requests 64 --shots 3 -o dumps/qa")]
 pub struct Args {
-    /// Built-in name, GGUF file or Hugging Face folder
+    /// Built-in name, GGUF file, Hugging Face folder or hf:ORG/NAME[@REVISION]
     #[arg(long, default_value = DEFAULT_MODEL)]
     model: String,
     /// builtin:qa, builtin:longqa (several passages, one of which holds the answer), synth:niah (codes hidden in filler),
-    /// squad:FILE (SQuAD v1.1 JSON) or prompts:FILE (JSON lines)
+    /// squad:FILE (SQuAD v1.1 JSON), longbench:FILE, ruler:FILE, prompts:FILE (JSON lines with prompt and answers) or text:FILE
+    /// (plain text, for perplexity)
     #[arg(long, default_value = "builtin:qa")]
     data: String,
     /// Prompts to draw
     #[arg(long, default_value_t = 64)]
     requests: usize,
+    /// Instead of --requests: so many prompts, or all where there are fewer
+    #[arg(long, value_name = "N", conflicts_with = "requests")]
+    limit: Option<usize>,
     /// Worked examples in front of every question
     #[arg(long, default_value_t = 3)]
     shots: usize,
@@ -42,6 +46,15 @@ pub struct Args {
     /// Put this many filler tokens in front of every other request, so that equal text stands at other positions
     #[arg(long, value_name = "TOKENS", default_value_t = 0, hide_default_value = true)]
     shift: usize,
+    /// Cut the middle out of prompts of more tokens than this
+    #[arg(long, value_name = "TOKENS")]
+    max_tokens: Option<usize>,
+    /// Order of the requests; requests of a batch stand together
+    #[arg(long, value_enum, default_value = "none")]
+    sort: Sort,
+    /// Wrap every prompt in the model's chat template, as the message of a user
+    #[arg(long)]
+    chat: bool,
     /// Storage of keys and values
     #[arg(long, value_enum, default_value_t = DumpDtype::F32)]
     dtype: DumpDtype,
@@ -59,6 +72,7 @@ pub fn run(args: Args) -> Result<()> {
             draw: Draw {
                 spec: args.data,
                 requests: args.requests,
+                limit: args.limit,
                 shots: args.shots,
                 seed: args.seed,
                 length: args.length,
@@ -67,10 +81,17 @@ pub fn run(args: Args) -> Result<()> {
             },
             shift: args.shift,
             dtype: args.dtype,
+            chat: args.chat,
+            max_tokens: args.max_tokens,
+            sort: args.sort,
             command: typed_command(),
         },
     )?;
     let tokens: usize = manifest.requests.iter().map(|r| r.tokens).sum();
+    let cut = manifest.requests.iter().filter(|r| r.request.cut_tokens > 0).count();
+    if cut > 0 {
+        say(format!("{cut} prompts were cut in the middle to --max-tokens"));
+    }
     say(format!(
         "{}: {} requests, {tokens} tokens, of which {} lead every prompt",
         out.display(),
@@ -87,16 +108,20 @@ fn default_name(args: &Args) -> String {
         let stem = last.split('.').next().unwrap_or(last);
         stem.chars().map(|c| if c.is_ascii_alphanumeric() || c == '-' { c } else { '_' }).collect::<String>()
     };
+    let longest = args.max_tokens.map(|m| format!("-x{m}")).unwrap_or_default();
+    let requests = args.limit.unwrap_or(args.requests);
+    let flags = [("-sorted", args.sort == Sort::Length), ("-chat", args.chat)];
+    let flags: String = flags.iter().filter(|(_, on)| *on).map(|(name, _)| *name).collect();
     let plain = format!(
         "{}-{}-n{}-k{}-s{}",
         stem(&args.model),
         stem(&args.data),
-        args.requests,
+        requests,
         args.shots,
         args.seed
     );
     let length = args.length.map(|l| format!("-l{l}")).unwrap_or_default();
     let optional = [("-m", args.needles - args.needles.min(1)), ("-t", args.tenants), ("-p", args.shift)];
     let optional = optional.iter().filter(|(_, n)| *n > 0).map(|(name, n)| format!("{name}{n}"));
-    plain + &length + &optional.collect::<String>()
+    plain + &length + &longest + &optional.collect::<String>() + &flags
 }

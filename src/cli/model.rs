@@ -11,14 +11,14 @@ use clap::Subcommand;
 pub enum Command {
     /// List the built-in models and whether they are on disk
     List,
-    /// Fetch a built-in model if it is not on disk yet; prints its path
+    /// Fetch a built-in model or hf:ORG/NAME[@REVISION] if it is not on disk yet; prints its path
     Pull {
         #[arg(default_value = DEFAULT_MODEL)]
         name: String,
     },
     /// Print a model's sizes, RoPE parameters and checksum
     Info {
-        /// Built-in name, GGUF file or Hugging Face folder
+        /// Built-in name, GGUF file, Hugging Face folder or hf:ORG/NAME[@REVISION]
         #[arg(default_value = DEFAULT_MODEL)]
         model: String,
     },
@@ -26,7 +26,7 @@ pub enum Command {
     ///
     /// Example: kvfuse model try smollm2-135m "The capital of France is"
     Try {
-        /// Built-in name, GGUF file or Hugging Face folder
+        /// Built-in name, GGUF file, Hugging Face folder or hf:ORG/NAME[@REVISION]
         model: String,
         prompt: String,
         /// Tokens to continue by
@@ -42,6 +42,10 @@ pub fn run(command: Command) -> Result<()> {
     match command {
         Command::List => list(),
         Command::Pull { name } => {
+            if name.starts_with("hf:") {
+                say(resolve(&name)?.display().to_string());
+                return Ok(());
+            }
             builtin(&name).with_context(|| {
                 let names: Vec<&str> = BUILTINS.iter().map(|b| b.name).collect();
                 format!("'{name}' is not a built-in model (those are: {})", names.join(", "))

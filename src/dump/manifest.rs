@@ -27,6 +27,12 @@ pub struct Manifest {
     pub shared_prefix_tokens: usize,
     /// Text that ends an answer besides the model's end-of-text tokens.
     pub stop: Option<String>,
+    /// Longest answer that the data's authors let a model give, in tokens.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub answer_tokens: Option<usize>,
+    /// Prompts are wrapped in the model's chat template.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub chat: bool,
     pub requests: Vec<RequestEntry>,
 }
 

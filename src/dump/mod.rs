@@ -8,5 +8,5 @@ mod shard;
 pub(crate) use inspect::open_request;
 pub use inspect::{Summary, inspect};
 pub use manifest::{DataEntry, MANIFEST, Manifest, ModelEntry, RequestEntry};
-pub use prefill::{DumpOptions, dump, shared_prefix};
+pub use prefill::{DumpOptions, Sort, dump, shared_prefix};
 pub use shard::{DumpDtype, Shard, write_shard};

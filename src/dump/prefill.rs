@@ -21,8 +21,24 @@ pub struct DumpOptions {
     /// Filler tokens in front of every other request (the second, the fourth ...).
     pub shift: usize,
     pub dtype: DumpDtype,
+    /// Wrap every prompt in the model's chat template.
+    pub chat: bool,
+    /// Cut the middle out of prompts of more tokens.
+    pub max_tokens: Option<usize>,
+    /// In which order requests are dumped.
+    pub sort: Sort,
     /// Arguments to record in the manifest.
     pub command: Vec<String>,
+}
+
+/// The order of a dump's requests, which is the order in which a sweep puts them into batches.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum Sort {
+    /// As the data has them, or as they were drawn.
+    #[default]
+    None,
+    /// By tokens, the shortest first.
+    Length,
 }
 
 /// Tokens a prefill block holds. Any size gives the same dump; this one keeps the last block small.
@@ -44,8 +60,22 @@ pub fn dump(folder: &Path, options: &DumpOptions) -> Result<Manifest> {
     }
     let mut set = task::load(&options.draw, &|text| Ok(model.tokenizer.encode(text)?.len()))?;
     files::writable_folder(folder)?;
-    let mut prompts: Vec<Vec<u32>> =
-        set.requests.iter().map(|r| model.tokenizer.encode_prompt(&r.prompt)).collect::<Result<_>>()?;
+    let encode = |r: &Request| match options.chat {
+        true => model.tokenizer.encode_chat(&r.prompt),
+        false => model.tokenizer.encode_prompt(&r.prompt),
+    };
+    let mut prompts: Vec<Vec<u32>> = set.requests.iter().map(encode).collect::<Result<_>>()?;
+    if let Some(most) = options.max_tokens {
+        cut(&model, &mut set.requests, &mut prompts, most)?;
+    }
+    if options.sort == Sort::Length {
+        let mut pairs: Vec<_> = set.requests.into_iter().zip(prompts).collect();
+        pairs.sort_by_key(|(_, tokens)| tokens.len());
+        (set.requests, prompts) = pairs.into_iter().unzip();
+    }
+    if options.shift > 0 && (options.chat || options.max_tokens.is_some()) {
+        return Err(Error::argument("--shift goes with neither --chat nor --max-tokens"));
+    }
     if options.shift > 0 {
         shift(&model, &mut set.requests, &mut prompts, options)?;
     }
@@ -77,7 +107,10 @@ pub fn dump(folder: &Path, options: &DumpOptions) -> Result<Manifest> {
         seed: options.draw.seed,
         dtype: options.dtype,
         shared_prefix_tokens: shared,
-        stop: set.stop,
+        // A chat answer ends where the model ends it.
+        stop: set.stop.filter(|_| !options.chat),
+        answer_tokens: set.answer_tokens,
+        chat: options.chat,
         requests: entries
             .map(|(i, (request, tokens))| RequestEntry {
                 shard: format!("request-{i:05}.safetensors"),
@@ -96,6 +129,22 @@ pub fn dump(folder: &Path, options: &DumpOptions) -> Result<Manifest> {
     }
     prefill_all(folder, &manifest, &model, &prompts)?;
     Ok(manifest)
+}
+
+/// Cuts the middle out of prompts of more than `most` tokens, as LongBench's authors do: instructions stand at both ends.
+fn cut(model: &Model, requests: &mut [Request], prompts: &mut [Vec<u32>], most: usize) -> Result<()> {
+    if most < 2 {
+        return Err(Error::argument("--max-tokens must be at least 2"));
+    }
+    for (request, prompt) in requests.iter_mut().zip(prompts) {
+        if prompt.len() <= most {
+            continue;
+        }
+        request.cut_tokens = prompt.len() - most;
+        prompt.drain(most.div_ceil(2)..most.div_ceil(2) + request.cut_tokens);
+        request.prompt = model.tokenizer.decode(prompt)?;
+    }
+    Ok(())
 }
 
 /// Puts exactly `options.shift` filler tokens in front of every other prompt, so that equal text comes to stand at other

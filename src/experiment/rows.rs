@@ -16,6 +16,8 @@ pub struct RequestScore {
     /// Token F1 and exact match; absent for requests without references.
     pub f1: Option<f64>,
     pub em: Option<f64>,
+    /// The task's own metric.
+    pub score: Option<f64>,
     /// Means over the request's target tokens, nats a token.
     pub nll: f64,
     pub kl: f64,
@@ -36,6 +38,8 @@ pub struct RequestRow<'a> {
     pub tenant: &'a str,
     pub f1: Option<f64>,
     pub f1_none: Option<f64>,
+    pub score: Option<f64>,
+    pub score_none: Option<f64>,
     pub kl: f64,
     pub nll: f64,
     pub top1: f64,
@@ -56,6 +60,8 @@ impl<'a> RequestRow<'a> {
             tenant: &score.tenant,
             f1: score.f1.map(rounded),
             f1_none: baseline.f1.map(rounded),
+            score: score.score.map(rounded),
+            score_none: baseline.score.map(rounded),
             kl: rounded(score.kl),
             nll: rounded(score.nll),
             top1: rounded(score.top1),
@@ -117,6 +123,8 @@ pub struct Timings {
 pub struct Setting {
     pub model: String,
     pub data: String,
+    /// Name of the requests' metric.
+    pub metric: String,
     pub dump: String,
     /// Checksum of the ids of the requests swept, if not all of the dump's.
     pub questions: Option<String>,
@@ -178,6 +186,14 @@ pub struct Row {
     pub em_diff: Option<f64>,
     pub em_diff_low: Option<f64>,
     pub em_diff_high: Option<f64>,
+    /// Of `score`: the task's own metric ("mixed" if requests have several).
+    pub metric: String,
+    pub score: Option<f64>,
+    pub score_low: Option<f64>,
+    pub score_high: Option<f64>,
+    pub score_diff: Option<f64>,
+    pub score_diff_low: Option<f64>,
+    pub score_diff_high: Option<f64>,
     pub worst_request: String,
     pub worst_kl: f64,
     /// The highest relative squared error of one block of one layer, of its keys or of its values.
@@ -218,6 +234,7 @@ impl Row {
             (interval(&all(|s| s.kl)), interval(&all(|s| s.top1)), interval(&all(|s| s.nll)));
         let nll_diff = paired(|s| Some(s.nll));
         let (f1, f1_diff, em, em_diff) = (some(|s| s.f1), paired(|s| s.f1), some(|s| s.em), paired(|s| s.em));
+        let (score, score_diff) = (some(|s| s.score), paired(|s| s.score));
         let worst = scores.iter().max_by(|a, b| a.kl.total_cmp(&b.kl));
         let layer_cr: Vec<String> = ledger.layers.iter().map(|l| format!("{:.4}", l.cr())).collect();
         let cr = ledger.cr_audited();
@@ -269,6 +286,13 @@ impl Row {
             em_diff: of(em_diff, middle),
             em_diff_low: of(em_diff, low),
             em_diff_high: of(em_diff, high),
+            metric: setting.metric.clone(),
+            score: of(score, middle),
+            score_low: of(score, low),
+            score_high: of(score, high),
+            score_diff: of(score_diff, middle),
+            score_diff_low: of(score_diff, low),
+            score_diff_high: of(score_diff, high),
             worst_request: worst.map_or(String::new(), |w| w.id.clone()),
             worst_kl: rounded(worst.map_or(f64::NAN, |w| w.kl)),
             worst_block_error: rounded(scores.iter().map(|s| s.worst_block_error).fold(0.0, f64::max)),

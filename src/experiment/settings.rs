@@ -4,6 +4,7 @@ use super::arms::{Arm, Grid, Method};
 use super::evaluate::FirstToken;
 use super::grid::parse_taus;
 use crate::codec::fusion::{Pairing, Positions, Representative, RopeMode, ScaleRule, Similarity, Thresholds};
+use crate::dump::Manifest;
 use crate::error::{Error, IoAt, Result};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -82,7 +83,7 @@ pub struct Settings {
     /// Requests fused and decoded together [default: 64]
     #[arg(long)]
     pub batch: Option<usize>,
-    /// Longest answer in tokens [default: 32]
+    /// Longest answer in tokens [default: what the data's authors allow, else 32]
     #[arg(long)]
     pub max_new_tokens: Option<usize>,
     /// Bootstrap resamples of an interval [default: 2000]
@@ -113,7 +114,8 @@ pub struct SweepOptions {
     pub first_token: FirstToken,
     /// Requests fused and decoded together.
     pub batch: usize,
-    pub max_new_tokens: usize,
+    /// Longest answer; what the data says, else [`ANSWER_TOKENS`], if not given.
+    pub max_new_tokens: Option<usize>,
     pub resamples: usize,
     pub seed: u64,
     /// The settings as they were given, for the manifest.
@@ -122,6 +124,8 @@ pub struct SweepOptions {
     pub command: Vec<String>,
 }
 
+/// Tokens of an answer, at most, where neither the data nor the user says.
+const ANSWER_TOKENS: usize = 32;
 /// More than anyone means of anything that is counted here.
 const MOST: usize = 1_000_000;
 
@@ -185,7 +189,7 @@ impl Settings {
             block_sizes: self.block_size.unwrap_or_else(|| vec![16]),
             first_token: self.first_token.unwrap_or(FirstToken::Fused),
             batch: self.batch.unwrap_or(64),
-            max_new_tokens: self.max_new_tokens.unwrap_or(32),
+            max_new_tokens: self.max_new_tokens,
             resamples: self.resamples.unwrap_or(2000),
             seed: self.seed.unwrap_or(0),
             dump,
@@ -203,10 +207,15 @@ impl SweepOptions {
         self.block_sizes.iter().flat_map(|&size| self.grid.arms(size)).collect()
     }
 
+    /// The longest answer that requests of a dump are given, in tokens.
+    pub fn answer_tokens(&self, manifest: &Manifest) -> usize {
+        self.max_new_tokens.or(manifest.answer_tokens).unwrap_or(ANSWER_TOKENS)
+    }
+
     fn check(&self) -> Result<()> {
         let mut counts = vec![
             ("--batch", self.batch),
-            ("--max-new-tokens", self.max_new_tokens),
+            ("--max-new-tokens", self.max_new_tokens.unwrap_or(ANSWER_TOKENS)),
             ("--resamples", self.resamples),
         ];
         counts.extend(self.block_sizes.iter().map(|&n| ("--block-size", n)));

@@ -11,7 +11,7 @@ use crate::dump::{Manifest, open_request};
 use crate::error::{Error, Result};
 use crate::interrupt;
 use crate::model::Model;
-use crate::task::{exact_match, token_f1};
+use crate::task::{Metric, exact_match, token_f1};
 use rayon::prelude::*;
 use std::path::Path;
 use std::time::Instant;
@@ -54,13 +54,13 @@ impl<'a> Stage<'a> {
         let mut stage = Stage {
             model,
             manifest,
-            max_new_tokens: options.max_new_tokens,
+            max_new_tokens: options.answer_tokens(manifest),
             lots: Vec::new(),
             baseline: baseline.map(|r| r.requests.clone()),
             cr_prefix: [1.0; 2],
         };
         let mut prefix = [Ledger::default(), Ledger::default()];
-        let longest_answer = options.max_new_tokens.max(MOST_TARGETS);
+        let longest_answer = stage.max_new_tokens.max(MOST_TARGETS);
         let mut done = 0;
         for requests in requests.chunks(options.batch) {
             interrupt::check()?;
@@ -79,7 +79,7 @@ impl<'a> Stage<'a> {
                     r.requests[done..][..requests.len()].iter().map(|r| r.answer_tokens.clone()).collect()
                 }
                 None if requests.iter().any(unasked) => {
-                    let (stop, most) = (manifest.stop.as_deref(), options.max_new_tokens);
+                    let (stop, most) = (manifest.stop.as_deref(), stage.max_new_tokens);
                     answers(model, &base.spared, &mut base.batch, &prompts, stop, most)?
                 }
                 None => vec![Vec::new(); requests.len()],
@@ -135,13 +135,14 @@ impl<'a> Stage<'a> {
             for (i, answer_tokens) in tokens.into_iter().enumerate() {
                 let request = &self.manifest.requests[lot.requests[i]].request;
                 let answer = answer_text(self.model, &answer_tokens, stop)?;
-                let asked = !request.references.is_empty();
+                let asked = !request.references.is_empty() && request.metric != Metric::Likelihood;
                 let plain = self.baseline.as_ref().map_or(&answer_tokens, |b| &b[scores.len()].answer_tokens);
                 scores.push(RequestScore {
                     id: request.id.clone(),
                     tenant: request.tenant.clone(),
                     f1: asked.then(|| token_f1(&answer, &request.references)),
                     em: asked.then(|| exact_match(&answer, &request.references)),
+                    score: request.metric.score(&answer, &request.references, &request.classes),
                     answer,
                     nll: divergences[i].nll,
                     kl: divergences[i].kl,
@@ -283,7 +284,8 @@ fn targets(model: &Model, manifest: &Manifest, i: usize, answer: &[u32]) -> Resu
     let request = &manifest.requests[i].request;
     let mut targets = match request.references.first() {
         Some(reference) => {
-            let space = if request.prompt.ends_with(char::is_whitespace) { "" } else { " " };
+            let ends = request.prompt.ends_with(char::is_whitespace);
+            let space = if ends || request.metric == Metric::Likelihood { "" } else { " " };
             model.tokenizer.encode(&format!("{space}{reference}"))?
         }
         None => answer.to_vec(),

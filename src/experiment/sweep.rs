@@ -90,16 +90,20 @@ pub fn questions(options: &SweepOptions, manifest: &Manifest) -> Result<Vec<usiz
 /// What all arms have in common.
 pub fn setting(options: &SweepOptions, manifest: &Manifest, questions: &[usize]) -> Result<Setting> {
     let ids: Vec<&str> = questions.iter().map(|&i| &manifest.requests[i].request.id[..]).collect();
+    let mut metrics: Vec<&str> =
+        questions.iter().map(|&i| manifest.requests[i].request.metric.name()).collect();
+    metrics.dedup();
     Ok(Setting {
         model: manifest.model.name.clone(),
         data: manifest.data.name.clone(),
+        metric: if metrics.len() == 1 { metrics[0].to_owned() } else { "mixed".to_owned() },
         dump: manifest.identity()?,
         questions: (questions.len() < manifest.requests.len())
             .then(|| files::sha256_bytes(ids.join("\n").as_bytes())[..12].to_owned()),
         seed: options.seed,
         batch: options.batch,
         first_token: options.first_token,
-        max_new_tokens: options.max_new_tokens,
+        max_new_tokens: options.answer_tokens(manifest),
         resamples: options.resamples,
     })
 }

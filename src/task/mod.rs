@@ -1,13 +1,19 @@
 //! Prompt sets: where requests come from, what their prompts look like, and how answers are scored.
 
 mod filler;
+mod lines;
+mod longbench;
+mod metric;
 mod niah;
+mod passages;
 mod prompts;
 mod qa;
+mod ruler;
 mod score;
 mod squad;
 
 pub use filler::Filler;
+pub use metric::Metric;
 pub use score::{exact_match, token_f1};
 
 use crate::error::{Error, IoAt, Result};
@@ -31,12 +37,40 @@ pub struct Request {
     /// Whose request it is; empty if nobody's in particular.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub tenant: String,
+    /// How its answer is scored.
+    #[serde(default, skip_serializing_if = "is_f1")]
+    pub metric: Metric,
+    /// All classes there are, where the metric is classification.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub classes: Vec<String>,
+    /// Longest answer the task's authors let a model give, in tokens.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub answer_tokens: Option<usize>,
+    /// Tokens that were cut out of the middle of the prompt (`kvfuse dump --max-tokens`).
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub cut_tokens: usize,
     /// Filler tokens that were put in front of the prompt (`kvfuse dump --shift`).
     #[serde(default, skip_serializing_if = "is_zero")]
     pub shift_tokens: usize,
 }
 
 impl Request {
+    /// A prompt as it stands, with no question about it yet.
+    pub fn raw(id: String, prompt: String) -> Self {
+        Request {
+            id,
+            question: String::new(),
+            references: Vec::new(),
+            prompt,
+            tenant: String::new(),
+            metric: Metric::F1,
+            classes: Vec::new(),
+            answer_tokens: None,
+            cut_tokens: 0,
+            shift_tokens: 0,
+        }
+    }
+
     /// What the question is about: the prompt between the last blank line (worked examples come before it) and the
     /// question; the whole prompt if there is no question.
     pub fn text(&self) -> &str {
@@ -47,6 +81,10 @@ impl Request {
             _ => &self.prompt,
         }
     }
+}
+
+fn is_f1(metric: &Metric) -> bool {
+    *metric == Metric::F1
 }
 
 fn is_zero(n: &usize) -> bool {
@@ -65,6 +103,8 @@ pub struct PromptSet {
     pub stop: Option<String>,
     /// SHA-256 of the data file.
     pub sha256: String,
+    /// Longest answer a sweep should let a model give, where the data has an opinion.
+    pub answer_tokens: Option<usize>,
 }
 
 const BUILTIN_QA: &str = include_str!("../../data/qa.json");
@@ -72,9 +112,12 @@ const BUILTIN_QA: &str = include_str!("../../data/qa.json");
 /// Which prompts to draw.
 #[derive(Debug, Clone)]
 pub struct Draw {
-    /// `builtin:qa`, `builtin:longqa`, `synth:niah`, `squad:PATH` or `prompts:PATH`.
+    /// `builtin:qa`, `builtin:longqa`, `synth:niah`, `squad:PATH`, `longbench:PATH`, `ruler:PATH`, `text:PATH` or
+    /// `prompts:PATH`.
     pub spec: String,
     pub requests: usize,
+    /// Instead of `requests`: so many, or all where there are fewer.
+    pub limit: Option<usize>,
     /// Worked examples in front of a question.
     pub shots: usize,
     pub seed: u64,
@@ -89,14 +132,26 @@ pub struct Draw {
 impl Draw {
     /// Prompts as they come: no joining, no tenants.
     pub fn plain(spec: &str, requests: usize, shots: usize, seed: u64) -> Self {
-        Draw { spec: spec.to_owned(), requests, shots, seed, length: None, needles: 1, tenants: 0 }
+        let spec = spec.to_owned();
+        Draw { spec, requests, limit: None, shots, seed, length: None, needles: 1, tenants: 0 }
+    }
+
+    /// The least and the most requests wanted.
+    fn counts(&self) -> (usize, usize) {
+        self.limit.map_or((self.requests, self.requests), |limit| (1, limit))
+    }
+
+    /// With as many requests as there are questions, if fewer than the limit.
+    fn limited(&self, passages: &[squad::Passage]) -> Draw {
+        let there: usize = passages.iter().map(|p| p.questions.len()).sum();
+        Draw { requests: self.limit.map_or(self.requests, |l| l.min(there)), ..self.clone() }
     }
 }
 
 /// Draws prompts. `tokens` counts the tokens of a text.
 pub fn load(draw: &Draw, tokens: &dyn Fn(&str) -> Result<usize>) -> Result<PromptSet> {
-    if draw.requests == 0 {
-        return Err(Error::argument("--requests must be at least 1"));
+    if draw.requests == 0 || draw.limit == Some(0) {
+        return Err(Error::argument("--requests and --limit must be at least 1"));
     }
     let spec = &draw.spec[..];
     let (kind, rest) = spec.split_once(':').unwrap_or((spec, ""));
@@ -109,19 +164,28 @@ pub fn load(draw: &Draw, tokens: &dyn Fn(&str) -> Result<usize>) -> Result<Promp
         ("builtin", "qa" | "longqa") => {
             let length = draw.length.or((rest == "longqa").then_some(qa::LONG));
             let passages = squad::parse(&PathBuf::from(spec), BUILTIN_QA)?;
-            qa::draw(&passages, BUILTIN_QA, &Draw { length, ..draw.clone() }, tokens)
+            let draw = Draw { length, ..draw.limited(&passages) };
+            qa::draw(&passages, BUILTIN_QA, &draw, tokens)
         }
-        ("synth", "niah") => niah::draw(draw, tokens),
-        ("squad", _) if !rest.is_empty() => {
-            let text = fs::read_to_string(&path).at(&path)?;
-            qa::draw(&squad::parse(&path, &text)?, &text, draw, tokens)
+        ("synth", "niah") => {
+            niah::draw(&Draw { requests: draw.limit.unwrap_or(draw.requests), ..draw.clone() }, tokens)
         }
-        ("prompts", _) if !rest.is_empty() => {
+        ("squad" | "longbench" | "ruler" | "text" | "prompts", _) if !rest.is_empty() => {
             let text = fs::read_to_string(&path).at(&path)?;
-            prompts::take(&path, &text, draw.requests).and_then(fixed)
+            match kind {
+                "squad" => {
+                    let passages = squad::parse(&path, &text)?;
+                    qa::draw(&passages, &text, &draw.limited(&passages), tokens)
+                }
+                "longbench" => longbench::take(&path, &text, draw.counts()).and_then(fixed),
+                "ruler" => ruler::take(&path, &text, draw.counts()).and_then(fixed),
+                "text" => passages::windows(&path, &text, draw, draw.counts(), tokens),
+                _ => prompts::take(&path, &text, draw.counts()).and_then(fixed),
+            }
         }
         _ => {
-            let known = "builtin:qa, builtin:longqa, synth:niah, squad:FILE or prompts:FILE";
+            let known = "builtin:qa, builtin:longqa, synth:niah, squad:FILE, longbench:FILE, ruler:FILE, text:FILE or \
+                         prompts:FILE";
             Err(Error::argument(format!("--data {spec}: use {known}")))
         }
     }?;

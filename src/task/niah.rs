@@ -32,6 +32,7 @@ pub fn draw(options: &Draw, tokens: &dyn Fn(&str) -> Result<usize>) -> Result<Pr
         shots: Vec::new(),
         stop: Some("\n".to_owned()),
         sha256: checksum(filler::source()),
+        answer_tokens: None,
     })
 }
 
@@ -80,12 +81,10 @@ fn request(
         let at = rng.random_range(0..=sentences.len());
         sentences.insert(at, needle);
     }
+    let id = format!("niah-{}-{}", options.seed, i + 1);
     Ok(Request {
-        id: format!("niah-{}-{}", options.seed, i + 1),
         question: format!("What is the code of {}?", names[0]),
         references: vec![codes[0].clone()],
-        prompt: template(&sentences.join(" "), &names[0]),
-        tenant: String::new(),
-        shift_tokens: 0,
+        ..Request::raw(id, template(&sentences.join(" "), &names[0]))
     })
 }

@@ -80,12 +80,9 @@ pub fn draw(
         };
         let texts: Vec<&str> = around.iter().map(|&i| &passages[i].text[..]).collect();
         Ok(Request {
-            id: question.id.clone(),
             question: question.text.clone(),
             references: question.references.clone(),
-            prompt: preamble.clone() + &unanswered(&texts, &question.text),
-            tenant: String::new(),
-            shift_tokens: 0,
+            ..Request::raw(question.id.clone(), preamble.clone() + &unanswered(&texts, &question.text))
         })
     };
     Ok(PromptSet {
@@ -94,6 +91,7 @@ pub fn draw(
         shots: chosen.iter().map(|i| format!("shot-{}", i + 1)).collect(),
         stop: Some("\n".to_owned()),
         sha256: checksum(text),
+        answer_tokens: None,
     })
 }
 

@@ -38,6 +38,41 @@ fn f1(answer: &[String], reference: &[String]) -> f64 {
     2.0 * f64::from(common) / (answer.len() + reference.len()) as f64
 }
 
+/// Lengths of longest common subsequences of all pairs of beginnings: `[a + 1, b + 1]`.
+fn lcs_table<T: PartialEq>(a: &[T], b: &[T]) -> Vec<Vec<usize>> {
+    let mut table = vec![vec![0; b.len() + 1]; a.len() + 1];
+    for (i, x) in a.iter().enumerate() {
+        for (j, y) in b.iter().enumerate() {
+            let longest = table[i][j + 1].max(table[i + 1][j]);
+            table[i + 1][j + 1] = if x == y { table[i][j] + 1 } else { longest };
+        }
+    }
+    table
+}
+
+/// Length of a longest common subsequence.
+pub fn lcs<T: PartialEq>(a: &[T], b: &[T]) -> usize {
+    lcs_table(a, b)[a.len()][b.len()]
+}
+
+/// The members of a longest common subsequence; where several are, one that drops the end of `a` last.
+pub fn lcs_words<'a>(a: &[&'a str], b: &[&str]) -> Vec<&'a str> {
+    let table = lcs_table(a, b);
+    let (mut i, mut j) = (a.len(), b.len());
+    let mut words = Vec::new();
+    while i > 0 && j > 0 {
+        if a[i - 1] == b[j - 1] {
+            words.push(a[i - 1]);
+            (i, j) = (i - 1, j - 1);
+        } else if table[i - 1][j] > table[i][j - 1] {
+            i -= 1;
+        } else {
+            j -= 1;
+        }
+    }
+    words
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -1,0 +1,86 @@
+//! Plain text, for perplexity: windows one after the other, the end of each to be predicted from the rest.
+
+use super::metric::Metric;
+use super::{Draw, PromptSet, Request, lines};
+use crate::error::{Error, Result};
+use std::path::Path;
+
+/// Tokens of a window where none are asked for.
+pub const LENGTH: usize = 512;
+/// Tokens at the end of a window whose likelihood is measured.
+pub const SCORED: usize = 64;
+
+/// The text's first windows of about `--length` tokens, cut between words.
+pub fn windows(
+    path: &Path,
+    text: &str,
+    draw: &Draw,
+    (least, most): (usize, usize),
+    tokens: &dyn Fn(&str) -> Result<usize>,
+) -> Result<PromptSet> {
+    let length = draw.length.unwrap_or(LENGTH);
+    if length <= 2 * SCORED {
+        let message = format!("--length {length}: {SCORED} tokens are scored; use more than {}", 2 * SCORED);
+        return Err(Error::argument(message));
+    }
+    let mut windows: Vec<Request> = Vec::new();
+    let mut words: Vec<(&str, usize)> = Vec::new();
+    let mut used = 0;
+    for word in text.split_inclusive(char::is_whitespace) {
+        if windows.len() == most {
+            break;
+        }
+        let own = tokens(word)?.max(1);
+        if used + own > length {
+            windows.push(window(&words, windows.len()));
+            words.clear();
+            used = 0;
+        }
+        words.push((word, own));
+        used += own;
+    }
+    if windows.len() < least.max(1) {
+        let problem = format!("has text for {} windows of {length} tokens, fewer than asked for", windows.len());
+        return Err(Error::file(path, problem));
+    }
+    Ok(lines::set(text, windows, "", None, Some(1)))
+}
+
+/// A window's beginning as prompt, its end as reference. The white space between the two belongs to the reference.
+fn window(words: &[(&str, usize)], n: usize) -> Request {
+    let mut scored = 0;
+    let mut at = words.len();
+    while at > 1 && scored + words[at - 1].1 <= SCORED {
+        at -= 1;
+        scored += words[at].1;
+    }
+    let join = |part: &[(&str, usize)]| part.iter().map(|(word, _)| *word).collect::<String>();
+    let (before, after) = (join(&words[..at]), join(&words[at..]));
+    let prompt = before.trim_end();
+    let reference = format!("{}{after}", &before[prompt.len()..]);
+    Request {
+        references: vec![reference],
+        metric: Metric::Likelihood,
+        ..Request::raw(format!("window-{}", n + 1), prompt.to_owned())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn windows_put_together_are_the_text() {
+        let text: String = (0..1000).map(|i| format!("word{i}{}", if i % 9 == 0 { "\n\n" } else { " " })).collect();
+        let draw = Draw { length: Some(200), ..Draw::plain("text:x", 3, 0, 0) };
+        let one = |_: &str| Ok(1);
+        let set = windows(Path::new("x"), &text, &draw, (3, 3), &one).unwrap();
+        let joined: String =
+            set.requests.iter().map(|r| format!("{}{}", r.prompt, r.references[0])).collect();
+        assert!(text.starts_with(&joined));
+        let scored: Vec<usize> =
+            set.requests.iter().map(|r| r.references[0].split_whitespace().count()).collect();
+        assert_eq!(scored, [SCORED; 3]);
+        assert!(windows(Path::new("x"), &text, &draw, (9, 9), &one).unwrap_err().to_string().contains("windows"));
+    }
+}
