@@ -1,6 +1,6 @@
 use clap::Parser;
 use clap::error::ErrorKind;
-use kvfuse::cli::Cli;
+use kvfuse::cli::{Cli, words_of};
 use std::process::ExitCode;
 
 /// Keeps freed memory for the next matrix instead of giving it back to the kernel and paying for fresh, zeroed pages
@@ -29,10 +29,7 @@ fn main() -> ExitCode {
             asked.exit()
         }
         Err(usage) => {
-            let text = usage.to_string();
-            let lines = text.lines().map(str::trim).take_while(|l| !l.starts_with("Usage:"));
-            let said: Vec<&str> = lines.filter(|l| !l.is_empty() && !l.starts_with("For more")).collect();
-            return failed(said.join(" ").trim_start_matches("error: "));
+            return failed(&words_of(&usage));
         }
     };
     match cli.run() {

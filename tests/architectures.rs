@@ -425,23 +425,30 @@ fn a_gibibyte_of_bf16_peaks_near_its_size() {
         safetensors::serialize_to_file(views, None, &path).unwrap();
         bytes += fs::metadata(path).unwrap().len();
     };
-    write("a.safetensors", vec![
-        ("model.embed_tokens.weight".to_owned(), vec![vocab, hidden]),
-        ("model.norm.weight".to_owned(), vec![hidden]),
-    ]);
+    write(
+        "a.safetensors",
+        vec![
+            ("model.embed_tokens.weight".to_owned(), vec![vocab, hidden]),
+            ("model.norm.weight".to_owned(), vec![hidden]),
+        ],
+    );
     for n in 0..layers {
-        let tensor = |name: &str, shape: &[usize]| (format!("model.layers.{n}.{name}.weight"), shape.to_vec());
-        write(&format!("layer-{n:02}.safetensors"), vec![
-            tensor("self_attn.q_proj", &[hidden, hidden]),
-            tensor("self_attn.k_proj", &[512, hidden]),
-            tensor("self_attn.v_proj", &[512, hidden]),
-            tensor("self_attn.o_proj", &[hidden, hidden]),
-            tensor("mlp.gate_proj", &[wide, hidden]),
-            tensor("mlp.up_proj", &[wide, hidden]),
-            tensor("mlp.down_proj", &[hidden, wide]),
-            tensor("input_layernorm", &[hidden]),
-            tensor("post_attention_layernorm", &[hidden]),
-        ]);
+        let tensor =
+            |name: &str, shape: &[usize]| (format!("model.layers.{n}.{name}.weight"), shape.to_vec());
+        write(
+            &format!("layer-{n:02}.safetensors"),
+            vec![
+                tensor("self_attn.q_proj", &[hidden, hidden]),
+                tensor("self_attn.k_proj", &[512, hidden]),
+                tensor("self_attn.v_proj", &[512, hidden]),
+                tensor("self_attn.o_proj", &[hidden, hidden]),
+                tensor("mlp.gate_proj", &[wide, hidden]),
+                tensor("mlp.up_proj", &[wide, hidden]),
+                tensor("mlp.down_proj", &[hidden, wide]),
+                tensor("input_layernorm", &[hidden]),
+                tensor("post_attention_layernorm", &[hidden]),
+            ],
+        );
     }
     let before = peak_kib() * 1024;
     let folder = HfFolder::open(dir.path()).unwrap();

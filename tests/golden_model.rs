@@ -69,7 +69,10 @@ fn agrees(name: &str) {
             {
                 let row = &layer(n, is_values)[token * config.kv_heads * config.head_dim..][..8];
                 for (got, reference) in row.iter().zip(floats(&reference[i])) {
-                    assert!((got - reference).abs() < sample_tolerance, "{name}: layer {n}: {got} {reference}");
+                    assert!(
+                        (got - reference).abs() < sample_tolerance,
+                        "{name}: layer {n}: {got} {reference}"
+                    );
                 }
             }
         }

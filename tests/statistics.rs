@@ -214,8 +214,7 @@ proptest! {
 /// deviation 1/sqrt(width), and every dimension is used.
 #[test]
 fn independent_blocks_look_independent() {
-    let config =
-        ModelConfig { head_dim: 64, hidden: 64, rope: RopeConfig::plain(1e4, 64), ..config() };
+    let config = ModelConfig { head_dim: 64, hidden: 64, rope: RopeConfig::plain(1e4, 64), ..config() };
     let mut rng = ChaCha8Rng::seed_from_u64(9);
     // Sums of twelve uniform numbers, less six.
     let mut normal = || (0..12).map(|_| rng.random_range(0.0f32..1.0)).sum::<f32>() - 6.0;
@@ -260,8 +259,7 @@ fn independent_blocks_look_independent() {
 /// One cluster at one position, everything else orthogonal: dispersion, rho1 and the position's own q in exact numbers.
 #[test]
 fn a_planted_cluster_is_found() {
-    let config =
-        ModelConfig { head_dim: 32, hidden: 32, rope: RopeConfig::plain(1e4, 32), ..config() };
+    let config = ModelConfig { head_dim: 32, hidden: 32, rope: RopeConfig::plain(1e4, 32), ..config() };
     let caches: Vec<Cache> = (0..10)
         .map(|i| {
             let mut keys = vec![0.0; 2 * 32];

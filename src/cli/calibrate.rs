@@ -1,7 +1,7 @@
 //! `kvfuse calibrate`.
 
+use super::say;
 use super::table::table;
-use super::{say, typed_command};
 use crate::codec::fusion::{Choices, Pairing, Positions, Representative, RopeMode, ScaleRule, Similarity};
 use crate::experiment::{CalibrateOptions, LayerReport, Settings, Target, calibrate, calibrate_from_model};
 use crate::files;
@@ -79,7 +79,7 @@ pub struct Args {
     out: PathBuf,
 }
 
-pub fn run(args: Args) -> Result<()> {
+pub fn run(args: Args, typed: Vec<String>) -> Result<()> {
     let kls = args.target_kl.iter().map(|&kl| ("--target-kl", kl, Target::Kl(kl)));
     let errors = args.target_error.iter().map(|&e| ("--target-error", e, Target::Error(e)));
     let ratios = args.target_cr.iter().map(|&cr| ("--target-cr", cr, Target::Cr(cr)));
@@ -94,12 +94,12 @@ pub fn run(args: Args) -> Result<()> {
     let settings = Settings {
         dump: Some(args.dump),
         block_size: Some(vec![args.block_size]),
-        batch: Some(args.batch),
+        batch: Some(vec![args.batch]),
         model: args.model,
         ..Settings::default()
     };
     let options = CalibrateOptions {
-        sweep: settings.options(typed_command())?,
+        sweep: settings.options(typed)?,
         choices: Choices {
             pairing: args.pairing,
             similarity: Similarity::Lower,

@@ -1,7 +1,7 @@
 //! `kvfuse demo`.
 
+use super::say;
 use super::sweep::summary;
-use super::{say, typed_command};
 use crate::dump::{DumpDtype, DumpOptions, Sort, dump};
 use crate::experiment::{SWEEP_CSV, Settings, sweep};
 use crate::model::registry::DEFAULT_MODEL;
@@ -22,7 +22,7 @@ pub struct Args {
     requests: usize,
 }
 
-pub fn run(args: Args) -> Result<()> {
+pub fn run(args: Args, typed: Vec<String>) -> Result<()> {
     let folder = args.out.join("dump");
     dump(
         &folder,
@@ -34,11 +34,11 @@ pub fn run(args: Args) -> Result<()> {
             max_tokens: None,
             sort: Sort::None,
             dtype: DumpDtype::F16,
-            command: typed_command(),
+            command: typed.clone(),
         },
     )?;
     let settings = Settings { dump: Some(folder), out: Some(args.out.clone()), ..Settings::default() };
-    let rows = sweep(&settings.options(typed_command())?)?;
+    let rows = sweep(&settings.options(typed)?)?;
     let figures = plot_sweep(&args.out)?;
     say(summary(&rows));
     say("");

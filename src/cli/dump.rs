@@ -1,6 +1,6 @@
 //! `kvfuse dump`.
 
-use super::{say, typed_command};
+use super::say;
 use crate::dump::{DumpDtype, DumpOptions, Sort, dump};
 use crate::model::registry::DEFAULT_MODEL;
 use crate::task::Draw;
@@ -63,8 +63,8 @@ pub struct Args {
     out: Option<PathBuf>,
 }
 
-pub fn run(args: Args) -> Result<()> {
-    let out = args.out.clone().unwrap_or_else(|| PathBuf::from("dumps").join(default_name(&args)));
+pub fn run(args: Args, typed: Vec<String>) -> Result<()> {
+    let out = folder(&args);
     let manifest = dump(
         &out,
         &DumpOptions {
@@ -84,7 +84,7 @@ pub fn run(args: Args) -> Result<()> {
             chat: args.chat,
             max_tokens: args.max_tokens,
             sort: args.sort,
-            command: typed_command(),
+            command: typed,
         },
     )?;
     let tokens: usize = manifest.requests.iter().map(|r| r.tokens).sum();
@@ -101,25 +101,31 @@ pub fn run(args: Args) -> Result<()> {
     Ok(())
 }
 
+/// Where a dump goes.
+pub fn folder(args: &Args) -> PathBuf {
+    args.out.clone().unwrap_or_else(|| PathBuf::from("dumps").join(default_name(args)))
+}
+
+/// The last part of a name, path or `kind:path`, as a file name.
+pub fn stem(text: &str) -> String {
+    let last = text.rsplit(['/', ':']).next().unwrap_or(text);
+    let known = [".json", ".jsonl", ".gguf", ".txt"];
+    let stem = known.iter().find_map(|e| last.strip_suffix(e)).unwrap_or(last);
+    stem.chars().map(|c| if c.is_ascii_alphanumeric() || "-.".contains(c) { c } else { '_' }).collect()
+}
+
 /// A folder name that two different dumps are unlikely to share.
 fn default_name(args: &Args) -> String {
-    let stem = |text: &str| {
-        let last = text.rsplit(['/', ':']).next().unwrap_or(text);
-        let stem = last.split('.').next().unwrap_or(last);
-        stem.chars().map(|c| if c.is_ascii_alphanumeric() || c == '-' { c } else { '_' }).collect::<String>()
-    };
     let longest = args.max_tokens.map(|m| format!("-x{m}")).unwrap_or_default();
     let requests = args.limit.unwrap_or(args.requests);
-    let flags = [("-sorted", args.sort == Sort::Length), ("-chat", args.chat)];
+    let flags = [
+        ("-sorted", args.sort == Sort::Length),
+        ("-chat", args.chat),
+        ("-f16", args.dtype == DumpDtype::F16),
+    ];
     let flags: String = flags.iter().filter(|(_, on)| *on).map(|(name, _)| *name).collect();
-    let plain = format!(
-        "{}-{}-n{}-k{}-s{}",
-        stem(&args.model),
-        stem(&args.data),
-        requests,
-        args.shots,
-        args.seed
-    );
+    let plain =
+        format!("{}-{}-n{}-k{}-s{}", stem(&args.model), stem(&args.data), requests, args.shots, args.seed);
     let length = args.length.map(|l| format!("-l{l}")).unwrap_or_default();
     let optional = [("-m", args.needles - args.needles.min(1)), ("-t", args.tenants), ("-p", args.shift)];
     let optional = optional.iter().filter(|(_, n)| *n > 0).map(|(name, n)| format!("{name}{n}"));

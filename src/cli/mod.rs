@@ -2,13 +2,17 @@
 
 mod bench;
 mod calibrate;
+mod compare;
 mod completions;
 mod demo;
 mod dump;
 mod explain;
 mod inspect;
 mod model;
+mod plan;
 mod plot;
+mod report;
+mod run;
 mod simulate;
 mod stats;
 mod sweep;
@@ -57,6 +61,9 @@ enum Command {
     Stats(stats::Args),
     Simulate(simulate::Args),
     Plot(plot::Args),
+    Run(run::Args),
+    Compare(compare::Args),
+    Report(report::Args),
     Demo(demo::Args),
     Bench(bench::Args),
     Completions(completions::Args),
@@ -74,17 +81,27 @@ impl Cli {
             let pool = rayon::ThreadPoolBuilder::new().num_threads(threads.into());
             pool.build_global().context("--threads")?;
         }
-        match self.command {
+        self.command.run(typed_command())
+    }
+}
+
+impl Command {
+    /// Runs it; `typed` is the command line, for manifests.
+    fn run(self, typed: Vec<String>) -> Result<()> {
+        match self {
             Command::Model(command) => model::run(command),
-            Command::Dump(args) => dump::run(args),
+            Command::Dump(args) => dump::run(args, typed),
             Command::Inspect(args) => inspect::run(args),
-            Command::Sweep(args) => sweep::run(*args),
-            Command::Calibrate(args) => calibrate::run(args),
+            Command::Sweep(args) => sweep::run(*args, typed),
+            Command::Calibrate(args) => calibrate::run(args, typed),
             Command::Explain(args) => explain::run(args),
-            Command::Stats(args) => stats::run(args),
-            Command::Simulate(args) => simulate::run(args),
+            Command::Stats(args) => stats::run(args, typed),
+            Command::Simulate(args) => simulate::run(args, typed),
             Command::Plot(args) => plot::run(args),
-            Command::Demo(args) => demo::run(args),
+            Command::Run(args) => run::run(args),
+            Command::Compare(args) => compare::run(args),
+            Command::Report(args) => report::run(args),
+            Command::Demo(args) => demo::run(args, typed),
             Command::Bench(args) => bench::run(args),
             Command::Completions(args) => completions::run(args),
             Command::Man(args) => completions::man(args),
@@ -95,6 +112,14 @@ impl Cli {
 /// Prints to stdout. A reader that has gone (`| head`) is not an error.
 fn say(text: impl AsRef<str>) {
     let _ = writeln!(std::io::stdout().lock(), "{}", text.as_ref());
+}
+
+/// A usage error of clap's in one line.
+pub fn words_of(usage: &clap::Error) -> String {
+    let text = usage.to_string();
+    let lines = text.lines().map(str::trim).take_while(|l| !l.starts_with("Usage:"));
+    let said: Vec<&str> = lines.filter(|l| !l.is_empty() && !l.starts_with("For more")).collect();
+    said.join(" ").trim_start_matches("error: ").to_owned()
 }
 
 /// The command as typed, for manifests: the program's path may differ between machines, its arguments say it all.

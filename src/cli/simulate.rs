@@ -1,7 +1,7 @@
 //! `kvfuse simulate`.
 
+use super::say;
 use super::table::table;
-use super::{say, typed_command};
 use crate::codec::fusion::Pairing;
 use crate::experiment::{SimulateOptions, Simulation, parse_taus, simulate};
 use crate::plot::plot_simulation;
@@ -63,7 +63,7 @@ const MOST_REQUESTS: usize = 1 << 30;
 /// Blocks of a synthetic cache, at most: every pair is looked at.
 const MOST_BLOCKS: usize = 8192;
 
-pub fn run(args: Args) -> Result<()> {
+pub fn run(args: Args, typed: Vec<String>) -> Result<()> {
     let [requests, blocks] = args.synthetic[..] else { bail!("--synthetic: write REQUESTS,BLOCKS, as 32,8") };
     if requests == 0 || blocks == 0 || requests.saturating_mul(blocks) > MOST_BLOCKS {
         bail!("--synthetic {requests},{blocks}: 1 to {MOST_BLOCKS} blocks in all");
@@ -81,7 +81,7 @@ pub fn run(args: Args) -> Result<()> {
         layer: args.layer,
         draws: Draws { worlds: args.world, requests, blocks, draws: args.draws, seed: args.seed },
         out: args.out,
-        command: typed_command(),
+        command: typed,
     };
     let found = simulate(&options)?;
     report(&found);

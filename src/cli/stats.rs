@@ -1,7 +1,7 @@
 //! `kvfuse stats`.
 
+use super::say;
 use super::table::table;
-use super::{say, typed_command};
 use crate::codec::fusion::RopeMode;
 use crate::experiment::{STATS_CSV, StatsOptions, measure, parse_taus};
 use crate::plot::plot_stats;
@@ -42,7 +42,7 @@ pub struct Args {
 pub const TAUS: &str =
     "0.99,0.97,0.95,0.93,0.9,0.87,0.85,0.83,0.8,0.78,0.75,0.72,0.7,0.65,0.6,0.55,0.5,0.4,0.3";
 
-pub fn run(args: Args) -> Result<()> {
+pub fn run(args: Args, typed: Vec<String>) -> Result<()> {
     if args.block_size.contains(&0) {
         bail!("--block-size 0: a block has at least one token");
     }
@@ -63,7 +63,7 @@ pub fn run(args: Args) -> Result<()> {
             seed: args.seed,
             taus,
         },
-        command: typed_command(),
+        command: typed,
     };
     let rows = measure(&options)?;
     for &size in &options.similarity.block_sizes {

@@ -1,7 +1,7 @@
 //! `kvfuse sweep`.
 
+use super::say;
 use super::table::table;
-use super::{say, typed_command};
 use crate::experiment::{Row, Settings, label_columns, series_labels, sweep};
 use anyhow::Result;
 use std::path::PathBuf;
@@ -22,9 +22,9 @@ pub struct Args {
     config: Option<PathBuf>,
 }
 
-pub fn run(args: Args) -> Result<()> {
+pub fn run(args: Args, typed: Vec<String>) -> Result<()> {
     let file = args.config.as_deref().map(Settings::read).transpose()?.unwrap_or_default();
-    let options = args.settings.or(file)?.options(typed_command())?;
+    let options = args.settings.or(file)?.options(typed)?;
     let rows = sweep(&options)?;
     say(summary(&rows));
     say(format!("\n{}", options.out.join(crate::experiment::SWEEP_CSV).display()));

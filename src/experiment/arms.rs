@@ -41,12 +41,20 @@ pub struct Chunking {
     pub fuse_chunks: usize,
 }
 
+/// How caches are cut and put together before anything is fused.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Packing {
+    /// Tokens a block.
+    pub block_size: usize,
+    /// Requests fused and decoded together.
+    pub batch: usize,
+}
+
 /// One line of a sweep.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Arm {
     pub method: Method,
-    /// Tokens a block.
-    pub block_size: usize,
+    pub packing: Packing,
     /// Of [`Method::None`] and [`Method::Prefix`], only `within_tenant` means anything.
     pub choices: Choices,
     /// When blocks fuse, where the method fuses.
@@ -73,10 +81,10 @@ impl Encoder {
 }
 
 impl Arm {
-    /// A control of one block size.
-    pub fn control(method: Method, block_size: usize, within_tenant: bool) -> Self {
+    /// A control of one packing.
+    pub fn control(method: Method, packing: Packing, within_tenant: bool) -> Self {
         let choices = Choices { within_tenant, ..Choices::default() };
-        Arm { method, block_size, choices, rule: None, chunking: None }
+        Arm { method, packing, choices, rule: None, chunking: None }
     }
 
     pub fn encoder(&self) -> Result<Encoder> {
@@ -91,7 +99,12 @@ impl Arm {
             Method::Cff => {
                 let chunking = self.chunking.ok_or_else(|| Error::argument("method cff needs --chunk"))?;
                 let Chunking { chunk_tokens, fuse_chunks } = chunking;
-                Encoder::Chunks(ChunkFusion::new(fusion()?, chunk_tokens, fuse_chunks, self.block_size)?)
+                Encoder::Chunks(ChunkFusion::new(
+                    fusion()?,
+                    chunk_tokens,
+                    fuse_chunks,
+                    self.packing.block_size,
+                )?)
             }
         })
     }
@@ -107,7 +120,8 @@ impl Arm {
             max_error: rule.and_then(|r| if let Rule::MaxError(error) = r { Some(*error) } else { None }),
             thresholds: rule
                 .and_then(|r| if let Rule::Thresholds(t) = r { Some(t.name.clone()) } else { None }),
-            block_size: self.block_size,
+            block_size: self.packing.block_size,
+            batch: self.packing.batch,
             pairing: fuses.then_some(choices.pairing),
             similarity: fuses.then_some(choices.similarity),
             rope: fuses.then_some(choices.rope),
@@ -132,6 +146,7 @@ pub struct ArmColumns {
     /// Name of the thresholds file and the first digits of its checksum.
     pub thresholds: Option<String>,
     pub block_size: usize,
+    pub batch: usize,
     pub pairing: Option<Pairing>,
     pub similarity: Option<Similarity>,
     pub rope: Option<RopeMode>,
@@ -162,7 +177,7 @@ impl ArmColumns {
         };
         Ok(Arm {
             method: self.method,
-            block_size: self.block_size,
+            packing: Packing { block_size: self.block_size, batch: self.batch },
             choices: Choices {
                 pairing: self.pairing.unwrap_or(usual.pairing),
                 similarity: self.similarity.unwrap_or(usual.similarity),
@@ -183,7 +198,7 @@ impl ArmColumns {
     }
 }
 
-/// All combinations that a sweep runs at each of its block sizes.
+/// All combinations that a sweep runs at each of its packings.
 #[derive(Debug, Clone, Default)]
 pub struct Grid {
     pub methods: Vec<Method>,
@@ -205,11 +220,11 @@ pub struct Grid {
 }
 
 impl Grid {
-    /// All arms of one block size, controls first: `none` and `prefix` always run, asked for or not.
-    pub fn arms(&self, block_size: usize) -> Vec<Arm> {
-        let mut arms = vec![Arm::control(Method::None, block_size, false)];
+    /// All arms of one packing, controls first: `none` and `prefix` always run, asked for or not.
+    pub fn arms(&self, packing: Packing) -> Vec<Arm> {
+        let mut arms = vec![Arm::control(Method::None, packing, false)];
         for &within_tenant in &self.within_tenant {
-            let prefix = Arm::control(Method::Prefix, block_size, within_tenant);
+            let prefix = Arm::control(Method::Prefix, packing, within_tenant);
             if !arms.contains(&prefix) {
                 arms.push(prefix);
             }
@@ -224,22 +239,22 @@ impl Grid {
                     _ => Similarity::Lower,
                 };
                 let choices = Choices { similarity, ..choices };
-                self.extend(&mut arms, choices, rule, block_size);
+                self.extend(&mut arms, choices, rule, packing);
             }
         }
-        for file in self.thresholds.iter().filter(|t| t.block_size == block_size) {
+        for file in self.thresholds.iter().filter(|t| t.block_size == packing.block_size) {
             for &within_tenant in &self.within_tenant {
                 let choices = Choices { within_tenant, similarity: Similarity::Lower, ..file.choices };
-                self.extend(&mut arms, choices, &Rule::Thresholds(Arc::clone(file)), block_size);
+                self.extend(&mut arms, choices, &Rule::Thresholds(Arc::clone(file)), packing);
             }
         }
         arms
     }
 
     /// The arms of all fusing methods with these choices, unless they are there already.
-    fn extend(&self, arms: &mut Vec<Arm>, choices: Choices, rule: &Rule, block_size: usize) {
+    fn extend(&self, arms: &mut Vec<Arm>, choices: Choices, rule: &Rule, packing: Packing) {
         let mut push = |method, chunking| {
-            let arm = Arm { method, block_size, choices, rule: Some(rule.clone()), chunking };
+            let arm = Arm { method, packing, choices, rule: Some(rule.clone()), chunking };
             if !arms.contains(&arm) {
                 arms.push(arm);
             }

@@ -4,6 +4,7 @@
 //! choices then minimise stored bits + lambda * KL, as if the layers' KLs added up; because they do not quite, lambda is
 //! found by bisection on the KL that all layers together really cause.
 
+use super::arms::Packing;
 use super::floors::floors;
 use super::settings::SweepOptions;
 use super::stage::Stage;
@@ -45,10 +46,10 @@ pub struct CalibrateOptions {
 }
 
 impl CalibrateOptions {
-    pub(super) fn block_size(&self) -> Result<usize> {
-        match self.sweep.block_sizes[..] {
-            [size] => Ok(size),
-            _ => Err(Error::argument("calibration takes one --block-size")),
+    pub(super) fn packing(&self) -> Result<Packing> {
+        match self.sweep.packings()[..] {
+            [packing] => Ok(packing),
+            _ => Err(Error::argument("calibration takes one --block-size and one --batch")),
         }
     }
 }
@@ -87,10 +88,11 @@ struct Candidate {
 pub fn calibrate(options: &CalibrateOptions) -> Result<Vec<(Thresholds, Vec<LayerReport>)>> {
     let manifest = Manifest::read(&options.sweep.dump)?;
     let questions = draw(options, &manifest)?;
-    let block_size = options.block_size()?;
+    let packing = options.packing()?;
+    let block_size = packing.block_size;
     let model = open_model(&options.sweep.dump, options.sweep.model.as_deref(), &manifest)?;
     let layers = model.decoder.config().layers;
-    let mut stage = Stage::new(&model, &options.sweep, &manifest, &questions, block_size, None)?;
+    let mut stage = Stage::new(&model, &options.sweep, &manifest, &questions, packing, None)?;
     let touched: Vec<usize> = options.choices.touched(layers).collect();
     let floors = match options.floor {
         Some(quantile) => Some(floors(stage.batches(), &touched, quantile, &options.choices, options.seed)?),

@@ -37,7 +37,7 @@ pub fn calibrate_from_model(options: &CalibrateOptions) -> Result<Vec<(Threshold
     }
     let manifest = Manifest::read(&options.sweep.dump)?;
     let questions = draw(options, &manifest)?;
-    let block_size = options.block_size()?;
+    let block_size = options.packing()?.block_size;
     let measured = SimilarityOptions {
         block_sizes: vec![block_size],
         rope: choices.rope,

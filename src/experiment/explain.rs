@@ -1,6 +1,6 @@
 //! `kvfuse explain`: what an arm did to one request, block by block.
 
-use super::arms::{Arm, Method};
+use super::arms::{Arm, Method, Packing};
 use super::evaluate::Base;
 use super::rows::RequestScore;
 use super::runs::{RunRecord, Runs, run_id};
@@ -115,7 +115,7 @@ pub fn explain(options: &ExplainOptions) -> Result<Explanation> {
         }
     }
     let (arm, record) = choose(&finished, options)?.clone();
-    let none = |(a, _): &&(Arm, RunRecord)| a.method == Method::None && a.block_size == arm.block_size;
+    let none = |(a, _): &&(Arm, RunRecord)| a.method == Method::None && a.packing == arm.packing;
     let plain = finished
         .iter()
         .find(none)
@@ -124,15 +124,15 @@ pub fn explain(options: &ExplainOptions) -> Result<Explanation> {
 
     let model = open_model(&sweep.dump, sweep.model.as_deref(), &manifest)?;
     // The requests that were fused together with it.
-    let first = at / sweep.batch * sweep.batch;
-    let lot = &questions[first..questions.len().min(first + sweep.batch)];
-    let (batch, prompts) = load(&sweep.dump, &model, &manifest, lot, arm.block_size, 0)?;
+    let Packing { block_size, batch } = arm.packing;
+    let first = at / batch * batch;
+    let lot = &questions[first..questions.len().min(first + batch)];
+    let (batch, prompts) = load(&sweep.dump, &model, &manifest, lot, block_size, 0)?;
     // With a spared first token, the sweep's caches hold the last prompt token too.
     let original = Base::new(&model, batch, &prompts, sweep.first_token).batch;
     let encoded = encode_batch(&model, &original, &Memo::default(), &arm.encoder()?)?;
-    let size = arm.block_size;
     let tokens = &original.tokens[at - first];
-    let texts = tokens.chunks_exact(size).map(|t| model.tokenizer.decode(t)).collect::<Result<_>>()?;
+    let texts = tokens.chunks_exact(block_size).map(|t| model.tokenizer.decode(t)).collect::<Result<_>>()?;
     let mut fused = fused_blocks(&original, &encoded, at - first);
     for partner in fused.iter_mut().flat_map(|b| &mut b.with) {
         partner.request += first;

@@ -4,7 +4,7 @@
 const KINDS: usize = 3;
 
 /// Columns that tell series apart, and how a cell of theirs reads.
-const CHOICES: [(&str, &str, &str); 12] = [
+const CHOICES: [(&str, &str, &str); 13] = [
     ("pairing", "", ""),
     ("representative", "", ""),
     ("similarity", "on ", ""),
@@ -17,6 +17,7 @@ const CHOICES: [(&str, &str, &str); 12] = [
     ("chunk_tokens", "chunk ", ""),
     ("fuse_chunks", "", " chunks"),
     ("block_size", "block ", ""),
+    ("batch", "batch ", ""),
 ];
 
 /// The columns that [`series_labels`] wants, in order.

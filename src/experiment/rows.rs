@@ -129,7 +129,6 @@ pub struct Setting {
     /// Checksum of the ids of the requests swept, if not all of the dump's.
     pub questions: Option<String>,
     pub seed: u64,
-    pub batch: usize,
     pub first_token: FirstToken,
     pub max_new_tokens: usize,
     pub resamples: usize,
@@ -144,7 +143,6 @@ pub struct Row {
     #[serde(flatten)]
     pub arm: ArmColumns,
     pub first_token: FirstToken,
-    pub batch: usize,
     pub seed: u64,
     pub requests: usize,
     pub elements: u64,
@@ -244,7 +242,6 @@ impl Row {
             data: setting.data.clone(),
             arm: arm.columns(),
             first_token: setting.first_token,
-            batch: setting.batch,
             seed: setting.seed,
             requests: scores.len(),
             elements: ledger.elements,

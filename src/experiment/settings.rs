@@ -1,6 +1,6 @@
 //! The settings of a sweep: the command line and TOML files share one list of them.
 
-use super::arms::{Arm, Grid, Method};
+use super::arms::{Arm, Grid, Method, Packing};
 use super::evaluate::FirstToken;
 use super::grid::parse_taus;
 use crate::codec::fusion::{Pairing, Positions, Representative, RopeMode, ScaleRule, Similarity, Thresholds};
@@ -80,9 +80,9 @@ pub struct Settings {
     /// Cache that the first answer token comes from: `prefill` spares it, as the paper does [default: fused]
     #[arg(long, value_enum)]
     pub first_token: Option<FirstToken>,
-    /// Requests fused and decoded together [default: 64]
-    #[arg(long)]
-    pub batch: Option<usize>,
+    /// Requests fused and decoded together; a list runs the grid for each [default: 64]
+    #[arg(long, value_delimiter = ',')]
+    pub batch: Option<Vec<usize>>,
     /// Longest answer in tokens [default: what the data's authors allow, else 32]
     #[arg(long)]
     pub max_new_tokens: Option<usize>,
@@ -113,7 +113,7 @@ pub struct SweepOptions {
     pub block_sizes: Vec<usize>,
     pub first_token: FirstToken,
     /// Requests fused and decoded together.
-    pub batch: usize,
+    pub batches: Vec<usize>,
     /// Longest answer; what the data says, else [`ANSWER_TOKENS`], if not given.
     pub max_new_tokens: Option<usize>,
     pub resamples: usize,
@@ -188,7 +188,7 @@ impl Settings {
             },
             block_sizes: self.block_size.unwrap_or_else(|| vec![16]),
             first_token: self.first_token.unwrap_or(FirstToken::Fused),
-            batch: self.batch.unwrap_or(64),
+            batches: self.batch.unwrap_or_else(|| vec![64]),
             max_new_tokens: self.max_new_tokens,
             resamples: self.resamples.unwrap_or(2000),
             seed: self.seed.unwrap_or(0),
@@ -202,9 +202,15 @@ impl Settings {
 }
 
 impl SweepOptions {
-    /// All arms, block size by block size.
+    /// Every block size with every batch.
+    pub fn packings(&self) -> Vec<Packing> {
+        let of = |&block_size| self.batches.iter().map(move |&batch| Packing { block_size, batch });
+        self.block_sizes.iter().flat_map(of).collect()
+    }
+
+    /// All arms, packing by packing.
     pub fn arms(&self) -> Vec<Arm> {
-        self.block_sizes.iter().flat_map(|&size| self.grid.arms(size)).collect()
+        self.packings().into_iter().flat_map(|p| self.grid.arms(p)).collect()
     }
 
     /// The longest answer that requests of a dump are given, in tokens.
@@ -214,18 +220,19 @@ impl SweepOptions {
 
     fn check(&self) -> Result<()> {
         let mut counts = vec![
-            ("--batch", self.batch),
             ("--max-new-tokens", self.max_new_tokens.unwrap_or(ANSWER_TOKENS)),
             ("--resamples", self.resamples),
         ];
         counts.extend(self.block_sizes.iter().map(|&n| ("--block-size", n)));
+        counts.extend(self.batches.iter().map(|&n| ("--batch", n)));
         counts.extend(self.grid.group_layers.iter().map(|&n| ("--group-layers", n)));
         if let Some((name, n)) = counts.iter().find(|(_, n)| !(1..=MOST).contains(n)) {
             return Err(Error::argument(format!("{name} {n}: must be from 1 to {MOST}")));
         }
         let sizes: HashSet<usize> = self.block_sizes.iter().copied().collect();
-        if sizes.len() < self.block_sizes.len() {
-            return Err(Error::argument("--block-size lists a size twice"));
+        let batches: HashSet<usize> = self.batches.iter().copied().collect();
+        if sizes.len() < self.block_sizes.len() || batches.len() < self.batches.len() {
+            return Err(Error::argument("--block-size or --batch lists a size twice"));
         }
         if self.first_token == FirstToken::Prefill && self.grid.methods.contains(&Method::Cff) {
             let message = "--first-token prefill spares the first answer token what happens after prefill; \

@@ -1,6 +1,6 @@
 //! Requests loaded and ready for any arm: what all arms of one block size share, and how one is measured.
 
-use super::arms::{Arm, Encoder};
+use super::arms::{Arm, Encoder, Packing};
 use super::evaluate::{Base, Prompt, Reference, answer_text, answers};
 use super::rows::{LayerScore, Measured, RequestScore, Row, Setting, Timings};
 use super::runs::RunRecord;
@@ -30,7 +30,7 @@ struct Lot {
     requests: Vec<usize>,
 }
 
-/// Everything the arms of one block size share.
+/// Everything the arms of one packing share.
 pub struct Stage<'a> {
     model: &'a Model,
     manifest: &'a Manifest,
@@ -48,7 +48,7 @@ impl<'a> Stage<'a> {
         options: &SweepOptions,
         manifest: &'a Manifest,
         requests: &[usize],
-        block_size: usize,
+        packing: Packing,
         baseline: Option<&RunRecord>,
     ) -> Result<Self> {
         let mut stage = Stage {
@@ -62,10 +62,10 @@ impl<'a> Stage<'a> {
         let mut prefix = [Ledger::default(), Ledger::default()];
         let longest_answer = stage.max_new_tokens.max(MOST_TARGETS);
         let mut done = 0;
-        for requests in requests.chunks(options.batch) {
+        for requests in requests.chunks(packing.batch) {
             interrupt::check()?;
             let (batch, mut prompts) =
-                load(&options.dump, model, manifest, requests, block_size, longest_answer)?;
+                load(&options.dump, model, manifest, requests, packing.block_size, longest_answer)?;
             let mut base = Base::new(model, batch, &prompts, options.first_token);
             for (within_tenant, ledger) in [false, true].into_iter().zip(&mut prefix) {
                 let codec = Prefix { within_tenant };

@@ -39,13 +39,13 @@ pub fn sweep(options: &SweepOptions) -> Result<Vec<Row>> {
     progress.set(records.iter().flatten().count() as u64);
     if records.iter().any(Option::is_none) {
         let model = open_model(&options.dump, options.model.as_deref(), &manifest)?;
-        for &size in &options.block_sizes {
-            let here: Vec<usize> = (0..grid.len()).filter(|&i| grid[i].block_size == size).collect();
+        for packing in options.packings() {
+            let here: Vec<usize> = (0..grid.len()).filter(|&i| grid[i].packing == packing).collect();
             if here.iter().all(|&i| records[i].is_some()) {
                 continue;
             }
             let baseline = records[here[0]].as_ref();
-            let mut stage = Stage::new(&model, options, &manifest, &questions, size, baseline)?;
+            let mut stage = Stage::new(&model, options, &manifest, &questions, packing, baseline)?;
             // Only now is it certain that this sweep can run; until then an older one's files stay as they are.
             begin(out, options, &manifest, &setting, &records)?;
             for i in here {
@@ -101,7 +101,6 @@ pub fn setting(options: &SweepOptions, manifest: &Manifest, questions: &[usize])
         questions: (questions.len() < manifest.requests.len())
             .then(|| files::sha256_bytes(ids.join("\n").as_bytes())[..12].to_owned()),
         seed: options.seed,
-        batch: options.batch,
         first_token: options.first_token,
         max_new_tokens: options.answer_tokens(manifest),
         resamples: options.resamples,
@@ -223,7 +222,8 @@ fn write_tables(out: &Path, records: &[Option<RunRecord>]) -> Result<()> {
     write_csv(&out.join(LAYERS_CSV), &layers)?;
     let baseline = |r: &RunRecord| {
         let same = |b: &&&RunRecord| {
-            b.row.arm.method == Method::None && b.row.arm.block_size == r.row.arm.block_size
+            let (a, b) = (&r.row.arm, &b.row.arm);
+            b.method == Method::None && (b.block_size, b.batch) == (a.block_size, a.batch)
         };
         done.iter().find(same).copied()
     };

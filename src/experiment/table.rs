@@ -69,6 +69,11 @@ impl Columns {
         Ok(Columns { path: path.to_owned(), frame })
     }
 
+    /// Names of all columns, in the table's order.
+    pub fn names(&self) -> Vec<String> {
+        self.frame.get_column_names().into_iter().map(|n| n.to_string()).collect()
+    }
+
     pub fn rows(&self) -> usize {
         self.frame.height()
     }

@@ -42,9 +42,12 @@ pub fn around_user(template: &str, bos: &str, eos: &str) -> std::result::Result<
     jinja.set_lstrip_blocks(true);
     // Templates call methods that Python's strings and lists have.
     jinja.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
-    jinja.add_function("raise_exception", |message: String| -> std::result::Result<String, minijinja::Error> {
-        Err(minijinja::Error::new(minijinja::ErrorKind::InvalidOperation, message))
-    });
+    jinja.add_function(
+        "raise_exception",
+        |message: String| -> std::result::Result<String, minijinja::Error> {
+            Err(minijinja::Error::new(minijinja::ErrorKind::InvalidOperation, message))
+        },
+    );
     jinja.add_template("chat", template).map_err(|e| e.to_string())?;
     let messages = [context! { role => "user", content => TEXT }];
     let values =

@@ -195,7 +195,10 @@ impl ModelConfig {
             return Err(Error::file(path, "its RoPE settings make no sense; fetch the model again"));
         }
         if self.sliding.as_ref().is_some_and(|s| s.window == 0) {
-            return Err(Error::file(path, "a sliding window of 0 tokens sees nothing; fetch the model again"));
+            return Err(Error::file(
+                path,
+                "a sliding window of 0 tokens sees nothing; fetch the model again",
+            ));
         }
         Ok(self)
     }
@@ -208,7 +211,8 @@ pub(super) fn unknown_architecture(path: &Path, name: &str) -> Error {
 }
 
 pub(super) fn unknown_scaling(path: &Path, kind: &str) -> Error {
-    let problem = format!("RoPE scaling '{kind}' is not supported (linear and llama3 are); use another model");
+    let problem =
+        format!("RoPE scaling '{kind}' is not supported (linear and llama3 are); use another model");
     Error::file(path, problem)
 }
 
@@ -237,8 +241,7 @@ mod tests {
             original_max_position_embeddings: 8192.0,
         };
         let rope = RopeConfig::plain(500_000.0, 128).llama3(scaling);
-        let waves: Vec<f64> =
-            rope.frequencies().iter().map(|f| 2.0 * std::f64::consts::PI / f).collect();
+        let waves: Vec<f64> = rope.frequencies().iter().map(|f| 2.0 * std::f64::consts::PI / f).collect();
         for (wave, divisor) in waves.iter().zip(&rope.divisors) {
             if *wave < 8192.0 / 4.0 {
                 assert_eq!(*divisor, 1.0);

@@ -114,7 +114,10 @@ impl TensorSource for HfFolder {
 }
 
 /// All numbers of a reader, piece by piece.
-fn read_numbers<T, const N: usize>(reader: &mut dyn Read, number: fn([u8; N]) -> T) -> std::io::Result<Vec<T>> {
+fn read_numbers<T, const N: usize>(
+    reader: &mut dyn Read,
+    number: fn([u8; N]) -> T,
+) -> std::io::Result<Vec<T>> {
     let mut numbers = Vec::new();
     // A multiple of every width.
     let mut piece = vec![0u8; 1 << 20];

@@ -75,7 +75,13 @@ fn cached(repo: &Repo) -> Option<PathBuf> {
     let shards: BTreeSet<String> = match index {
         Some(index) => {
             let index: Value = serde_json::from_str(&fs::read_to_string(index).ok()?).ok()?;
-            index.get("weight_map")?.as_object()?.values().filter_map(Value::as_str).map(str::to_owned).collect()
+            index
+                .get("weight_map")?
+                .as_object()?
+                .values()
+                .filter_map(Value::as_str)
+                .map(str::to_owned)
+                .collect()
         }
         None => BTreeSet::from(["model.safetensors".to_owned()]),
     };

@@ -128,8 +128,10 @@ pub fn resolve(spec: &str) -> Result<PathBuf> {
             return Ok(path);
         }
         let names: Vec<&str> = BUILTINS.iter().map(|b| b.name).collect();
-        let problem =
-            format!("no such file or folder, nor a built-in model (those are: {}), nor hf:ORG/NAME", names.join(", "));
+        let problem = format!(
+            "no such file or folder, nor a built-in model (those are: {}), nor hf:ORG/NAME",
+            names.join(", ")
+        );
         return Err(Error::file(path, problem));
     };
     let path = model.cached_path()?;

@@ -136,13 +136,13 @@ impl Tokenizer {
     /// Token ids of a text as the first message of a user, in the model's chat template, up to where the assistant
     /// answers. The template's special tokens are parsed, the text's are not.
     pub fn encode_chat(&self, text: &str) -> Result<Vec<u32>> {
-        let template = self.template.as_deref().ok_or_else(|| {
-            Error::file(&self.path, "the model has no chat template: leave --chat out")
-        })?;
+        let template = self
+            .template
+            .as_deref()
+            .ok_or_else(|| Error::file(&self.path, "the model has no chat template: leave --chat out"))?;
         let name = |id: Option<&u32>| id.and_then(|&id| self.inner.id_to_token(id)).unwrap_or_default();
-        let (before, after) =
-            chat::around_user(template, &name(self.lead.first()), &name(self.ends.first()))
-                .map_err(|problem| Error::file(&self.path, format!("chat template: {problem}")))?;
+        let (before, after) = chat::around_user(template, &name(self.lead.first()), &name(self.ends.first()))
+            .map_err(|problem| Error::file(&self.path, format!("chat template: {problem}")))?;
         let mut parsing = self.inner.clone();
         parsing.set_encode_special_tokens(false);
         let parse = |part: &str| {

@@ -83,7 +83,8 @@ impl Weights {
         } else {
             (matrix(embedding, config.vocab, config.hidden)?, None)
         };
-        let layer = |n: usize| layer(config, &|name, shape| tensor(&format!("model.layers.{n}.{name}"), shape));
+        let layer =
+            |n: usize| layer(config, &|name, shape| tensor(&format!("model.layers.{n}.{name}"), shape));
         Ok(Weights {
             head,
             embedding,
@@ -99,10 +100,7 @@ impl Weights {
 }
 
 /// Reads one layer; `tensor` takes names within it.
-fn layer(
-    config: &ModelConfig,
-    tensor: &dyn Fn(&str, &[usize]) -> Result<Numbers>,
-) -> Result<LayerWeights> {
+fn layer(config: &ModelConfig, tensor: &dyn Fn(&str, &[usize]) -> Result<Numbers>) -> Result<LayerWeights> {
     let traits = config.traits();
     let (hidden, wide) = (config.hidden, config.intermediate);
     let (q, kv) = (config.heads * config.head_dim, config.kv_heads * config.head_dim);

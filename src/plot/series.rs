@@ -27,7 +27,8 @@ pub struct Point {
     pub block_size: u64,
     pub cr_audited: f64,
     pub cr_paper: f64,
-    pub f1: Estimate,
+    /// In the metric of the table.
+    pub score: Estimate,
     pub kl: Estimate,
     pub layer_cr: Vec<f64>,
 }
@@ -35,6 +36,8 @@ pub struct Point {
 /// All rows of a sweep, sorted into controls and fusion.
 pub struct SweepTable {
     pub title: String,
+    /// The metric of the scores.
+    pub metric: String,
     pub none: Point,
     pub prefix: Point,
     /// Fusing methods, one series a label, in the order of the table.
@@ -59,7 +62,7 @@ impl SweepTable {
             (0..table.rows()).map(|i| cells.iter().map(|column| column[i].clone()).collect()).collect();
         let labels = series_labels(&rows);
         let (audited, paper) = (floats("cr_audited")?, floats("cr_paper")?);
-        let (f1, kl, layers) = (estimates("f1")?, estimates("kl")?, strings("layer_cr")?);
+        let (score, kl, layers) = (estimates("score")?, estimates("kl")?, strings("layer_cr")?);
         let points: Vec<Point> = (0..method.len())
             .map(|i| Point {
                 method: method[i].clone(),
@@ -74,7 +77,7 @@ impl SweepTable {
                 block_size: block_size[i] as u64,
                 cr_audited: audited[i],
                 cr_paper: paper[i],
-                f1: f1[i],
+                score: score[i],
                 kl: kl[i],
                 layer_cr: layers[i].split(';').filter_map(|x| x.parse().ok()).collect(),
             })
@@ -92,6 +95,7 @@ impl SweepTable {
         }
         Ok(SweepTable {
             title: format!("{}, {}, {} requests", model[0], short(&data[0]), requests[0]),
+            metric: strings("metric")?[0].clone(),
             none: control("none")?,
             prefix: control("prefix")?,
             fusion,

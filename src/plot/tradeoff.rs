@@ -1,4 +1,4 @@
-//! F1 and KL against the audited compression ratio.
+//! The tasks' metric and KL against the audited compression ratio.
 
 use super::canvas::{Area, Drawn, FONT, Figure, axes, legend, said, series_color};
 use super::series::{Estimate, Point, SweepTable, series_name};
@@ -27,11 +27,11 @@ impl Figure for Tradeoff<'_> {
         let x = 0.8..most * 1.08;
         let ratio = "audited compression ratio (whole cache, 16 bits / stored bits)";
 
-        let f1_top = all.iter().map(|p| p.f1.high).fold(0.1, f64::max) * 1.3;
+        let score_top = all.iter().map(|p| p.score.high).fold(0.1, f64::max) * 1.3;
         let mut panel = ChartBuilder::on(&left);
-        let mut panel = margins(&mut panel).build_cartesian_2d(x.clone(), 0.0..f1_top).map_err(said)?;
-        axes(&mut panel, ratio, "token F1 (mean, 95 % interval)")?;
-        self.panel(&mut panel, |p| p.f1, (0.0, f1_top), t.none.f1.mid)?;
+        let mut panel = margins(&mut panel).build_cartesian_2d(x.clone(), 0.0..score_top).map_err(said)?;
+        axes(&mut panel, ratio, &format!("{} (mean, 95 % interval)", t.metric))?;
+        self.panel(&mut panel, |p| p.score, (0.0, score_top), t.none.score.mid)?;
 
         let kl_top = all.iter().map(|p| p.kl.high).fold(1e-2, f64::max) * 6.0;
         let mut panel = ChartBuilder::on(&right);

@@ -36,7 +36,13 @@ pub fn requests<L: DeserializeOwned>(
 }
 
 /// A set of requests that were read line by line.
-pub fn set(text: &str, requests: Vec<Request>, template: &str, stop: Option<&str>, answer: Option<usize>) -> PromptSet {
+pub fn set(
+    text: &str,
+    requests: Vec<Request>,
+    template: &str,
+    stop: Option<&str>,
+    answer: Option<usize>,
+) -> PromptSet {
     PromptSet {
         requests,
         template: template.to_owned(),

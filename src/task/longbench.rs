@@ -110,7 +110,12 @@ const TASKS: [Task; 16] = [
          \"Paragraph\" and its number.\nAnswer:",
     ),
     task("lcc", Metric::CodeSimilarity, 64, "Continue this code with its next line.\n{context}"),
-    task("repobench-p", Metric::CodeSimilarity, 64, "Continue this code with its next line.\n{context}{input}"),
+    task(
+        "repobench-p",
+        Metric::CodeSimilarity,
+        64,
+        "Continue this code with its next line.\n{context}{input}",
+    ),
 ];
 
 /// The first prompts of the file, in its order; `counts` as in [`lines::requests`].

@@ -170,13 +170,21 @@ mod tests {
         let rouge = |a: &str, b: &str| score(Metric::RougeL, a, &[b], &[]);
         let cases = [
             ("the cat sat on the mat", "a cat sat on a mat", ROUGE[0]),
-            ("The board met. It chose a new head of the office.", "A new head was chosen. The board met in May.", ROUGE[1]),
+            (
+                "The board met. It chose a new head of the office.",
+                "A new head was chosen. The board met in May.",
+                ROUGE[1],
+            ),
             ("nothing alike", "quite different words", ROUGE[2]),
             ("one two three four five. six seven", "six seven. one three five two", ROUGE[3]),
         ];
         for (answer, reference, expected) in cases {
             // The package adds 1e-8 to a denominator.
-            assert!((rouge(answer, reference) - expected).abs() < 1e-7, "{answer}: {}", rouge(answer, reference));
+            assert!(
+                (rouge(answer, reference) - expected).abs() < 1e-7,
+                "{answer}: {}",
+                rouge(answer, reference)
+            );
         }
     }
 

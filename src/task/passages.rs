@@ -40,7 +40,8 @@ pub fn windows(
         used += own;
     }
     if windows.len() < least.max(1) {
-        let problem = format!("has text for {} windows of {length} tokens, fewer than asked for", windows.len());
+        let problem =
+            format!("has text for {} windows of {length} tokens, fewer than asked for", windows.len());
         return Err(Error::file(path, problem));
     }
     Ok(lines::set(text, windows, "", None, Some(1)))
@@ -71,7 +72,8 @@ mod tests {
 
     #[test]
     fn windows_put_together_are_the_text() {
-        let text: String = (0..1000).map(|i| format!("word{i}{}", if i % 9 == 0 { "\n\n" } else { " " })).collect();
+        let text: String =
+            (0..1000).map(|i| format!("word{i}{}", if i % 9 == 0 { "\n\n" } else { " " })).collect();
         let draw = Draw { length: Some(200), ..Draw::plain("text:x", 3, 0, 0) };
         let one = |_: &str| Ok(1);
         let set = windows(Path::new("x"), &text, &draw, (3, 3), &one).unwrap();
@@ -81,6 +83,8 @@ mod tests {
         let scored: Vec<usize> =
             set.requests.iter().map(|r| r.references[0].split_whitespace().count()).collect();
         assert_eq!(scored, [SCORED; 3]);
-        assert!(windows(Path::new("x"), &text, &draw, (9, 9), &one).unwrap_err().to_string().contains("windows"));
+        assert!(
+            windows(Path::new("x"), &text, &draw, (9, 9), &one).unwrap_err().to_string().contains("windows")
+        );
     }
 }
