@@ -1,93 +1,106 @@
 # `just` alone lists what can be done.
 
-# A SQuAD v1.1 file for the figures on real questions: just xquad=FILE fig-pairings
+# A SQuAD v1.1 file for the figures on real questions: just xquad=FILE figures (--quick needs none)
 xquad := "../shared/data/xquad-en-a.json"
 kvfuse := "cargo run --release --"
+experiment := kvfuse + " run --define xquad=" + xquad
 
 default:
-    @just --list
+    @just --list --unsorted
 
 # All of it with defaults: model, dump, sweep, figures into results/demo
 demo:
     {{kvfuse}} demo
 
-# Format check, lints, docs, tests: what CI runs
-ci:
-    .ci/run
-
+# All tests, on the real models
 test:
     cargo test --release
+
+# Formatting, lints, docs, tests: what CI runs
+ci:
+    .ci/run
 
 # FMA peak, GEMM, similarities, prefill, batched decode and fusion on this machine
 bench:
     cargo bench
 
-# The figures of results/bff-qa: BFF on the built-in questions
-fig-bff-qa:
-    {{kvfuse}} dump --requests 64 --shots 3 --dtype f16 -o dumps/qa
-    {{kvfuse}} sweep --config experiments/bff-qa.toml
-    {{kvfuse}} plot results/bff-qa
+# Peak memory of loading a bf16 folder of 1 GiB, which is written for it
+memory:
+    cargo test --release --test architectures -- --ignored --nocapture
 
-# All figures on real questions and long prompts (about an hour on 2 cores)
-figs: fig-pairings fig-spare-layers fig-representatives fig-similarities fig-max-error fig-calibrated fig-tenants fig-shift fig-shift-unaligned fig-cff fig-poisson fig-model-based
+# Every figure of results/, with all its models (about three hours on 2 cores; `just figures --quick`: five minutes)
+figures *FLAGS:
+    {{experiment}} {{FLAGS}} experiments/*.toml
 
-# Which pairing stores least at the same damage
-fig-pairings: dump-xquad (fig "pairings")
+# Makes the small figures again and holds their tables against results/quick
+check:
+    rm -rf target/check
+    {{kvfuse}} run --quick --root target/check experiments/*.toml
+    {{kvfuse}} compare results/quick target/check/quick
+
+# One HTML file of all results
+report:
+    {{kvfuse}} report results
+
+# The paper's method with its own settings, on the built-in questions
+fig-bff-qa *FLAGS:
+    {{experiment}} {{FLAGS}} experiments/bff-qa.toml
+
+# How many requests are fused together, 8 to 64
+fig-batch *FLAGS:
+    {{experiment}} {{FLAGS}} experiments/batch.toml
+
+# Tokens a block, 4 to 64
+fig-block-size *FLAGS:
+    {{experiment}} {{FLAGS}} experiments/block-size.toml
+
+# Which blocks fuse with which
+fig-pairings *FLAGS:
+    {{experiment}} {{FLAGS}} experiments/pairings.toml
 
 # What it costs to leave the first and last layers alone
-fig-spare-layers: dump-xquad (fig "spare-layers")
+fig-spare-layers *FLAGS:
+    {{experiment}} {{FLAGS}} experiments/spare-layers.toml
 
 # What a cluster should store
-fig-representatives: dump-xquad (fig "representatives")
+fig-representatives *FLAGS:
+    {{experiment}} {{FLAGS}} experiments/representatives.toml
 
 # What should be compared
-fig-similarities: dump-xquad (fig "similarities")
+fig-similarities *FLAGS:
+    {{experiment}} {{FLAGS}} experiments/similarities.toml
 
 # An error budget instead of a threshold
-fig-max-error: dump-xquad (fig "max-error")
+fig-max-error *FLAGS:
+    {{experiment}} {{FLAGS}} experiments/max-error.toml
 
 # What it costs to fuse within tenants only
-fig-tenants: dump-xquad (fig "tenants")
+fig-tenants *FLAGS:
+    {{experiment}} {{FLAGS}} experiments/tenants.toml
 
-# Thresholds of single layers against one for all, on unseen questions
-fig-calibrated:
-    {{kvfuse}} dump --data squad:{{xquad}} --requests 128 --shots 3 --dtype f16 -o dumps/xquad-128
-    {{kvfuse}} calibrate dumps/xquad-128 --target-kl 0.005,0.02,0.05,0.2 -o results/calibrated/xquad.toml
-    {{just_executable()}} xquad={{xquad}} fig calibrated
-
-# Equal text at other positions
-fig-shift:
-    {{kvfuse}} dump --data squad:{{xquad}} --requests 64 --shots 3 --shift 64 --dtype f16 -o dumps/xquad-shift
-    {{just_executable()}} xquad={{xquad}} fig shift
+# Equal text at other positions, RoPE kept or stripped
+fig-shift *FLAGS:
+    {{experiment}} {{FLAGS}} experiments/shift.toml
 
 # Equal text at other positions and in other blocks
-fig-shift-unaligned:
-    {{kvfuse}} dump --data squad:{{xquad}} --requests 64 --shots 3 --shift 61 --dtype f16 -o dumps/xquad-shift-61
-    {{just_executable()}} xquad={{xquad}} fig shift-unaligned
+fig-shift-unaligned *FLAGS:
+    {{experiment}} {{FLAGS}} experiments/shift-unaligned.toml
 
-# Chunks fast-fusion on long prompts
-fig-cff:
-    {{kvfuse}} dump --data builtin:longqa --requests 16 --shots 3 --dtype f16 -o dumps/longqa
-    {{just_executable()}} fig cff
+# Chunks fast-fusion on long prompts, two and four chunks
+fig-cff *FLAGS:
+    {{experiment}} {{FLAGS}} experiments/cff.toml
 
-# Similarity statistics, and the Poisson model's predictions against a sweep
-fig-poisson: dump-xquad (fig "poisson")
-    {{kvfuse}} stats dumps/xquad -o results/poisson
-    {{kvfuse}} simulate --stats results/poisson/stats.csv --against results/poisson/sweep.csv --requests 8..65536 -o results/poisson
+# How alike blocks are, and the Poisson model's predictions against a sweep
+fig-poisson *FLAGS:
+    {{experiment}} {{FLAGS}} experiments/poisson.toml
 
-# Thresholds from the model against measured ones (fig-calibrated comes first)
-fig-model-based:
-    {{kvfuse}} dump --data squad:{{xquad}} --requests 128 --shots 3 --dtype f16 -o dumps/xquad-128
-    {{kvfuse}} calibrate dumps/xquad-128 --model-based --target-cr 3.5,4.2,4.8,6.5 -o results/model-based/xquad.toml
-    {{just_executable()}} xquad={{xquad}} fig model-based
+# Thresholds of single layers against one for all, on unseen questions
+fig-calibrated *FLAGS:
+    {{experiment}} {{FLAGS}} experiments/calibrated.toml
 
-# Sweep and plot what experiments/NAME.toml says
-fig NAME:
-    {{kvfuse}} sweep --config experiments/{{NAME}}.toml
-    {{kvfuse}} plot results/{{NAME}}
-
-dump-xquad:
-    {{kvfuse}} dump --data squad:{{xquad}} --requests 64 --shots 3 --tenants 4 --dtype f16 -o dumps/xquad
+# Thresholds from statistics alone (fig-calibrated comes first)
+fig-model-based *FLAGS:
+    {{experiment}} {{FLAGS}} experiments/model-based.toml
 
 # BFF on a SQuAD v1.1 file: just squad ../shared/data/xquad-en-a.json
 squad FILE:

@@ -12,6 +12,7 @@ pub mod interrupt;
 pub mod model;
 pub mod plot;
 pub mod progress;
+pub mod report;
 pub mod stats;
 pub mod task;
 pub mod theory;

@@ -4,7 +4,7 @@ mod common;
 
 use common::{run, small_dump, succeed, text};
 
-const COMMANDS: [&str; 13] = [
+const COMMANDS: [&str; 16] = [
     "dump",
     "inspect",
     "sweep",
@@ -13,6 +13,9 @@ const COMMANDS: [&str; 13] = [
     "stats",
     "simulate",
     "plot",
+    "run",
+    "compare",
+    "report",
     "demo",
     "bench",
     "completions",

@@ -12,10 +12,17 @@ use std::path::PathBuf;
 pub struct Args {
     /// Folder that `kvfuse dump` wrote
     dump: PathBuf,
+    /// Print one JSON object
+    #[arg(long)]
+    json: bool,
 }
 
 pub fn run(args: Args) -> Result<()> {
     let (manifest, summary) = inspect(&args.dump)?;
+    if args.json {
+        say(serde_json::to_string(&summary)?);
+        return Ok(());
+    }
     let c = &manifest.model.config;
     let dtype = format!("{:?}", manifest.dtype).to_lowercase();
     say(format!(

@@ -114,6 +114,14 @@ fn say(text: impl AsRef<str>) {
     let _ = writeln!(std::io::stdout().lock(), "{}", text.as_ref());
 }
 
+/// Prints rows as JSON lines (`--json`).
+fn say_rows<T: serde::Serialize>(rows: &[T]) -> Result<()> {
+    rows.iter().try_for_each(|row| {
+        say(serde_json::to_string(row)?);
+        Ok(())
+    })
+}
+
 /// A usage error of clap's in one line.
 pub fn words_of(usage: &clap::Error) -> String {
     let text = usage.to_string();

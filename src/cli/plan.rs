@@ -11,7 +11,7 @@ use toml::de::{DeTable, DeValue};
 /// Steps in the order they run; a table of this name holds the options of the command of this name.
 pub const STEPS: [&str; 5] = ["dump", "calibrate", "stats", "sweep", "simulate"];
 /// What `kvfuse run` fills in itself.
-const FILLED: [&str; 6] = ["model", "out", "dump", "stats", "against", "config"];
+const FILLED: [&str; 7] = ["model", "out", "dump", "stats", "against", "config", "json"];
 
 /// One experiment.
 #[derive(Debug)]

@@ -1,10 +1,14 @@
 //! `kvfuse report`.
 
 use super::say;
+use crate::report::report;
 use anyhow::Result;
 use std::path::PathBuf;
 
-/// Put a results folder into one HTML file.
+/// Put a results folder into one HTML file that needs nothing else: claims and verdicts, figures, tables that sort,
+/// manifests.
+///
+/// Writes report.html into the folder, of all results in it and below it.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Example:\n  kvfuse report results/demo")]
 pub struct Args {
@@ -13,6 +17,6 @@ pub struct Args {
 }
 
 pub fn run(args: Args) -> Result<()> {
-    say(args.out.display().to_string());
+    say(report(&args.out)?.display().to_string());
     Ok(())
 }

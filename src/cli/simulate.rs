@@ -1,6 +1,6 @@
 //! `kvfuse simulate`.
 
-use super::say;
+use super::{say, say_rows};
 use super::table::table;
 use crate::codec::fusion::Pairing;
 use crate::experiment::{SimulateOptions, Simulation, parse_taus, simulate};
@@ -56,6 +56,9 @@ pub struct Args {
     /// Folder to write
     #[arg(short, long, default_value = "simulation")]
     out: PathBuf,
+    /// Print the rows of prediction_summary.csv, or of monte_carlo.csv without --against, as JSON lines instead of tables
+    #[arg(long)]
+    json: bool,
 }
 
 /// The largest batch anyone extrapolates to.
@@ -84,6 +87,13 @@ pub fn run(args: Args, typed: Vec<String>) -> Result<()> {
         command: typed,
     };
     let found = simulate(&options)?;
+    if args.json {
+        plot_simulation(&options.out)?;
+        return match found.summary.is_empty() {
+            true => say_rows(&found.monte_carlo),
+            false => say_rows(&found.summary),
+        };
+    }
     report(&found);
     for path in plot_simulation(&options.out)? {
         say(path.display().to_string());

@@ -1,6 +1,6 @@
 //! `kvfuse stats`.
 
-use super::say;
+use super::{say, say_rows};
 use super::table::table;
 use crate::codec::fusion::RopeMode;
 use crate::experiment::{STATS_CSV, StatsOptions, measure, parse_taus};
@@ -36,6 +36,9 @@ pub struct Args {
     /// Decides which blocks are sampled
     #[arg(long, default_value_t = 0)]
     seed: u64,
+    /// Print the rows as JSON lines instead of a table
+    #[arg(long)]
+    json: bool,
 }
 
 /// Dense where sweeps look.
@@ -66,6 +69,10 @@ pub fn run(args: Args, typed: Vec<String>) -> Result<()> {
         command: typed,
     };
     let rows = measure(&options)?;
+    if args.json {
+        plot_stats(&options.out)?;
+        return say_rows(&rows);
+    }
     for &size in &options.similarity.block_sizes {
         say(report(&rows, size));
     }

@@ -1,6 +1,6 @@
 //! `kvfuse sweep`.
 
-use super::say;
+use super::{say, say_rows};
 use super::table::table;
 use crate::experiment::{Row, Settings, label_columns, series_labels, sweep};
 use anyhow::Result;
@@ -20,12 +20,18 @@ pub struct Args {
     /// TOML file with any of these settings; the command line wins
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
+    /// Print the rows as JSON lines instead of a table
+    #[arg(long)]
+    json: bool,
 }
 
 pub fn run(args: Args, typed: Vec<String>) -> Result<()> {
     let file = args.config.as_deref().map(Settings::read).transpose()?.unwrap_or_default();
     let options = args.settings.or(file)?.options(typed)?;
     let rows = sweep(&options)?;
+    if args.json {
+        return say_rows(&rows);
+    }
     say(summary(&rows));
     say(format!("\n{}", options.out.join(crate::experiment::SWEEP_CSV).display()));
     Ok(())

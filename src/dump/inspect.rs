@@ -6,10 +6,11 @@ use crate::error::{Error, Result};
 use crate::interrupt;
 use crate::progress::{Progress, Unit};
 use rayon::prelude::*;
+use serde::Serialize;
 use std::path::Path;
 
 /// A dump in numbers.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Summary {
     pub requests: usize,
     pub tokens: usize,

@@ -1,0 +1,182 @@
+//! Prompt files of others' benchmarks, through the binary.
+
+mod common;
+
+use common::{refuse, run, succeed, text};
+use serde_json::Value;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+fn fixture(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(name)
+}
+
+fn spec(kind: &str, path: &Path) -> String {
+    format!("{kind}:{}", path.display())
+}
+
+/// Dumps and reads the manifest back.
+fn dumped(out: &Path, arguments: &[&str]) -> Value {
+    succeed(&[&["dump", "--dtype", "f16", "-o", text(out)], arguments].concat());
+    serde_json::from_str(&fs::read_to_string(out.join("manifest.json")).unwrap()).unwrap()
+}
+
+#[test]
+fn longbench_has_a_prompt_and_a_metric_a_task() {
+    let dir = tempfile::tempdir().unwrap();
+    let (dump, out) = (dir.path().join("dump"), dir.path().join("sweep"));
+    let data = spec("longbench", &fixture("longbench.jsonl"));
+    let manifest = dumped(&dump, &["--data", &data, "--limit", "9"]);
+    let requests = manifest["requests"].as_array().unwrap();
+    assert_eq!(requests.len(), 3);
+    let field = |i: usize, name: &str| requests[i][name].clone();
+    let prompt = |i: usize| field(i, "prompt").as_str().unwrap().to_owned();
+    assert_eq!(field(0, "id"), "first-id");
+    assert!(field(0, "metric").is_null(), "F1 goes without saying");
+    assert!(prompt(0).contains("Passage 2:") && prompt(0).ends_with("reach the sea?\nAnswer:"));
+    assert_eq!(field(0, "answer_tokens"), 32);
+    assert_eq!((field(1, "metric"), field(2, "metric")), ("classification".into(), "code-similarity".into()));
+    assert_eq!(field(1, "classes").as_array().unwrap().len(), 3);
+    assert!(prompt(2).contains("{input} and {context} in braces"), "a context is not a template");
+    assert_eq!(manifest["answer_tokens"], 64);
+
+    succeed(&["sweep", text(&dump), "--tau", "0.9", "--resamples", "50", "-o", text(&out)]);
+    let csv = fs::read_to_string(out.join("sweep.csv")).unwrap();
+    let mut lines = csv.lines().map(|l| l.split(',').collect::<Vec<_>>());
+    let header = lines.next().unwrap();
+    let at = |name: &str| header.iter().position(|h| *h == name).unwrap();
+    let none = lines.next().unwrap();
+    assert_eq!(none[at("metric")], "mixed");
+    let score: f64 = none[at("score")].parse().unwrap();
+    // By hand from the answers, each with its metric.
+    let record = fs::read_dir(out.join("runs")).unwrap().map(|e| fs::read_to_string(e.unwrap().path()).unwrap());
+    let none: Value =
+        record.map(|r| serde_json::from_str::<Value>(&r).unwrap()).find(|r| r["row"]["method"] == "none").unwrap();
+    let scores: Vec<f64> =
+        none["requests"].as_array().unwrap().iter().map(|r| r["score"].as_f64().unwrap()).collect();
+    assert!((scores.iter().sum::<f64>() / 3.0 - score).abs() < 1e-5);
+    let answer = none["requests"][1]["answer"].as_str().unwrap();
+    let line = answer.trim_start_matches('\n').lines().next().unwrap_or_default();
+    let named = ["Number", "Person", "Place"].iter().filter(|c| line.contains(**c)).count();
+    let expected = if line.contains("Number") { 1.0 / named as f64 } else { 0.0 };
+    assert_eq!(scores[1], expected, "{answer}");
+}
+
+#[test]
+fn ruler_and_raw_prompts_load() {
+    let dir = tempfile::tempdir().unwrap();
+    let task = dir.path().join("niah_single_1");
+    fs::create_dir(&task).unwrap();
+    let file = task.join("validation.jsonl");
+    fs::copy(fixture("ruler.jsonl"), &file).unwrap();
+    let manifest = dumped(&dir.path().join("a"), &["--data", &spec("ruler", &file), "--requests", "2"]);
+    let request = &manifest["requests"][0];
+    assert_eq!((&request["id"], &request["metric"]), (&"7".into(), &"contains-all".into()));
+    assert!(request["prompt"].as_str().unwrap().ends_with("of cedar? The special number of cedar is"));
+    assert_eq!((&manifest["requests"][1]["id"], &manifest["answer_tokens"]), (&"8".into(), &128.into()));
+
+    let data = spec("prompts", &fixture("prompts.jsonl"));
+    let manifest = dumped(&dir.path().join("b"), &["--data", &data, "--limit", "1"]);
+    assert_eq!(manifest["requests"].as_array().unwrap().len(), 1);
+    assert_eq!(manifest["requests"][0]["references"][0], "Paris");
+}
+
+/// The likelihood of a text's own words is measured, and nothing is scored.
+#[test]
+fn plain_text_is_for_perplexity() {
+    let dir = tempfile::tempdir().unwrap();
+    let (file, dump, out) = (dir.path().join("a.txt"), dir.path().join("dump"), dir.path().join("sweep"));
+    let words = "The harbour of Seln lies where the river Aun meets the sea, and every spring the boats come home. ";
+    fs::write(&file, words.repeat(30)).unwrap();
+    let data = spec("text", &file);
+    let manifest = dumped(&dump, &["--data", &data, "--limit", "2", "--length", "160"]);
+    let requests = manifest["requests"].as_array().unwrap();
+    assert_eq!(requests.len(), 2);
+    let joined: String = requests
+        .iter()
+        .map(|r| format!("{}{}", r["prompt"].as_str().unwrap(), r["references"][0].as_str().unwrap()))
+        .collect();
+    assert!(words.repeat(30).starts_with(&joined));
+    succeed(&["sweep", text(&dump), "--tau", "0.9", "--resamples", "50", "-o", text(&out)]);
+    let csv = fs::read_to_string(out.join("sweep.csv")).unwrap();
+    let header: Vec<&str> = csv.lines().next().unwrap().split(',').collect();
+    let none: Vec<&str> = csv.lines().nth(1).unwrap().split(',').collect();
+    let cell = |name: &str| none[header.iter().position(|h| *h == name).unwrap()];
+    assert_eq!((cell("metric"), cell("score"), cell("f1")), ("likelihood", "", ""));
+    // Sentences that were seen before are easy.
+    assert!(cell("nll").parse::<f64>().unwrap() < 1.0, "{}", cell("nll"));
+}
+
+#[test]
+fn prompts_are_cut_in_the_middle_and_sorted() {
+    let dir = tempfile::tempdir().unwrap();
+    let data = spec("longbench", &fixture("longbench.jsonl"));
+    let plain = dumped(&dir.path().join("a"), &["--data", &data, "--limit", "3"]);
+    let tokens = |m: &Value| -> Vec<u64> {
+        m["requests"].as_array().unwrap().iter().map(|r| r["tokens"].as_u64().unwrap()).collect()
+    };
+    let whole = tokens(&plain);
+    assert!(whole[0] > 40 && whole[1] < whole[0]);
+    let sorted =
+        dumped(&dir.path().join("b"), &["--data", &data, "--limit", "3", "--max-tokens", "40", "--sort", "length"]);
+    let mut expected: Vec<u64> = whole.iter().map(|&t| t.min(40)).collect();
+    expected.sort_unstable();
+    assert_eq!(tokens(&sorted), expected);
+    let requests = sorted["requests"].as_array().unwrap();
+    let first = requests.iter().find(|r| r["id"] == "first-id").unwrap();
+    assert_eq!(first["cut_tokens"].as_u64().unwrap(), whole[0] - 40);
+    let prompt = first["prompt"].as_str().unwrap();
+    assert!(prompt.starts_with("Passages:") && prompt.ends_with("\nAnswer:"), "{prompt}");
+}
+
+/// The chat template of the model's own file, special tokens and all.
+#[test]
+fn chat_prompts_carry_the_models_template() {
+    let dir = tempfile::tempdir().unwrap();
+    let data = spec("prompts", &fixture("prompts.jsonl"));
+    let plain = dumped(&dir.path().join("a"), &["--data", &data, "--requests", "2"]);
+    let chat = dumped(&dir.path().join("b"), &["--data", &data, "--requests", "2", "--chat"]);
+    assert_eq!((&plain["chat"], &chat["chat"]), (&Value::Null, &true.into()));
+    let model = kvfuse::model::Model::load(kvfuse::model::registry::DEFAULT_MODEL).unwrap();
+    let own = model.tokenizer.encode("The capital of France is").unwrap();
+    let wrapped = model.tokenizer.encode_chat("The capital of France is").unwrap();
+    let at = wrapped.windows(own.len()).position(|w| w == own).unwrap();
+    // <|im_start|> is 1, <|im_end|> 2; one each around the system's and the user's words, and one for the assistant.
+    assert_eq!(wrapped.iter().filter(|&&t| t == 1).count(), 3);
+    assert!(wrapped[..at].contains(&1) && wrapped[at + own.len()] == 2);
+    assert_eq!(chat["requests"][0]["tokens"], wrapped.len());
+    // What a user says is text, even if it looks like the template's own.
+    let sly = model.tokenizer.encode_chat("<|im_end|>").unwrap();
+    assert_eq!(sly.iter().filter(|&&t| t == 2).count(), wrapped.iter().filter(|&&t| t == 2).count());
+}
+
+#[test]
+fn malformed_lines_are_named_by_number() {
+    let dir = tempfile::tempdir().unwrap();
+    let broken = |kind: &str, name: &str, from: &str, to: &str, words: &[&str]| {
+        let good = fs::read_to_string(fixture(name)).unwrap();
+        assert!(good.contains(from), "{name} has no {from}");
+        let file = dir.path().join(name);
+        fs::write(&file, good.replace(from, to)).unwrap();
+        let out = dir.path().join("never");
+        let data = spec(kind, &file);
+        refuse(&["dump", "--data", &data, "--limit", "9", "-o", text(&out)], &[&[name], words].concat());
+    };
+    let dataset = "\"dataset\": \"trec\"";
+    broken("longbench", "longbench.jsonl", dataset, "\"dataset\": \"dureader\"", &["line 2", "'dureader'", "trec"]);
+    broken("longbench", "longbench.jsonl", "\"answers\": [\"Number\"]", "\"answers\": []", &["line 2", "`answers`"]);
+    broken("longbench", "longbench.jsonl", "\"_id\": \"third-id\"}", "\"_id\"", &["line 3", "column"]);
+    broken("ruler", "ruler.jsonl", "\"outputs\": [\"17\", \"93\"]", "\"out\": 1", &["line 3", "`outputs`"]);
+    broken("ruler", "ruler.jsonl", "{\"index\": 7", "\"index\": 7", &["line 1"]);
+    broken("prompts", "prompts.jsonl", "\"The capital of Italy is\"", "\"\"", &["line 2", "empty"]);
+    broken("prompts", "prompts.jsonl", "\"The capital of France is\"", "3", &["line 1", "string"]);
+
+    let file = dir.path().join("empty.txt");
+    fs::write(&file, "few words").unwrap();
+    let data = spec("text", &file);
+    refuse(&["dump", "--data", &data, "-o", text(&dir.path().join("never"))], &["empty.txt", "0 windows"]);
+    let data = spec("longbench", &fixture("longbench.jsonl"));
+    refuse(&["dump", "--data", &data, "-o", text(&dir.path().join("never"))], &["3 prompts", "--requests 64"]);
+    let both = run(&["dump", "--data", &data, "--limit", "2", "--requests", "2"]);
+    assert_eq!(both.status.code(), Some(2));
+}
