@@ -49,9 +49,12 @@ fn longbench_has_a_prompt_and_a_metric_a_task() {
     assert_eq!(none[at("metric")], "mixed");
     let score: f64 = none[at("score")].parse().unwrap();
     // By hand from the answers, each with its metric.
-    let record = fs::read_dir(out.join("runs")).unwrap().map(|e| fs::read_to_string(e.unwrap().path()).unwrap());
-    let none: Value =
-        record.map(|r| serde_json::from_str::<Value>(&r).unwrap()).find(|r| r["row"]["method"] == "none").unwrap();
+    let record =
+        fs::read_dir(out.join("runs")).unwrap().map(|e| fs::read_to_string(e.unwrap().path()).unwrap());
+    let none: Value = record
+        .map(|r| serde_json::from_str::<Value>(&r).unwrap())
+        .find(|r| r["row"]["method"] == "none")
+        .unwrap();
     let scores: Vec<f64> =
         none["requests"].as_array().unwrap().iter().map(|r| r["score"].as_f64().unwrap()).collect();
     assert!((scores.iter().sum::<f64>() / 3.0 - score).abs() < 1e-5);
@@ -86,7 +89,8 @@ fn ruler_and_raw_prompts_load() {
 fn plain_text_is_for_perplexity() {
     let dir = tempfile::tempdir().unwrap();
     let (file, dump, out) = (dir.path().join("a.txt"), dir.path().join("dump"), dir.path().join("sweep"));
-    let words = "The harbour of Seln lies where the river Aun meets the sea, and every spring the boats come home. ";
+    let words =
+        "The harbour of Seln lies where the river Aun meets the sea, and every spring the boats come home. ";
     fs::write(&file, words.repeat(30)).unwrap();
     let data = spec("text", &file);
     let manifest = dumped(&dump, &["--data", &data, "--limit", "2", "--length", "160"]);
@@ -117,8 +121,10 @@ fn prompts_are_cut_in_the_middle_and_sorted() {
     };
     let whole = tokens(&plain);
     assert!(whole[0] > 40 && whole[1] < whole[0]);
-    let sorted =
-        dumped(&dir.path().join("b"), &["--data", &data, "--limit", "3", "--max-tokens", "40", "--sort", "length"]);
+    let sorted = dumped(
+        &dir.path().join("b"),
+        &["--data", &data, "--limit", "3", "--max-tokens", "40", "--sort", "length"],
+    );
     let mut expected: Vec<u64> = whole.iter().map(|&t| t.min(40)).collect();
     expected.sort_unstable();
     assert_eq!(tokens(&sorted), expected);
@@ -163,8 +169,20 @@ fn malformed_lines_are_named_by_number() {
         refuse(&["dump", "--data", &data, "--limit", "9", "-o", text(&out)], &[&[name], words].concat());
     };
     let dataset = "\"dataset\": \"trec\"";
-    broken("longbench", "longbench.jsonl", dataset, "\"dataset\": \"dureader\"", &["line 2", "'dureader'", "trec"]);
-    broken("longbench", "longbench.jsonl", "\"answers\": [\"Number\"]", "\"answers\": []", &["line 2", "`answers`"]);
+    broken(
+        "longbench",
+        "longbench.jsonl",
+        dataset,
+        "\"dataset\": \"dureader\"",
+        &["line 2", "'dureader'", "trec"],
+    );
+    broken(
+        "longbench",
+        "longbench.jsonl",
+        "\"answers\": [\"Number\"]",
+        "\"answers\": []",
+        &["line 2", "`answers`"],
+    );
     broken("longbench", "longbench.jsonl", "\"_id\": \"third-id\"}", "\"_id\"", &["line 3", "column"]);
     broken("ruler", "ruler.jsonl", "\"outputs\": [\"17\", \"93\"]", "\"out\": 1", &["line 3", "`outputs`"]);
     broken("ruler", "ruler.jsonl", "{\"index\": 7", "\"index\": 7", &["line 1"]);
@@ -176,7 +194,10 @@ fn malformed_lines_are_named_by_number() {
     let data = spec("text", &file);
     refuse(&["dump", "--data", &data, "-o", text(&dir.path().join("never"))], &["empty.txt", "0 windows"]);
     let data = spec("longbench", &fixture("longbench.jsonl"));
-    refuse(&["dump", "--data", &data, "-o", text(&dir.path().join("never"))], &["3 prompts", "--requests 64"]);
+    refuse(
+        &["dump", "--data", &data, "-o", text(&dir.path().join("never"))],
+        &["3 prompts", "--requests 64"],
+    );
     let both = run(&["dump", "--data", &data, "--limit", "2", "--requests", "2"]);
     assert_eq!(both.status.code(), Some(2));
 }

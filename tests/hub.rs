@@ -31,7 +31,8 @@ fn tiny(folder: &Path) {
     alphabet.sort_unstable();
     let vocab_map: Vocab =
         ["<s>".to_owned()].into_iter().chain(alphabet.iter().map(char::to_string)).zip(0..).collect();
-    let mut tokenizer = tokenizers::Tokenizer::new(BPE::builder().vocab_and_merges(vocab_map, vec![]).build().unwrap());
+    let mut tokenizer =
+        tokenizers::Tokenizer::new(BPE::builder().vocab_and_merges(vocab_map, vec![]).build().unwrap());
     tokenizer.with_pre_tokenizer(Some(ByteLevel::new(false, true, true)));
     tokenizer.with_decoder(Some(ByteLevel::default()));
     tokenizer.add_special_tokens([AddedToken::from("<s>", true)]).unwrap();
@@ -61,7 +62,9 @@ fn tiny(folder: &Path) {
         })
         .collect();
     let mut map = serde_json::Map::new();
-    for (shard, file) in ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"].iter().enumerate() {
+    for (shard, file) in
+        ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"].iter().enumerate()
+    {
         let part: Vec<_> = bytes.iter().skip(shard).step_by(2).collect();
         map.extend(part.iter().map(|(name, ..)| ((*name).to_owned(), json!(file))));
         let views = part.iter().map(|(n, s, b)| (*n, TensorView::new(Dtype::F32, s.clone(), b).unwrap()));
@@ -129,7 +132,8 @@ fn answer(mut stream: TcpStream, files: &BTreeMap<String, Vec<u8>>, log: &Log) {
     } else {
         ("404 Not Found", String::new(), Vec::new())
     };
-    let head = format!("HTTP/1.1 {status}\r\n{headers}Content-Length: {}\r\nConnection: close\r\n\r\n", body.len());
+    let head =
+        format!("HTTP/1.1 {status}\r\n{headers}Content-Length: {}\r\nConnection: close\r\n\r\n", body.len());
     // The client may hang up once it has what it wants.
     let _ = stream.write_all(head.as_bytes()).and_then(|()| stream.write_all(&body));
 }

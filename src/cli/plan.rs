@@ -297,4 +297,35 @@ mod tests {
             read("title = \"t\"\nmodels = [\"a\"]", false).unwrap_err().to_string().contains("no [dump]")
         );
     }
+
+    /// Every committed experiment parses, at both sizes, to commands that exist.
+    #[test]
+    fn all_experiments_are_sound() {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("experiments");
+        let justfile = fs::read_to_string(folder.with_file_name("Justfile")).unwrap();
+        let mut seen = 0;
+        for entry in fs::read_dir(&folder).unwrap() {
+            let path = entry.unwrap().path();
+            let names = ["xquad", "out", "root", "model"].map(|n| (n.to_owned(), "x".to_owned()));
+            for quick in [false, true] {
+                let plan = Plan::read(&path, quick).unwrap();
+                for step in &plan.steps {
+                    let filled: &[String] = match step.command {
+                        "calibrate" | "stats" => &["x".to_owned()],
+                        "simulate" => &["--stats=x".to_owned()],
+                        _ => &[],
+                    };
+                    let line = plan.command(step.command, filled, &names).unwrap();
+                    if let Err(e) = clap::Parser::try_parse_from(&line).map(|_: Cli| ()) {
+                        panic!("{}: {e}", path.display());
+                    }
+                }
+                assert!(quick || !plan.models.is_empty());
+            }
+            let name = path.file_stem().unwrap().to_str().unwrap();
+            assert!(justfile.contains(&format!("fig-{name} ")), "{name} has no target in the Justfile");
+            seen += 1;
+        }
+        assert!(seen > 10);
+    }
 }

@@ -3,6 +3,7 @@
 use super::plan::Plan;
 use super::{Cli, Command, say, words_of};
 use crate::dump::Manifest;
+use crate::error::Error;
 use crate::experiment::STATS_CSV;
 use crate::files;
 use anyhow::{Context, Result, bail};
@@ -134,7 +135,13 @@ impl Steps<'_> {
 
     fn step(&self, line: Vec<String>, command: Command) -> Result<()> {
         say(format!("$ {}", line.join(" ")));
-        command.run(line)
+        let name = line[1].clone();
+        command.run(line).map_err(|e| match e.downcast_ref::<Error>() {
+            // What only the command itself finds wrong with an option.
+            Some(Error::Argument(message)) => self.plan.usage(&name, message).into(),
+            None => self.plan.usage(&name, &format!("{e:#}")).into(),
+            _ => e,
+        })
     }
 
     /// Runs a step that cannot go on where it stopped, unless it was finished with the same options and inputs.

@@ -1,7 +1,7 @@
 //! `kvfuse simulate`.
 
-use super::{say, say_rows};
 use super::table::table;
+use super::{say, say_rows};
 use crate::codec::fusion::Pairing;
 use crate::experiment::{SimulateOptions, Simulation, parse_taus, simulate};
 use crate::plot::plot_simulation;

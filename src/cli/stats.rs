@@ -1,7 +1,7 @@
 //! `kvfuse stats`.
 
-use super::{say, say_rows};
 use super::table::table;
+use super::{say, say_rows};
 use crate::codec::fusion::RopeMode;
 use crate::experiment::{STATS_CSV, StatsOptions, measure, parse_taus};
 use crate::plot::plot_stats;

@@ -1,7 +1,7 @@
 //! `kvfuse sweep`.
 
-use super::{say, say_rows};
 use super::table::table;
+use super::{say, say_rows};
 use crate::experiment::{Row, Settings, label_columns, series_labels, sweep};
 use anyhow::Result;
 use std::path::PathBuf;

@@ -105,14 +105,21 @@ fn of_sweep(table: &Columns) -> Result<Vec<Claim>> {
     };
     let over = most(|a| a.beyond_prefix, &harmless);
     let prefix = Claim {
-        claim: "Fusion stores less than exact prefix sharing, which is lossless, at negligible loss".to_owned(),
+        claim: "Fusion stores less than exact prefix sharing, which is lossless, at negligible loss"
+            .to_owned(),
         verdict: verdict(over > 1.0),
-        reason: if harmless.is_empty() { no_harmless() } else { format!("most at KL <= {NEGLIGIBLE_KL}: {over:.2} times") },
+        reason: if harmless.is_empty() {
+            no_harmless()
+        } else {
+            format!("most at KL <= {NEGLIGIBLE_KL}: {over:.2} times")
+        },
     };
     let scored: Vec<&Arm> = arms.iter().filter(|a| a.score_diff_low.is_finite()).collect();
     // Arms whose score shows no loss although the KL's whole interval lies above what is negligible.
-    let blind: Vec<&&Arm> =
-        scored.iter().filter(|a| a.score_diff_high >= 0.0 && a.kl > 5.0 * NEGLIGIBLE_KL && a.kl_high > a.kl).collect();
+    let blind: Vec<&&Arm> = scored
+        .iter()
+        .filter(|a| a.score_diff_high >= 0.0 && a.kl > 5.0 * NEGLIGIBLE_KL && a.kl_high > a.kl)
+        .collect();
     let unseen = most(|a| a.kl, &blind.iter().map(|a| **a).collect::<Vec<_>>());
     let score = Claim {
         claim: format!("{metric} alone tells when fusion begins to hurt"),
@@ -137,7 +144,10 @@ fn of_sweep(table: &Columns) -> Result<Vec<Claim>> {
     let values = Claim {
         claim: "What makes keys alike makes values alike (blocks are matched on keys)".to_owned(),
         verdict: if fused.is_empty() { Verdict::Open } else { verdict(worse * 2 < fused.len()) },
-        reason: format!("values err more than keys in {worse} of {} arms that fuse more than duplicates", fused.len()),
+        reason: format!(
+            "values err more than keys in {worse} of {} arms that fuse more than duplicates",
+            fused.len()
+        ),
     };
     Ok(vec![headline, prefix, score, values])
 }
@@ -146,7 +156,8 @@ fn of_predictions(table: &Columns) -> Result<Vec<Claim>> {
     let (model, over) = (table.strings("model")?, table.floats("cr_over")?);
     let (pairing, tau) = (table.strings("pairing")?, table.floats("tau")?);
     let claim = |kind: &str, words: &str| {
-        let own: Vec<usize> = (0..table.rows()).filter(|&i| model[i] == kind && over[i].is_finite()).collect();
+        let own: Vec<usize> =
+            (0..table.rows()).filter(|&i| model[i] == kind && over[i].is_finite()).collect();
         let holds = own.iter().filter(|&&i| (over[i] - 1.0).abs() <= WITHIN).count();
         let worst = own.iter().max_by(|&&a, &&b| over[a].ln().abs().total_cmp(&over[b].ln().abs()));
         let reason = worst.map_or("no prediction".to_owned(), |&i| {

@@ -17,7 +17,8 @@ const TEMPLATE: &str = include_str!("template.html");
 /// Lines of a table that are shown, at most.
 const MOST_ROWS: usize = 400;
 /// Tables too large and too fine to read on a page, and those that only machines have.
-const LEFT_OUT: [&str; 5] = ["requests.csv", "layers.csv", "closed_forms.csv", "predictions.csv", "stats.csv"];
+const LEFT_OUT: [&str; 5] =
+    ["requests.csv", "layers.csv", "closed_forms.csv", "predictions.csv", "stats.csv"];
 
 /// A folder that holds results.
 #[derive(Debug, Serialize)]
@@ -49,7 +50,8 @@ pub fn report(out: &Path) -> Result<PathBuf> {
     let mut sections = Vec::new();
     gather(out, out, &mut sections)?;
     if sections.is_empty() {
-        let problem = "holds no results; name a folder that `kvfuse sweep`, `stats`, `simulate` or `run` wrote";
+        let problem =
+            "holds no results; name a folder that `kvfuse sweep`, `stats`, `simulate` or `run` wrote";
         return Err(Error::file(out, problem));
     }
     let mut jinja = Environment::new();
@@ -57,7 +59,8 @@ pub fn report(out: &Path) -> Result<PathBuf> {
     let path = out.join(REPORT);
     let bad = |e: minijinja::Error| Error::file(&path, e.to_string());
     jinja.add_template("report", TEMPLATE).map_err(bad)?;
-    let title = out.file_name().map_or_else(|| out.display().to_string(), |n| n.to_string_lossy().into_owned());
+    let title =
+        out.file_name().map_or_else(|| out.display().to_string(), |n| n.to_string_lossy().into_owned());
     let values = context! { title, sections, version => env!("CARGO_PKG_VERSION") };
     let html = jinja.get_template("report").and_then(|t| t.render(values)).map_err(bad)?;
     files::write_atomically(&path, |file| file.write_all(html.as_bytes()))?;

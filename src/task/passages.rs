@@ -26,7 +26,7 @@ pub fn windows(
     let mut windows: Vec<Request> = Vec::new();
     let mut words: Vec<(&str, usize)> = Vec::new();
     let mut used = 0;
-    for word in text.split_inclusive(char::is_whitespace) {
+    for word in words_with_space(text) {
         if windows.len() == most {
             break;
         }
@@ -45,6 +45,18 @@ pub fn windows(
         return Err(Error::file(path, problem));
     }
     Ok(lines::set(text, windows, "", None, Some(1)))
+}
+
+/// Words, each with the white space after it.
+fn words_with_space(text: &str) -> impl Iterator<Item = &str> {
+    let mut rest = text;
+    std::iter::from_fn(move || {
+        let word = rest.find(char::is_whitespace).unwrap_or(rest.len());
+        let space = rest[word..].find(|c: char| !c.is_whitespace()).unwrap_or(rest.len() - word);
+        let (first, later) = rest.split_at(word + space);
+        rest = later;
+        (!first.is_empty()).then_some(first)
+    })
 }
 
 /// A window's beginning as prompt, its end as reference. The white space between the two belongs to the reference.

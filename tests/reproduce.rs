@@ -1,0 +1,196 @@
+//! Experiment files, reports and comparisons, through the binary.
+
+mod common;
+
+use common::{kvfuse, text};
+use serde_json::Value;
+use std::fs;
+use std::path::Path;
+use std::process::Output;
+
+const PLAN: &str = r#"title = "A small one"
+models = ["smollm2-135m"]
+
+[dump]
+requests = 64
+
+[stats]
+tau = "0.9,0.8"
+
+[sweep]
+pairing = "best"
+spare_layers = 0
+tau = "0.9"
+resamples = 50
+
+[simulate]
+draws = 1
+synthetic = [4, 4]
+world = "iid"
+
+[quick.dump]
+requests = 4
+shots = 1
+"#;
+
+fn in_folder(folder: &Path, arguments: &[&str]) -> Output {
+    kvfuse().current_dir(folder).args(arguments).output().unwrap()
+}
+
+fn said(output: &Output) -> (String, String) {
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    (text(&output.stdout), text(&output.stderr))
+}
+
+#[test]
+fn an_experiment_runs_to_its_figures_and_skips_what_is_done() {
+    let dir = tempfile::tempdir().unwrap();
+    fs::write(dir.path().join("small.toml"), PLAN).unwrap();
+    let run = |root: &str| {
+        let output = in_folder(dir.path(), &["run", "small.toml", "--quick", "--root", root]);
+        let (stdout, stderr) = said(&output);
+        assert!(output.status.success(), "{stderr}");
+        stdout
+    };
+    let first = run("results");
+    let out = dir.path().join("results/quick/small/smollm2-135m");
+    let names = [
+        "sweep.csv",
+        "stats.csv",
+        "monte_carlo.csv",
+        "predictions.csv",
+        "manifest.json",
+        "quality_vs_cr.png",
+        "layer_cr.svg",
+        "similarity.png",
+        "prediction.png",
+    ];
+    for name in names {
+        assert!(out.join(name).exists(), "{name}");
+    }
+    // The commands it ran are those that a user would type, and that the manifests hold.
+    let line = first.lines().find(|l| l.starts_with("$ kvfuse sweep")).unwrap();
+    assert!(line.contains("--pairing=best") && line.contains("--tau=0.9"), "{line}");
+    let manifest: Value =
+        serde_json::from_str(&fs::read_to_string(out.join("manifest.json")).unwrap()).unwrap();
+    let command: Vec<&str> =
+        manifest["command"].as_array().unwrap().iter().map(|c| c.as_str().unwrap()).collect();
+    assert_eq!(format!("$ {}", command.join(" ")), line);
+
+    let before: Vec<Vec<u8>> = ["sweep.csv", "stats.csv", "runs/steps.json"]
+        .iter()
+        .map(|n| fs::read(out.join(n)).unwrap())
+        .collect();
+    let made = fs::metadata(out.join("stats.csv")).unwrap().modified().unwrap();
+    let second = run("results");
+    assert_eq!(second.matches("(done)").count(), 2, "{second}");
+    assert_eq!(fs::metadata(out.join("stats.csv")).unwrap().modified().unwrap(), made);
+    let after: Vec<Vec<u8>> = ["sweep.csv", "stats.csv", "runs/steps.json"]
+        .iter()
+        .map(|n| fs::read(out.join(n)).unwrap())
+        .collect();
+    assert!(before == after);
+
+    // Made again elsewhere it is the same; changed it is not.
+    run("again");
+    let compare = |extra: &[&str]| {
+        in_folder(dir.path(), &[&["compare", "results/quick", "again/quick"], extra].concat())
+    };
+    let output = compare(&["--relative", "0", "--absolute", "0", "--outliers", "0"]);
+    assert!(output.status.success(), "{:?}", said(&output));
+    let csv = dir.path().join("again/quick/small/smollm2-135m/sweep.csv");
+    let changed = fs::read_to_string(&csv).unwrap().replace(",1.0,", ",1.5,");
+    fs::write(&csv, changed).unwrap();
+    let output = compare(&["--outliers", "0"]);
+    let (stdout, stderr) = said(&output);
+    assert_eq!(output.status.code(), Some(2));
+    assert!(stdout.contains("DIFFERS") && stderr.contains("sweep.csv"), "{stdout}{stderr}");
+    fs::remove_file(&csv).unwrap();
+    assert_eq!(compare(&[]).status.code(), Some(2));
+
+    report(dir.path(), &out);
+}
+
+/// The report of the same folder: all in one file, nothing fetched.
+fn report(dir: &Path, out: &Path) {
+    let output = in_folder(dir, &["report", "results"]);
+    assert!(output.status.success(), "{:?}", said(&output));
+    let html = fs::read_to_string(dir.join("results/report.html")).unwrap();
+    for word in [
+        "quick&#x2f;small&#x2f;smollm2-135m",
+        "Claims and verdicts",
+        "4.38",
+        "independent",
+        "<svg",
+        "cr_audited",
+        "kvfuse_version",
+    ] {
+        assert!(html.contains(word), "{word}");
+    }
+    // No file, style or script from elsewhere; names of SVG's own standard are no addresses.
+    let addresses = html.replace("http://www.w3.org/2000/svg", "");
+    for outside in ["http://", "https://", "src=", "<link", "@import"] {
+        assert!(!addresses.contains(outside), "{outside}");
+    }
+    let rows = fs::read_to_string(out.join("sweep.csv")).unwrap().lines().count() - 1;
+    assert!(html.contains(&format!("({rows} rows)")), "{rows}");
+    // The verdict on the headline is the table's.
+    let harmless = csv_rows(&out.join("sweep.csv")).into_iter().filter(|r| r.0 == "bff" && r.2 <= 0.02);
+    let best = harmless.map(|r| r.1).fold(f64::NAN, f64::max);
+    let expected = if best >= 4.38 { "verdict holds" } else { "verdict fails" };
+    let headline = html.split("<tr>").find(|row| row.contains("4.38")).unwrap();
+    assert!(headline.contains(expected), "{headline}");
+    if best.is_finite() {
+        assert!(headline.contains(&format!("{best:.2} of the whole cache")), "{headline}");
+    }
+    let nothing = tempfile::tempdir().unwrap();
+    let output = in_folder(nothing.path(), &["report", "."]);
+    assert_eq!((output.status.code(), said(&output).1.contains("no results")), (Some(2), true));
+}
+
+/// Method, audited ratio and KL of each row.
+fn csv_rows(path: &Path) -> Vec<(String, f64, f64)> {
+    let table = kvfuse::experiment::Columns::read(path).unwrap();
+    let (method, cr, kl) = (table.strings("method"), table.floats("cr_audited"), table.floats("kl"));
+    let numbers = cr.unwrap().into_iter().zip(kl.unwrap());
+    method.unwrap().into_iter().zip(numbers).map(|(m, (cr, kl))| (m, cr, kl)).collect()
+}
+
+#[test]
+fn a_fault_in_an_experiment_is_named_by_line() {
+    let dir = tempfile::tempdir().unwrap();
+    for (from, to, words) in [
+        ("requests = 64", "reqests = 64", ["line 5", "reqests"]),
+        ("tau = \"0.9,0.8\"", "tau = \"high\"", ["line 8", "high"]),
+        ("pairing = \"best\"", "pairing = \"worst\"", ["line 11", "worst"]),
+        ("requests = 64", "data = \"squad:{xquad}\"", ["line 5", "--define xquad"]),
+        ("[simulate]", "[simulat]", ["line 16", "simulat"]),
+    ] {
+        let path = dir.path().join("x.toml");
+        fs::write(&path, PLAN.replace(from, to)).unwrap();
+        let output = in_folder(dir.path(), &["run", text(&path), "--quick"]);
+        let (_, stderr) = said(&output);
+        let error = stderr.lines().find(|l| l.starts_with("error: ")).unwrap_or_default();
+        assert_eq!(output.status.code(), Some(2), "{stderr}");
+        assert!(error.contains("x.toml") && words.iter().all(|w| error.contains(w)), "{to}: {error}");
+    }
+}
+
+#[test]
+fn rows_come_as_json_lines() {
+    let dir = tempfile::tempdir().unwrap();
+    let dump = common::small_dump();
+    let out = dir.path().join("out");
+    let sweep = in_folder(
+        dir.path(),
+        &["sweep", text(dump), "--tau", "0.9", "--resamples", "50", "--json", "--quiet", "-o", text(&out)],
+    );
+    let (stdout, stderr) = said(&sweep);
+    assert_eq!(stderr, "");
+    let rows: Vec<Value> = stdout.lines().map(|l| serde_json::from_str(l).unwrap()).collect();
+    assert_eq!(rows.len(), 3);
+    assert_eq!((&rows[0]["method"], &rows[2]["tau"]), (&"none".into(), &0.9.into()));
+    let summary = in_folder(dir.path(), &["inspect", text(dump), "--json"]);
+    let summary: Value = serde_json::from_str(&said(&summary).0).unwrap();
+    assert_eq!(summary["requests"], common::REQUESTS);
+}
