@@ -1,20 +1,21 @@
 //! `kvfuse plot`.
 
 use super::say;
-use crate::plot::plot_sweep;
+use crate::plot::plot_all;
 use anyhow::Result;
 use std::path::PathBuf;
 
-/// Draw a sweep's figures from its sweep.csv alone, as PNG and SVG beside it.
+/// Draw the figures of a folder's tables (sweep.csv, stats.csv, those of `kvfuse simulate`) from these alone, as PNG and SVG
+/// beside them.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Example:\n  kvfuse plot results/demo")]
 pub struct Args {
-    /// Folder that `kvfuse sweep` wrote
+    /// Folder that `kvfuse sweep`, `stats` or `simulate` wrote
     out: PathBuf,
 }
 
 pub fn run(args: Args) -> Result<()> {
-    for path in plot_sweep(&args.out)? {
+    for path in plot_all(&args.out)? {
         say(path.display().to_string());
     }
     Ok(())

@@ -8,7 +8,7 @@ use crate::stats::{SimilarityOptions, StatRow, similarities};
 use std::path::{Path, PathBuf};
 
 pub const STATS_CSV: &str = "stats.csv";
-const STATS_MANIFEST: &str = "stats.manifest.json";
+pub const STATS_MANIFEST: &str = "stats.manifest.json";
 
 /// What to measure, and where to write it.
 pub struct StatsOptions {

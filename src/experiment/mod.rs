@@ -27,12 +27,13 @@ pub use evaluate::FirstToken;
 pub use explain::{ExplainOptions, Explanation, FusedBlock, Partner, explain};
 pub use grid::parse_taus;
 pub use labels::{label_columns, series_labels};
-pub use measure::{STATS_CSV, StatsOptions, measure, read_stats};
+pub use measure::{STATS_CSV, STATS_MANIFEST, StatsOptions, measure, read_stats};
 pub use rows::{LayerRow, LayerScore, RequestRow, RequestScore, Row, Timings};
 pub use runs::RunRecord;
 pub use settings::{Settings, SweepOptions};
 pub use simulate::{
-    MONTE_CARLO_CSV, PREDICTIONS_CSV, SCALE_CSV, SUMMARY_CSV, SimulateOptions, Simulation, simulate,
+    MONTE_CARLO_CSV, PREDICTIONS_CSV, SCALE_CSV, SIMULATE_MANIFEST, SUMMARY_CSV, SimulateOptions, Simulation,
+    simulate,
 };
 pub use sweep::{LAYERS_CSV, REQUESTS_CSV, SWEEP_CSV, TIMINGS_CSV, sweep};
 pub use table::{Columns, read_csv, write_csv};

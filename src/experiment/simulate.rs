@@ -20,6 +20,7 @@ pub const MONTE_CARLO_CSV: &str = "monte_carlo.csv";
 pub const PREDICTIONS_CSV: &str = "predictions.csv";
 pub const SUMMARY_CSV: &str = "prediction_summary.csv";
 pub const VERDICTS_CSV: &str = "verdicts.csv";
+pub const SIMULATE_MANIFEST: &str = "simulate.manifest.json";
 
 /// What to simulate.
 #[derive(Debug, Clone, Serialize)]
@@ -140,7 +141,7 @@ pub fn simulate(options: &SimulateOptions) -> Result<Simulation> {
         "options": options,
         "stats_sha256": files::sha256(&options.stats)?,
     });
-    files::write_json(&options.out.join("simulate.manifest.json"), &value)?;
+    files::write_json(&options.out.join(SIMULATE_MANIFEST), &value)?;
     Ok(Simulation { monte_carlo: worlds, scale, summary, verdicts })
 }
 

@@ -23,8 +23,8 @@ pub trait Figure {
 /// The family that all text uses; in SVG the viewer's own sans-serif stands in.
 pub const FONT: &str = "sans-serif";
 
-/// Writes `NAME.png` and `NAME.svg` into `folder`.
-pub fn save(figure: &impl Figure, folder: &Path, name: &str) -> Result<Vec<PathBuf>> {
+/// Writes `NAME.png` and `NAME.svg` into `folder`, with what the figure is of, small, in the lower left corner.
+pub fn save(figure: &impl Figure, folder: &Path, name: &str, of: &str) -> Result<Vec<PathBuf>> {
     for (style, bytes) in
         [(FontStyle::Normal, dejavu::sans::regular()), (FontStyle::Bold, dejavu::sans::bold())]
     {
@@ -42,7 +42,7 @@ pub fn save(figure: &impl Figure, folder: &Path, name: &str) -> Result<Vec<PathB
     };
 
     let mut pixels = vec![0u8; (width * height * 3) as usize];
-    draw(figure, &BitMapBackend::with_buffer(&mut pixels, (width, height)).into_drawing_area())
+    draw(figure, of, &BitMapBackend::with_buffer(&mut pixels, (width, height)).into_drawing_area())
         .map_err(failed(&png))?;
     let mut encoded = Vec::new();
     image::codecs::png::PngEncoder::new(&mut encoded)
@@ -51,15 +51,18 @@ pub fn save(figure: &impl Figure, folder: &Path, name: &str) -> Result<Vec<PathB
     files::write_atomically(&png, |out| out.write_all(&encoded))?;
 
     let mut text = String::new();
-    draw(figure, &SVGBackend::with_string(&mut text, (width, height)).into_drawing_area())
+    draw(figure, of, &SVGBackend::with_string(&mut text, (width, height)).into_drawing_area())
         .map_err(failed(&svg))?;
     files::write_atomically(&svg, |out| out.write_all(text.as_bytes()))?;
     Ok(vec![png, svg])
 }
 
-fn draw<DB: DrawingBackend>(figure: &impl Figure, root: &Area<DB>) -> Drawn {
+fn draw<DB: DrawingBackend>(figure: &impl Figure, of: &str, root: &Area<DB>) -> Drawn {
     root.fill(&WHITE).map_err(said)?;
     figure.draw(root)?;
+    let style = (FONT, 13).into_font().color(&RGBColor(110, 110, 110));
+    let below = root.dim_in_pixel().1 as i32 - 17;
+    root.draw(&Text::new(of, (10, below), style)).map_err(said)?;
     root.present().map_err(said)
 }
 

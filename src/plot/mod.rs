@@ -12,25 +12,43 @@ mod worlds;
 
 use crate::error::Result;
 use crate::experiment::{
-    Columns, MONTE_CARLO_CSV, PREDICTIONS_CSV, SCALE_CSV, STATS_CSV, SUMMARY_CSV, SWEEP_CSV, read_stats,
+    Columns, MONTE_CARLO_CSV, PREDICTIONS_CSV, SCALE_CSV, SIMULATE_MANIFEST, STATS_CSV, STATS_MANIFEST,
+    SUMMARY_CSV, SWEEP_CSV, read_stats,
 };
 use rate::{Against, Rate};
+use serde_json::Value;
 use series::SweepTable;
 use std::path::{Path, PathBuf};
+
+/// Draws the figures of all tables in a folder; one with none is treated as a sweep's.
+pub fn plot_all(out: &Path) -> Result<Vec<PathBuf>> {
+    let (stats, simulation) = (out.join(STATS_CSV).exists(), out.join(MONTE_CARLO_CSV).exists());
+    let mut written = Vec::new();
+    if out.join(SWEEP_CSV).exists() || !(stats || simulation) {
+        written.extend(plot_sweep(out)?);
+    }
+    if stats {
+        written.extend(plot_stats(out)?);
+    }
+    if simulation {
+        written.extend(plot_simulation(out)?);
+    }
+    Ok(written)
+}
 
 /// Draws all figures of a sweep folder from its sweep.csv, as PNG and SVG; returns what was written.
 pub fn plot_sweep(out: &Path) -> Result<Vec<PathBuf>> {
     let csv = out.join(SWEEP_CSV);
     let table = SweepTable::new(&csv, &Columns::read(&csv)?)?;
-    let mut written = canvas::save(&tradeoff::Tradeoff { table: &table }, out, "quality_vs_cr")?;
+    let mut written = canvas::save(&tradeoff::Tradeoff { table: &table }, out, "quality_vs_cr", "")?;
     if !table.fusion.is_empty() {
         for (against, name) in [(Against::Tau, "cr_vs_tau"), (Against::MaxError, "cr_vs_max_error")] {
             let rate = Rate { table: &table, against };
             if !rate.is_empty() {
-                written.extend(canvas::save(&rate, out, name)?);
+                written.extend(canvas::save(&rate, out, name, "")?);
             }
         }
-        written.extend(canvas::save(&heatmap::LayerMap { table: &table }, out, "layer_cr")?);
+        written.extend(canvas::save(&heatmap::LayerMap { table: &table }, out, "layer_cr", "")?);
     }
     Ok(written)
 }
@@ -38,6 +56,7 @@ pub fn plot_sweep(out: &Path) -> Result<Vec<PathBuf>> {
 /// Draws the figures of a stats.csv beside it.
 pub fn plot_stats(out: &Path) -> Result<Vec<PathBuf>> {
     let rows = read_stats(&out.join(STATS_CSV))?;
+    let of = measured(&out.join(STATS_MANIFEST));
     let mut written = Vec::new();
     let mut sizes: Vec<usize> = rows.iter().map(|r| r.block_size).collect();
     sizes.dedup();
@@ -46,16 +65,23 @@ pub fn plot_stats(out: &Path) -> Result<Vec<PathBuf>> {
         // One size needs no number in its names.
         let name =
             |figure: &str| if sizes.len() == 1 { figure.to_owned() } else { format!("{figure}-{size}") };
-        written.extend(canvas::save(&similarity::Densities { rows: &own, size }, out, &name("similarity"))?);
+        written.extend(canvas::save(
+            &similarity::Densities { rows: &own, size },
+            out,
+            &name("similarity"),
+            &of,
+        )?);
         written.extend(canvas::save(
             &similarity::Exceedances { rows: &own, size },
             out,
             &name("exceedance"),
+            &of,
         )?);
         written.extend(canvas::save(
             &similarity::Dispersions { rows: &own, size },
             out,
             &name("dispersion"),
+            &of,
         )?);
     }
     Ok(written)
@@ -67,15 +93,38 @@ pub fn plot_simulation(out: &Path) -> Result<Vec<PathBuf>> {
         let path = out.join(name);
         if path.exists() { Columns::read(&path).map(Some) } else { Ok(None) }
     };
+    let stats = json(&out.join(SIMULATE_MANIFEST))["options"]["stats"].as_str().map(PathBuf::from);
+    let of = stats.map_or(String::new(), |stats| measured(&stats.with_file_name(STATS_MANIFEST)));
     let mut written = Vec::new();
     if let Some(rows) = table(MONTE_CARLO_CSV)? {
-        written.extend(canvas::save(&worlds::Worlds::new(&rows)?, out, "monte_carlo")?);
+        written.extend(canvas::save(&worlds::Worlds::new(&rows)?, out, "monte_carlo", &of)?);
     }
     if let (Some(rows), Some(summary)) = (table(PREDICTIONS_CSV)?, table(SUMMARY_CSV)?) {
-        written.extend(canvas::save(&prediction::Predictions::new(&rows, &summary)?, out, "prediction")?);
+        written.extend(canvas::save(
+            &prediction::Predictions::new(&rows, &summary)?,
+            out,
+            "prediction",
+            &of,
+        )?);
     }
     if let Some(rows) = table(SCALE_CSV)? {
-        written.extend(canvas::save(&scale::Scale::new(&rows)?, out, "scale")?);
+        written.extend(canvas::save(&scale::Scale::new(&rows)?, out, "scale", &of)?);
     }
     Ok(written)
+}
+
+/// What statistics are of, for a figure's corner; empty if their manifest is not there.
+fn measured(manifest: &Path) -> String {
+    let dump = &json(manifest)["dump"];
+    match (dump["model"]["name"].as_str(), dump["data"]["name"].as_str()) {
+        (Some(model), Some(data)) => {
+            format!("{model}, {}, {} requests", series::short(data), dump["requests"])
+        }
+        _ => String::new(),
+    }
+}
+
+/// A manifest; null if there is none.
+fn json(path: &Path) -> Value {
+    std::fs::read_to_string(path).ok().and_then(|text| serde_json::from_str(&text).ok()).unwrap_or_default()
 }

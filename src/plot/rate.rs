@@ -1,7 +1,7 @@
 //! Compression ratio against the threshold: the paper's figure beside the audited one.
 
 use super::canvas::{Area, Drawn, FONT, Figure, axes, legend, said, series_color};
-use super::series::{Point, SweepTable, series_name};
+use super::series::{GREY, Point, SweepTable, prefix_label, series_name};
 use plotters::prelude::*;
 
 /// What the ratio is drawn against.
@@ -48,7 +48,9 @@ impl Figure for Rate<'_> {
         let points: Vec<&Point> = self.series().flatten().collect();
         let low = points.iter().map(|p| at(p)).fold(f64::INFINITY, f64::min);
         let high = points.iter().map(|p| at(p)).fold(f64::NEG_INFINITY, f64::max);
-        let top = points.iter().map(|p| p.cr_paper.max(p.cr_audited)).fold(t.prefix.cr_audited, f64::max);
+        let prefixes = t.prefixes();
+        let ratios = points.iter().map(|p| p.cr_paper.max(p.cr_audited));
+        let top = ratios.chain(prefixes.iter().map(|(p, _)| p.cr_audited)).fold(1.0, f64::max);
         let (name, axis, legend_at) = match self.against {
             Against::Tau => ("threshold", "threshold tau on similarity", SeriesLabelPosition::UpperRight),
             Against::MaxError => (
@@ -65,13 +67,18 @@ impl Figure for Rate<'_> {
             .build_cartesian_2d(low - 0.02..high + 0.02, (0.9..top * 1.6).log_scale())
             .map_err(said)?;
         axes(&mut chart, axis, "compression ratio (log axis)")?;
-        let grey = RGBColor(110, 110, 110);
-        let prefix = [(low - 0.02, t.prefix.cr_audited), (high + 0.02, t.prefix.cr_audited)];
-        chart
-            .draw_series(DashedLineSeries::new(prefix, 6, 4, grey.stroke_width(2)))
-            .map_err(said)?
-            .label(format!("exact prefix sharing, audited ({:.2})", t.prefix.cr_audited))
-            .legend(move |(x, y)| PathElement::new([(x, y), (x + 22, y)], grey.stroke_width(2)));
+        for (n, (prefix, series)) in prefixes.into_iter().enumerate() {
+            let color = series.map_or(GREY, series_color);
+            let cr = prefix.cr_audited;
+            let line =
+                DashedLineSeries::new([(low - 0.02, cr), (high + 0.02, cr)], 6, 4, color.stroke_width(2));
+            let drawn = chart.draw_series(line).map_err(said)?;
+            if n == 0 {
+                drawn
+                    .label(prefix_label(t, "audited"))
+                    .legend(|(x, y)| PathElement::new([(x, y), (x + 22, y)], GREY.stroke_width(2)));
+            }
+        }
         // The paper's count first, so that the audited lines lie on top.
         for (n, series) in self.series().enumerate() {
             let color = series_color(n).mix(0.35);

@@ -2,6 +2,7 @@
 
 use crate::error::{Error, Result};
 use crate::experiment::{Columns, label_columns, series_labels};
+use plotters::style::RGBColor;
 use std::path::Path;
 
 /// A number and its 95 % interval; NaN where the table has none.
@@ -25,6 +26,8 @@ pub struct Point {
     /// What tells the point from others of its series: the threshold, the budget, or the name of a thresholds file.
     pub name: String,
     pub block_size: u64,
+    /// Requests fused together.
+    pub batch: u64,
     pub cr_audited: f64,
     pub cr_paper: f64,
     /// In the metric of the table.
@@ -33,13 +36,20 @@ pub struct Point {
     pub layer_cr: Vec<f64>,
 }
 
+impl Point {
+    fn same_packing(&self, other: &Point) -> bool {
+        (self.block_size, self.batch) == (other.block_size, other.batch)
+    }
+}
+
 /// All rows of a sweep, sorted into controls and fusion.
 pub struct SweepTable {
     pub title: String,
     /// The metric of the scores.
     pub metric: String,
     pub none: Point,
-    pub prefix: Point,
+    /// Exact prefix sharing, one a packing (block size and batch).
+    prefixes: Vec<Point>,
     /// Fusing methods, one series a label, in the order of the table.
     pub fusion: Vec<Vec<Point>>,
 }
@@ -56,6 +66,7 @@ impl SweepTable {
         let (method, model, data) = (strings("method")?, strings("model")?, strings("data")?);
         let (tau, budget) = (floats("tau")?, floats("max_error")?);
         let (block_size, requests) = (floats("block_size")?, floats("requests")?);
+        let batch = floats("batch")?;
         let thresholds = strings("thresholds")?;
         let cells: Vec<Vec<String>> = label_columns().map(strings).collect::<Result<_>>()?;
         let rows: Vec<Vec<String>> =
@@ -75,6 +86,7 @@ impl SweepTable {
                     _ => file_name(&thresholds[i]),
                 },
                 block_size: block_size[i] as u64,
+                batch: batch[i] as u64,
                 cr_audited: audited[i],
                 cr_paper: paper[i],
                 score: score[i],
@@ -86,6 +98,12 @@ impl SweepTable {
             let found = points.iter().find(|p| p.method == name).cloned();
             found.ok_or_else(|| Error::file(path, format!("has no row of the control '{name}'; sweep again")))
         };
+        let mut prefixes: Vec<Point> = vec![control("prefix")?];
+        for point in points.iter().filter(|p| p.method == "prefix") {
+            if prefixes.iter().all(|p| !p.same_packing(point)) {
+                prefixes.push(point.clone());
+            }
+        }
         let mut fusion: Vec<Vec<Point>> = Vec::new();
         for point in points.iter().filter(|p| !["none", "prefix"].contains(&&p.method[..])) {
             match fusion.iter_mut().find(|s| s[0].label == point.label) {
@@ -97,9 +115,23 @@ impl SweepTable {
             title: format!("{}, {}, {} requests", model[0], short(&data[0]), requests[0]),
             metric: strings("metric")?[0].clone(),
             none: control("none")?,
-            prefix: control("prefix")?,
+            prefixes,
             fusion,
         })
+    }
+}
+
+impl SweepTable {
+    /// Exact prefix sharing, if it is one for all series: caches are packed in one way only.
+    pub fn prefix(&self) -> Option<&Point> {
+        (self.prefixes.len() == 1).then(|| &self.prefixes[0])
+    }
+
+    /// Exact prefix sharing of each packing, with the number of the first series that is packed so where there are several.
+    pub fn prefixes(&self) -> Vec<(&Point, Option<usize>)> {
+        let series = |p: &Point| self.fusion.iter().position(|s| s[0].same_packing(p));
+        let several = self.prefixes.len() > 1;
+        self.prefixes.iter().map(|p| (p, series(p).filter(|_| several))).collect()
     }
 }
 
@@ -117,8 +149,19 @@ fn file_name(thresholds: &str) -> String {
 }
 
 /// A data source without the folders before its file name.
-fn short(data: &str) -> &str {
+pub fn short(data: &str) -> &str {
     data.rsplit('/').next().unwrap_or(data)
+}
+
+/// Colour of exact prefix sharing where it is one for all series.
+pub const GREY: RGBColor = RGBColor(110, 110, 110);
+
+/// How a legend names exact prefix sharing.
+pub fn prefix_label(table: &SweepTable, remark: &str) -> String {
+    match table.prefix() {
+        Some(prefix) => format!("exact prefix sharing, {remark} (CR {:.2})", prefix.cr_audited),
+        None => format!("dashed: exact prefix sharing, {remark}"),
+    }
 }
 
 /// Name of a point's series in a legend.

@@ -1,7 +1,7 @@
 //! The tasks' metric and KL against the audited compression ratio.
 
 use super::canvas::{Area, Drawn, FONT, Figure, axes, legend, said, series_color};
-use super::series::{Estimate, Point, SweepTable, series_name};
+use super::series::{Estimate, GREY, Point, SweepTable, prefix_label, series_name};
 use plotters::coord::ranged1d::ValueFormatter;
 use plotters::prelude::*;
 
@@ -22,7 +22,8 @@ impl Figure for Tradeoff<'_> {
         let title = format!("Answer quality against compression ({})", t.title);
         let root = root.margin(8, 0, 0, 0).titled(&title, (FONT, 22)).map_err(said)?;
         let (left, right) = root.split_horizontally(600);
-        let all: Vec<&Point> = t.fusion.iter().flatten().chain([&t.none, &t.prefix]).collect();
+        let prefixes = t.prefixes().into_iter().map(|(p, _)| p);
+        let all: Vec<&Point> = t.fusion.iter().flatten().chain([&t.none]).chain(prefixes).collect();
         let most = all.iter().map(|p| p.cr_audited).fold(1.0, f64::max);
         let x = 0.8..most * 1.08;
         let ratio = "audited compression ratio (whole cache, 16 bits / stored bits)";
@@ -63,22 +64,21 @@ impl Tradeoff<'_> {
     {
         let t = self.table;
         let clip = |y: f64| y.clamp(bottom, top);
-        let grey = RGBColor(110, 110, 110);
-        let prefix_cr = t.prefix.cr_audited;
-        chart
-            .draw_series(DashedLineSeries::new(
-                [(prefix_cr, bottom), (prefix_cr, top)],
-                6,
-                4,
-                grey.stroke_width(2),
-            ))
-            .map_err(said)?
-            .label(format!("exact prefix sharing, lossless (CR {prefix_cr:.2})"))
-            .legend(move |(x, y)| PathElement::new([(x, y), (x + 22, y)], grey.stroke_width(2)));
+        for (n, (prefix, series)) in t.prefixes().into_iter().enumerate() {
+            let color = series.map_or(GREY, series_color);
+            let cr = prefix.cr_audited;
+            let line = DashedLineSeries::new([(cr, bottom), (cr, top)], 6, 4, color.stroke_width(2));
+            let drawn = chart.draw_series(line).map_err(said)?;
+            if n == 0 {
+                drawn
+                    .label(prefix_label(t, "lossless"))
+                    .legend(|(x, y)| PathElement::new([(x, y), (x + 22, y)], GREY.stroke_width(2)));
+            }
+        }
         if level.is_finite() {
             let right = chart.x_range().end;
             let line = [(chart.x_range().start, level), (right, level)];
-            chart.draw_series(DashedLineSeries::new(line, 2, 4, grey.stroke_width(1))).map_err(said)?;
+            chart.draw_series(DashedLineSeries::new(line, 2, 4, GREY.stroke_width(1))).map_err(said)?;
         }
         // Intervals of many series hide each other: then they are pale.
         let shade = if t.fusion.len() > 2 { 0.4 } else { 1.0 };
@@ -121,7 +121,8 @@ impl Tradeoff<'_> {
         }
         // Both controls lie at the same height: their names must not.
         let below = if level.is_finite() { 5 } else { -34 };
-        for (p, name, below) in [(&t.none, "no fusion", -18), (&t.prefix, "prefix", below)] {
+        let prefix = t.prefix().map(|p| (p, "prefix", below));
+        for (p, name, below) in [Some((&t.none, "no fusion", -18)), prefix].into_iter().flatten() {
             let q = quality(p);
             if !q.mid.is_finite() {
                 continue;

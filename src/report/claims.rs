@@ -142,7 +142,7 @@ fn of_sweep(table: &Columns) -> Result<Vec<Claim>> {
     let fused: Vec<&Arm> = arms.iter().filter(|a| a.key_error > 1e-3).collect();
     let worse = fused.iter().filter(|a| a.value_error > a.key_error).count();
     let values = Claim {
-        claim: "What makes keys alike makes values alike (blocks are matched on keys)".to_owned(),
+        claim: "Values err no more than the keys that blocks are matched on".to_owned(),
         verdict: if fused.is_empty() { Verdict::Open } else { verdict(worse * 2 < fused.len()) },
         reason: format!(
             "values err more than keys in {worse} of {} arms that fuse more than duplicates",
