@@ -60,8 +60,8 @@ pub fn save(figure: &impl Figure, folder: &Path, name: &str, of: &str) -> Result
 fn draw<DB: DrawingBackend>(figure: &impl Figure, of: &str, root: &Area<DB>) -> Drawn {
     root.fill(&WHITE).map_err(said)?;
     figure.draw(root)?;
-    let style = (FONT, 13).into_font().color(&RGBColor(110, 110, 110));
-    let below = root.dim_in_pixel().1 as i32 - 17;
+    let style = (FONT, 12).into_font().color(&RGBColor(110, 110, 110));
+    let below = root.dim_in_pixel().1 as i32 - 14;
     root.draw(&Text::new(of, (10, below), style)).map_err(said)?;
     root.present().map_err(said)
 }

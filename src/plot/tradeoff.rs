@@ -119,27 +119,20 @@ impl Tradeoff<'_> {
                 chart.draw_series(std::iter::once(EmptyElement::at(at(p)) + label)).map_err(said)?;
             }
         }
-        // Both controls lie at the same height: their names must not.
-        let below = if level.is_finite() { 5 } else { -34 };
-        let prefix = t.prefix().map(|p| (p, "prefix", below));
-        for (p, name, below) in [Some((&t.none, "no fusion", -18)), prefix].into_iter().flatten() {
+        // On the axis of KL both lie at the bottom, where the legend may cover what is right: there the name of the one stands
+        // at the top of its line.
+        let prefix = t.prefix().map(|p| (p, "prefix", if level.is_finite() { Some(5) } else { None }));
+        for (p, name, below) in [Some((&t.none, "no fusion", Some(-18))), prefix].into_iter().flatten() {
             let q = quality(p);
             if !q.mid.is_finite() {
                 continue;
             }
-            let mark = ErrorBar::new_vertical(
-                p.cr_audited,
-                clip(q.low),
-                clip(q.mid),
-                clip(q.high),
-                BLACK.filled(),
-                8,
-            );
+            let (low, mid, high) = (clip(q.low), clip(q.mid), clip(q.high));
+            let mark = ErrorBar::new_vertical(p.cr_audited, low, mid, high, BLACK.filled(), 8);
             chart.draw_series([mark]).map_err(said)?;
+            let (at, below) = below.map_or((top, 4), |below| (mid, below));
             let label = Text::new(name, (7, below), (FONT, 14).into_font().color(&BLACK));
-            chart
-                .draw_series(std::iter::once(EmptyElement::at((p.cr_audited, clip(q.mid))) + label))
-                .map_err(said)?;
+            chart.draw_series(std::iter::once(EmptyElement::at((p.cr_audited, at)) + label)).map_err(said)?;
         }
         let position =
             if level.is_finite() { SeriesLabelPosition::UpperRight } else { SeriesLabelPosition::LowerRight };
