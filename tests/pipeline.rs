@@ -69,7 +69,10 @@ fn a_block_size_list_and_a_spared_first_token() {
     succeed(&arguments);
     let csv = fs::read_to_string(dir.path().join("sweep.csv")).unwrap();
     assert_eq!(csv.lines().count(), 9);
-    assert!(csv.lines().skip(1).all(|l| l.contains(",prefill,3,")), "{csv}");
+    let column = |name: &str| csv.lines().next().unwrap().split(',').position(|c| c == name).unwrap();
+    for (name, value) in [("first_token", "prefill"), ("batch", "3")] {
+        assert!(csv.lines().skip(1).all(|l| l.split(',').nth(column(name)) == Some(value)), "{name}: {csv}");
+    }
 }
 
 #[test]

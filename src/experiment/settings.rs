@@ -114,7 +114,7 @@ pub struct SweepOptions {
     pub first_token: FirstToken,
     /// Requests fused and decoded together.
     pub batches: Vec<usize>,
-    /// Longest answer; what the data says, else [`ANSWER_TOKENS`], if not given.
+    /// Longest answer; what the data says, else 32, if not given.
     pub max_new_tokens: Option<usize>,
     pub resamples: usize,
     pub seed: u64,

@@ -3,6 +3,7 @@
 use crate::error::{Error, Result};
 use crate::files;
 use image::ImageEncoder;
+use image::codecs::png::{CompressionType, FilterType, PngEncoder};
 use plotters::coord::Shift;
 use plotters::coord::ranged1d::ValueFormatter;
 use plotters::prelude::*;
@@ -45,7 +46,8 @@ pub fn save(figure: &impl Figure, folder: &Path, name: &str, of: &str) -> Result
     draw(figure, of, &BitMapBackend::with_buffer(&mut pixels, (width, height)).into_drawing_area())
         .map_err(failed(&png))?;
     let mut encoded = Vec::new();
-    image::codecs::png::PngEncoder::new(&mut encoded)
+    // Flat colours compress best unfiltered: half of what the encoder's defaults make.
+    PngEncoder::new_with_quality(&mut encoded, CompressionType::Best, FilterType::NoFilter)
         .write_image(&pixels, width, height, image::ColorType::Rgb8)
         .map_err(|e| failed(&png)(e.to_string()))?;
     files::write_atomically(&png, |out| out.write_all(&encoded))?;
@@ -81,7 +83,7 @@ where
         .y_desc(y)
         .label_style((FONT, 15))
         .axis_desc_style((FONT, 16))
-        .light_line_style(WHITE)
+        .max_light_lines(0)
         .draw()
         .map_err(said)
 }

@@ -150,8 +150,9 @@ impl Draw {
 
 /// Draws prompts. `tokens` counts the tokens of a text.
 pub fn load(draw: &Draw, tokens: &dyn Fn(&str) -> Result<usize>) -> Result<PromptSet> {
-    if draw.requests == 0 || draw.limit == Some(0) {
-        return Err(Error::argument("--requests and --limit must be at least 1"));
+    let (option, wanted) = draw.limit.map_or(("--requests", draw.requests), |limit| ("--limit", limit));
+    if wanted == 0 {
+        return Err(Error::argument(format!("{option} must be at least 1")));
     }
     let spec = &draw.spec[..];
     let (kind, rest) = spec.split_once(':').unwrap_or((spec, ""));
