@@ -107,6 +107,14 @@ fn cases() -> Vec<Case> {
             bias: true,
             ..llama.clone()
         },
+        Case {
+            architecture: "qwen2",
+            extra: json!({"rope_theta": 1000.0, "use_sliding_window": true, "sliding_window": WINDOW,
+                "max_window_layers": 1}),
+            bias: true,
+            slides: |n| n >= 1,
+            ..llama.clone()
+        },
         Case { architecture: "qwen3", qk_norm: true, tied: false, dtype: Dtype::BF16, ..llama.clone() },
         Case {
             architecture: "phi3",

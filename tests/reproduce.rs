@@ -91,6 +91,13 @@ fn an_experiment_runs_to_its_figures_and_skips_what_is_done() {
         .collect();
     assert!(before == after);
 
+    // A table that is gone or changed is made again.
+    fs::remove_file(out.join("stats.csv")).unwrap();
+    fs::write(out.join("monte_carlo.csv"), "").unwrap();
+    let third = run("results");
+    assert_eq!(third.matches("(done)").count(), 0, "{third}");
+    assert_eq!(fs::read(out.join("stats.csv")).unwrap(), before[1]);
+
     // Made again elsewhere it is the same; changed it is not.
     run("again");
     let compare = |extra: &[&str]| {
@@ -101,7 +108,7 @@ fn an_experiment_runs_to_its_figures_and_skips_what_is_done() {
     let csv = dir.path().join("again/quick/small/smollm2-135m/sweep.csv");
     let changed = fs::read_to_string(&csv).unwrap().replace(",1.0,", ",1.5,");
     fs::write(&csv, changed).unwrap();
-    let output = compare(&["--outliers", "0"]);
+    let output = compare(&[]);
     let (stdout, stderr) = said(&output);
     assert_eq!(output.status.code(), Some(2));
     assert!(stdout.contains("DIFFERS") && stderr.contains("sweep.csv"), "{stdout}{stderr}");
@@ -163,6 +170,7 @@ fn a_fault_in_an_experiment_is_named_by_line() {
         ("requests = 64", "reqests = 64", ["line 5", "reqests"]),
         ("tau = \"0.9,0.8\"", "tau = \"high\"", ["line 8", "high"]),
         ("pairing = \"best\"", "pairing = \"worst\"", ["line 11", "worst"]),
+        ("tau = \"0.9\"\n", "tau = \"1.9\"\n", ["line 13", "1.9"]),
         ("requests = 64", "data = \"squad:{xquad}\"", ["line 5", "--define xquad"]),
         ("[simulate]", "[simulat]", ["line 16", "simulat"]),
     ] {
@@ -172,6 +180,11 @@ fn a_fault_in_an_experiment_is_named_by_line() {
         let (_, stderr) = said(&output);
         let error = stderr.lines().find(|l| l.starts_with("error: ")).unwrap_or_default();
         assert_eq!(output.status.code(), Some(2), "{stderr}");
+        // Before anything is done, of this file or of the one before it.
+        fs::write(dir.path().join("good.toml"), PLAN).unwrap();
+        let both = in_folder(dir.path(), &["run", "good.toml", text(&path), "--quick"]);
+        assert_eq!((&said(&both).0[..], both.status.code()), ("", Some(2)), "{to}");
+        assert!(!dir.path().join("dumps").exists() && !dir.path().join("results").exists());
         assert!(error.contains("x.toml") && words.iter().all(|w| error.contains(w)), "{to}: {error}");
     }
 }

@@ -9,7 +9,7 @@ use std::path::PathBuf;
 /// Hold the tables of one results folder against those of another, column by column.
 ///
 /// Every CSV file of the first folder (and its folders) must be in the second, with the same columns and rows: texts equal,
-/// numbers equal within the tolerances. Names of runs and texts of answers are not looked at.
+/// numbers equal within the tolerances. Files that only the second folder has are not looked at. Names of runs and texts of answers are not looked at.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Example:\n  kvfuse compare results/quick /tmp/again/quick")]
 pub struct Args {
@@ -23,7 +23,7 @@ pub struct Args {
     /// Or by this much
     #[arg(long, value_name = "DIFFERENCE", default_value_t = 0.01)]
     absolute: f64,
-    /// Share of a column's cells that may lie outside: another processor rounds otherwise, and a near tie of two tokens or
+    /// Share of a column's cells that may lie outside, rounded up, but never all of them: another processor rounds otherwise, and a near tie of two tokens or
     /// of a cosine and its threshold then falls the other way
     #[arg(long, value_name = "SHARE", default_value_t = 0.05)]
     outliers: f64,
@@ -41,12 +41,12 @@ pub fn run(args: Args) -> Result<()> {
                 d.different.to_string(),
                 d.outside.to_string(),
                 d.worst.clone().unwrap_or_else(|| "-".to_owned()),
-                if d.agrees { "agrees" } else { "DIFFERS" }.to_owned(),
+                if d.bad.is_empty() { "agrees".to_owned() } else { format!("DIFFERS: {}", d.bad.join(", ")) },
             ]
         })
         .collect();
     say(table(&["table", "cells", "not equal", "outside", "worst", ""], &rows));
-    let bad: Vec<&str> = found.iter().filter(|d| !d.agrees).map(|d| &d.file[..]).collect();
+    let bad: Vec<&str> = found.iter().filter(|d| !d.bad.is_empty()).map(|d| &d.file[..]).collect();
     if !bad.is_empty() {
         bail!("{} of {} tables differ: {}", bad.len(), found.len(), bad.join(", "));
     }

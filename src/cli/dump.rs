@@ -106,13 +106,19 @@ pub fn folder(args: &Args) -> PathBuf {
     args.out.clone().unwrap_or_else(|| PathBuf::from("dumps").join(default_name(args)))
 }
 
-/// The last part of a name, path or `kind:path`, as a file name.
+/// The last part of a name, path or `kind:path`, as a file name. A file that is named for its split (RULER's all are
+/// `TASK/validation.jsonl`) has its folder's name in front.
 pub fn stem(text: &str) -> String {
-    let last = text.rsplit(['/', ':']).next().unwrap_or(text);
+    let mut parts = text.rsplit(['/', ':']);
+    let last = parts.next().unwrap_or(text);
     let known = [".json", ".jsonl", ".gguf", ".txt"];
     let stem = known.iter().find_map(|e| last.strip_suffix(e)).unwrap_or(last);
+    let folder = parts.next().filter(|f| SPLITS.contains(&stem) && text.contains('/') && !f.is_empty());
+    let stem = folder.map_or(stem.to_owned(), |folder| format!("{folder}-{stem}"));
     stem.chars().map(|c| if c.is_ascii_alphanumeric() || "-.".contains(c) { c } else { '_' }).collect()
 }
+
+const SPLITS: [&str; 5] = ["train", "validation", "valid", "dev", "test"];
 
 /// A folder name that two different dumps are unlikely to share.
 fn default_name(args: &Args) -> String {

@@ -1,6 +1,6 @@
 //! `kvfuse run`: all that a figure needs, as one experiment file says.
 
-use super::plan::Plan;
+use super::plan::{Plan, STEPS};
 use super::{Cli, Command, say, words_of};
 use crate::dump::Manifest;
 use crate::error::Error;
@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::time::SystemTime;
 
 /// Run an experiment file: dump, calibrate, stats, sweep, simulate and plot, as far as it has a table for them.
 ///
@@ -45,7 +46,6 @@ fn definition(text: &str) -> std::result::Result<(String, String), String> {
 }
 
 pub fn run(args: Args) -> Result<()> {
-    // All files are checked before the first is run.
     let plans: Vec<(String, Plan)> = args
         .experiments
         .iter()
@@ -55,14 +55,26 @@ pub fn run(args: Args) -> Result<()> {
         })
         .collect::<Result<_>>()?;
     let root = if args.quick { args.root.join("quick") } else { args.root.clone() };
-    for (name, plan) in plans {
-        say(format!("== {name}: {}", plan.title));
+    let mut all = Vec::new();
+    for (name, plan) in &plans {
         let models = if args.model.is_empty() { &plan.models } else { &args.model };
         for model in models {
             let short = super::dump::stem(model);
-            let out = root.join(&name).join(&short);
-            Steps { plan: &plan, model, short, root: &root, out, define: &args.define }.run()?;
+            let out = root.join(name).join(&short);
+            if let Some(Steps { model: other, .. }) = all.iter().find(|s: &&Steps| s.out == out) {
+                bail!(
+                    "{other} and {model} would both write {}; run them apart, with another --root",
+                    out.display()
+                );
+            }
+            all.push(Steps { plan, model, short, root: &root, out, define: &args.define });
         }
+    }
+    // All files are checked before the first is run.
+    all.iter().try_for_each(Steps::check)?;
+    for steps in &all {
+        say(format!("== {}: {}", steps.plan.title, steps.model));
+        steps.run()?;
     }
     Ok(())
 }
@@ -77,11 +89,38 @@ struct Steps<'a> {
     define: &'a [(String, String)],
 }
 
-/// Which steps are finished, each with a checksum of all it depends on.
-#[derive(Default, Serialize, Deserialize)]
-struct Finished(BTreeMap<String, String>);
+/// What `steps.json` means by a finished step; goes up when a step comes to write something else.
+const STEP_SCHEMA: u32 = 1;
+
+/// A step that is finished.
+#[derive(PartialEq, Serialize, Deserialize)]
+struct Finished {
+    /// Checksum of its options, inputs and schema.
+    of: String,
+    /// Its tables, with their checksums.
+    made: BTreeMap<String, String>,
+}
 
 impl Steps<'_> {
+    /// Whether every step's options can be read, as far as that can be said before there is a dump.
+    fn check(&self) -> Result<()> {
+        let anything = "-".to_owned();
+        for name in STEPS.into_iter().filter(|name| self.plan.has(name)) {
+            let filled = match name {
+                "dump" => Vec::new(),
+                "simulate" => vec!["--stats=-".to_owned(), "--out=-".to_owned()],
+                _ => vec![anything.clone()],
+            };
+            let checked = match self.parse(name, &filled)?.1 {
+                Command::Sweep(sweep) => sweep.check(),
+                Command::Stats(stats) => stats.check(),
+                _ => Ok(()),
+            };
+            checked.map_err(|e| self.at_line(name, e.into()))?;
+        }
+        Ok(())
+    }
+
     fn run(&self) -> Result<()> {
         files::writable_folder(&self.out)?;
         let out = format!("--out={}", self.out.display());
@@ -136,28 +175,56 @@ impl Steps<'_> {
     fn step(&self, line: Vec<String>, command: Command) -> Result<()> {
         say(format!("$ {}", line.join(" ")));
         let name = line[1].clone();
-        command.run(line).map_err(|e| match e.downcast_ref::<Error>() {
-            // What only the command itself finds wrong with an option.
-            Some(Error::Argument(message)) => self.plan.usage(&name, message).into(),
-            None => self.plan.usage(&name, &format!("{e:#}")).into(),
-            _ => e,
-        })
+        command.run(line).map_err(|e| self.at_line(&name, e))
+    }
+
+    /// What only a command itself finds wrong with an option, at the option's line.
+    fn at_line(&self, command: &str, error: anyhow::Error) -> anyhow::Error {
+        match error.downcast_ref::<Error>() {
+            Some(Error::Argument(message)) => self.plan.usage(command, message).into(),
+            None => self.plan.usage(command, &format!("{error:#}")).into(),
+            _ => error,
+        }
     }
 
     /// Runs a step that cannot go on where it stopped, unless it was finished with the same options and inputs.
     fn once(&self, name: &str, filled: &[String], inputs: &str) -> Result<()> {
         let (line, command) = self.parse(name, filled)?;
-        let key = files::sha256_bytes(format!("{}\n{inputs}", line.join("\n")).as_bytes());
+        let of = format!("{}\n{inputs}\n{} {STEP_SCHEMA}", line.join("\n"), env!("CARGO_PKG_VERSION"));
+        let of = files::sha256_bytes(of.as_bytes());
         let path = self.out.join("runs").join("steps.json");
         let text = fs::read_to_string(&path).unwrap_or_default();
-        let mut finished: Finished = serde_json::from_str(&text).unwrap_or_default();
-        if finished.0.get(name) == Some(&key) {
+        let mut finished: BTreeMap<String, Finished> = serde_json::from_str(&text).unwrap_or_default();
+        let there = |made: &BTreeMap<String, String>| {
+            made.iter().all(|(name, sum)| files::sha256(&self.out.join(name)).is_ok_and(|s| s == *sum))
+        };
+        if finished.get(name).is_some_and(|f| f.of == of && there(&f.made)) {
             say(format!("$ {} (done)", line.join(" ")));
             return Ok(());
         }
+        let before = self.tables()?;
         self.step(line, command)?;
-        finished.0.insert(name.to_owned(), key);
+        let mut made = BTreeMap::new();
+        for (name, written) in self.tables()? {
+            if before.get(&name) != Some(&written) {
+                made.insert(name.clone(), files::sha256(&self.out.join(name))?);
+            }
+        }
+        finished.insert(name.to_owned(), Finished { of, made });
         files::writable_folder(&self.out.join("runs"))?;
         Ok(files::write_json(&path, &finished)?)
+    }
+
+    /// Tables and thresholds in the output folder, and when they were written.
+    fn tables(&self) -> Result<BTreeMap<String, SystemTime>> {
+        let mut found = BTreeMap::new();
+        for entry in fs::read_dir(&self.out)? {
+            let path = entry?.path();
+            let table = path.extension().is_some_and(|e| e == "csv" || e == "toml");
+            if let Some(name) = path.file_name().filter(|_| table) {
+                found.insert(name.to_string_lossy().into_owned(), fs::metadata(&path)?.modified()?);
+            }
+        }
+        Ok(found)
     }
 }

@@ -45,6 +45,13 @@ pub struct Args {
 pub const TAUS: &str =
     "0.99,0.97,0.95,0.93,0.9,0.87,0.85,0.83,0.8,0.78,0.75,0.72,0.7,0.65,0.6,0.55,0.5,0.4,0.3";
 
+impl Args {
+    /// What can be checked of the options before there is a dump.
+    pub fn check(&self) -> crate::error::Result<()> {
+        parse_taus(&self.tau).map(|_| ())
+    }
+}
+
 pub fn run(args: Args, typed: Vec<String>) -> Result<()> {
     if args.block_size.contains(&0) {
         bail!("--block-size 0: a block has at least one token");

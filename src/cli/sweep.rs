@@ -25,6 +25,14 @@ pub struct Args {
     json: bool,
 }
 
+impl Args {
+    /// What can be checked of the options before there are a dump and thresholds.
+    pub fn check(&self) -> crate::error::Result<()> {
+        let (dump, thresholds) = (Some(PathBuf::new()), None);
+        Settings { dump, thresholds, ..self.settings.clone() }.options(Vec::new()).map(|_| ())
+    }
+}
+
 pub fn run(args: Args, typed: Vec<String>) -> Result<()> {
     let file = args.config.as_deref().map(Settings::read).transpose()?.unwrap_or_default();
     let options = args.settings.or(file)?.options(typed)?;

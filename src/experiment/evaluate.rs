@@ -185,14 +185,15 @@ fn divergence(p: &[f32], q: &[f32], target: u32) -> Divergence {
     }
 }
 
-/// Greedy answers of all requests, decoded together; an answer ends at `stop`, an end-of-text token or `max_tokens`.
+/// Greedy answers of all requests, decoded together; an answer ends at `stop`, an end-of-text token or its
+/// request's `max_tokens`.
 pub fn answers(
     model: &Model,
     spared: &Spared,
     batch: &mut CacheBatch,
     prompts: &[Prompt],
     stop: Option<&str>,
-    max_tokens: usize,
+    max_tokens: &[usize],
 ) -> Result<Vec<Vec<u32>>> {
     on_forks(batch, |batch, forks| {
         let mut answers: Vec<Vec<u32>> = vec![Vec::new(); prompts.len()];
@@ -201,7 +202,7 @@ pub fn answers(
         if let Some(first) = &spared.0 {
             for i in 0..prompts.len() {
                 next[i] = argmax(&first[i]);
-                open[i] = extend(model, &mut answers[i], next[i], stop, max_tokens)?;
+                open[i] = extend(model, &mut answers[i], next[i], stop, max_tokens[i])?;
             }
         }
         while open.contains(&true) {
@@ -219,7 +220,7 @@ pub fn answers(
             let logits = model.decoder.logits(&hidden);
             for (&i, row) in active.iter().zip(logits.chunks_exact(model.decoder.config().vocab)) {
                 next[i] = argmax(row);
-                open[i] = extend(model, &mut answers[i], next[i], stop, max_tokens)?;
+                open[i] = extend(model, &mut answers[i], next[i], stop, max_tokens[i])?;
             }
         }
         Ok(answers)
@@ -245,9 +246,8 @@ fn extend(
     Ok(!stopped && answer.len() < max_tokens)
 }
 
-/// Text of an answer up to `stop`.
+/// Text of an answer up to `stop`, with the white space around it, which some metrics count.
 pub fn answer_text(model: &Model, tokens: &[u32], stop: Option<&str>) -> Result<String> {
     let text = model.tokenizer.decode(tokens)?;
-    let text = stop.map_or(text.as_str(), |stop| text.split(stop).next().unwrap_or_default());
-    Ok(text.trim().to_owned())
+    Ok(stop.map_or(text.as_str(), |stop| text.split(stop).next().unwrap_or_default()).to_owned())
 }

@@ -213,9 +213,15 @@ impl SweepOptions {
         self.packings().into_iter().flat_map(|p| self.grid.arms(p)).collect()
     }
 
-    /// The longest answer that requests of a dump are given, in tokens.
-    pub fn answer_tokens(&self, manifest: &Manifest) -> usize {
+    /// The longest answer that any request of a dump is given, in tokens.
+    pub fn longest_answer(&self, manifest: &Manifest) -> usize {
         self.max_new_tokens.or(manifest.answer_tokens).unwrap_or(ANSWER_TOKENS)
+    }
+
+    /// The longest answer that one request is given, in tokens: files may hold several tasks.
+    pub fn answer_tokens(&self, manifest: &Manifest, request: usize) -> usize {
+        let own = manifest.requests[request].request.answer_tokens;
+        self.max_new_tokens.or(own).unwrap_or_else(|| self.longest_answer(manifest))
     }
 
     fn check(&self) -> Result<()> {

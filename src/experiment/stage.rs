@@ -23,6 +23,8 @@ const MOST_TARGETS: usize = 64;
 struct Lot {
     base: Base,
     prompts: Vec<Prompt>,
+    /// Longest answer of each request.
+    answer_tokens: Vec<usize>,
     reference: Reference,
     /// Blocks and similarities of the unfused caches.
     memo: Memo,
@@ -34,7 +36,6 @@ struct Lot {
 pub struct Stage<'a> {
     model: &'a Model,
     manifest: &'a Manifest,
-    max_new_tokens: usize,
     lots: Vec<Lot>,
     baseline: Option<Vec<RequestScore>>,
     /// Audited ratio of exact prefix sharing: between all requests, and within tenants.
@@ -54,13 +55,12 @@ impl<'a> Stage<'a> {
         let mut stage = Stage {
             model,
             manifest,
-            max_new_tokens: options.answer_tokens(manifest),
             lots: Vec::new(),
             baseline: baseline.map(|r| r.requests.clone()),
             cr_prefix: [1.0; 2],
         };
         let mut prefix = [Ledger::default(), Ledger::default()];
-        let longest_answer = stage.max_new_tokens.max(MOST_TARGETS);
+        let longest_answer = options.longest_answer(manifest).max(MOST_TARGETS);
         let mut done = 0;
         for requests in requests.chunks(packing.batch) {
             interrupt::check()?;
@@ -73,14 +73,16 @@ impl<'a> Stage<'a> {
                 codec.encode(&mut shared, &Memo::default())?;
                 *ledger += &Ledger::of(&shared, &codec.coverage(model.decoder.config().layers));
             }
+            let answer_tokens: Vec<usize> =
+                requests.iter().map(|&i| options.answer_tokens(manifest, i)).collect();
             let unasked = |&i: &usize| manifest.requests[i].request.references.is_empty();
             let own: Vec<Vec<u32>> = match baseline {
                 Some(r) => {
                     r.requests[done..][..requests.len()].iter().map(|r| r.answer_tokens.clone()).collect()
                 }
                 None if requests.iter().any(unasked) => {
-                    let (stop, most) = (manifest.stop.as_deref(), stage.max_new_tokens);
-                    answers(model, &base.spared, &mut base.batch, &prompts, stop, most)?
+                    let stop = manifest.stop.as_deref();
+                    answers(model, &base.spared, &mut base.batch, &prompts, stop, &answer_tokens)?
                 }
                 None => vec![Vec::new(); requests.len()],
             };
@@ -92,6 +94,7 @@ impl<'a> Stage<'a> {
             stage.lots.push(Lot {
                 base,
                 prompts,
+                answer_tokens,
                 reference,
                 memo: Memo::default(),
                 requests: requests.to_vec(),
@@ -129,7 +132,7 @@ impl<'a> Stage<'a> {
 
             let started = Instant::now();
             let tokens =
-                answers(self.model, &lot.base.spared, &mut batch, &lot.prompts, stop, self.max_new_tokens)?;
+                answers(self.model, &lot.base.spared, &mut batch, &lot.prompts, stop, &lot.answer_tokens)?;
             timings.decode_seconds += started.elapsed().as_secs_f64();
             timings.generated_tokens += tokens.iter().map(Vec::len).sum::<usize>();
             for (i, answer_tokens) in tokens.into_iter().enumerate() {
@@ -143,7 +146,7 @@ impl<'a> Stage<'a> {
                     f1: asked.then(|| token_f1(&answer, &request.references)),
                     em: asked.then(|| exact_match(&answer, &request.references)),
                     score: request.metric.score(&answer, &request.references, &request.classes),
-                    answer,
+                    answer: answer.trim().to_owned(),
                     nll: divergences[i].nll,
                     kl: divergences[i].kl,
                     top1: divergences[i].top1,

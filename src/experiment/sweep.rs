@@ -102,7 +102,7 @@ pub fn setting(options: &SweepOptions, manifest: &Manifest, questions: &[usize])
             .then(|| files::sha256_bytes(ids.join("\n").as_bytes())[..12].to_owned()),
         seed: options.seed,
         first_token: options.first_token,
-        max_new_tokens: options.answer_tokens(manifest),
+        max_new_tokens: options.longest_answer(manifest),
         resamples: options.resamples,
     })
 }

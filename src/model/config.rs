@@ -166,17 +166,26 @@ impl ModelConfig {
 
     /// Refuses sizes no decoder can have.
     pub fn checked(self, path: &Path) -> Result<Self> {
-        let sizes = [
-            ("layers", self.layers),
-            ("hidden size", self.hidden),
-            ("attention heads", self.heads),
-            ("key/value heads", self.kv_heads),
-            ("head size", self.head_dim),
-            ("intermediate size", self.intermediate),
-            ("vocabulary size", self.vocab),
-        ];
-        if let Some((name, _)) = sizes.iter().find(|(_, n)| *n == 0) {
-            return Err(Error::file(path, format!("{name} is missing or zero; not a usable model")));
+        check_sizes(
+            path,
+            &[
+                ("layers", self.layers),
+                ("hidden size", self.hidden),
+                ("attention heads", self.heads),
+                ("key/value heads", self.kv_heads),
+                ("head size", self.head_dim),
+                ("intermediate size", self.intermediate),
+                ("vocabulary size", self.vocab),
+            ],
+        )?;
+        let positive = |x: f64| x > 0.0 && x.is_finite();
+        let epsilon = self.rms_epsilon;
+        if !(epsilon >= 0.0 && epsilon.is_finite()) || !self.query_scalar.is_none_or(positive) {
+            let problem = format!(
+                "an RMS epsilon of {epsilon} or a query scalar of {:?} makes no sense",
+                self.query_scalar
+            );
+            return Err(Error::file(path, problem));
         }
         let whole = self.heads.is_multiple_of(self.kv_heads) && self.head_dim.is_multiple_of(2);
         if !whole || self.rope.dims != self.head_dim {
@@ -189,7 +198,7 @@ impl ModelConfig {
         let ropes = [Some(&self.rope), self.sliding.as_ref().and_then(|s| s.rope.as_ref())];
         let usable = |r: &RopeConfig| {
             let fits = r.divisors.is_empty() || r.divisors.len() == r.dims / 2;
-            r.base > 0.0 && fits && r.divisors.iter().all(|d| *d > 0.0)
+            positive(r.base) && fits && r.divisors.iter().all(|d| positive(*d))
         };
         if !ropes.into_iter().flatten().all(usable) {
             return Err(Error::file(path, "its RoPE settings make no sense; fetch the model again"));
@@ -201,6 +210,20 @@ impl ModelConfig {
             ));
         }
         Ok(self)
+    }
+}
+
+/// More than any decoder has of anything but tokens of context; products of a few stay far from overflow.
+const MOST: usize = 1 << 24;
+
+/// Refuses sizes that are missing or absurd, before anything is allocated by them.
+pub(super) fn check_sizes(path: &Path, sizes: &[(&str, usize)]) -> Result<()> {
+    match sizes.iter().find(|(_, n)| !(1..=MOST).contains(n)) {
+        None => Ok(()),
+        Some((name, 0)) => Err(Error::file(path, format!("{name} is missing or zero; not a usable model"))),
+        Some((name, n)) => {
+            Err(Error::file(path, format!("{name} {n} is beyond reason; fetch the model again")))
+        }
     }
 }
 

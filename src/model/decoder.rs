@@ -9,6 +9,9 @@ use crate::block::{BlockPool, BlockShape, RequestCache};
 use rayon::prelude::*;
 use std::sync::Arc;
 
+/// Longest sequence that position tables are made for, in tokens: models of a million take gigabytes of them.
+const LONGEST: usize = 1 << 18;
+
 pub struct Decoder {
     config: ModelConfig,
     weights: Weights,
@@ -23,7 +26,7 @@ pub struct Segment<'a> {
 
 impl Decoder {
     pub fn new(config: ModelConfig, weights: Weights) -> Self {
-        let ropes = Arc::new(Ropes::new(&config, config.context.max(1)));
+        let ropes = Arc::new(Ropes::new(&config, config.context.clamp(1, LONGEST)));
         Decoder { config, weights, ropes }
     }
 

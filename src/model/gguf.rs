@@ -2,7 +2,7 @@
 
 use super::config::{
     ARCHITECTURES, GEMMA3_LOCAL_BASE, GEMMA3_PATTERN, ModelConfig, RopeConfig, Sliding, all_but_each,
-    unknown_architecture, unknown_scaling,
+    check_sizes, unknown_architecture, unknown_scaling,
 };
 use super::weights::{Numbers, TensorSource};
 use crate::error::{Error, Result};
@@ -150,12 +150,18 @@ fn config(path: &Path, map: &[u8], content: &Content) -> Result<ModelConfig> {
         0 => size("embedding_length") / heads.max(1),
         n => n,
     };
-    let vocab = content.tensor_infos.get("token_embd.weight").map_or(0, |t| t.shape.dims()[0]);
+    let vocab = content
+        .tensor_infos
+        .get("token_embd.weight")
+        .and_then(|t| t.shape.dims().first())
+        .copied()
+        .unwrap_or(0);
     let layers = size("block_count");
     let dims = match size("rope.dimension_count") {
         0 => head_dim,
         n => n,
     };
+    check_sizes(path, &[("layers", layers), ("head size", head_dim), ("rotated numbers of a head", dims)])?;
     let base = float("rope.freq_base").map_or(10_000.0, f64::from);
     let rope = scaled(path, map, content, RopeConfig::plain(base, dims), &key("rope.scaling"))?;
     let window = size("attention.sliding_window");

@@ -2,7 +2,7 @@
 
 use super::config::{
     ARCHITECTURES, GEMMA3_LOCAL_BASE, GEMMA3_PATTERN, Llama3Scaling, ModelConfig, RopeConfig, Sliding,
-    all_but_each, unknown_architecture, unknown_scaling,
+    all_but_each, check_sizes, unknown_architecture, unknown_scaling,
 };
 use crate::error::{Error, IoAt, Result};
 use serde::Deserialize;
@@ -40,9 +40,18 @@ struct RawConfig {
     sliding_window: Option<usize>,
     #[serde(alias = "_sliding_window_pattern")]
     sliding_window_pattern: Option<usize>,
+    /// Where layers are not listed, a qwen's first layers that do not slide.
+    max_window_layers: Option<usize>,
     layer_types: Option<Vec<String>>,
     query_pre_attn_scalar: Option<f64>,
+    hidden_act: Option<String>,
+    hidden_activation: Option<String>,
+    #[serde(default)]
+    use_bidirectional_attention: bool,
 }
+
+/// `max_window_layers` where a qwen's file names none.
+const QWEN_FULL_LAYERS: usize = 28;
 
 fn default_epsilon() -> f32 {
     1e-6
@@ -71,13 +80,35 @@ pub fn read(path: &Path) -> Result<ModelConfig> {
     if raw.attention_bias && architecture != "qwen2" || raw.mlp_bias {
         return Err(Error::file(path, "attention biases but qwen2's, and MLP biases, are not supported"));
     }
-    if raw.partial_rotary_factor.is_some_and(|f| f != 1.0) {
-        return Err(Error::file(path, "RoPE on a part of each head is not supported; use another model"));
-    }
     let head_dim = raw.head_dim.unwrap_or(raw.hidden_size / raw.num_attention_heads.max(1));
+    check_sizes(path, &[("layers", raw.num_hidden_layers), ("head size", head_dim)])?;
     let gemma = architecture == "gemma3";
     // Per kind of layer, in transformers 5 (gemma3).
     let part = |kind: &str| raw.rope_parameters.as_ref().map(|p| p.get(kind).unwrap_or(p));
+    let rotated = |p: &Value| p.get("partial_rotary_factor").and_then(Value::as_f64);
+    let partial =
+        [part("full_attention"), part("sliding_attention")].into_iter().flatten().filter_map(rotated);
+    if raw.partial_rotary_factor.into_iter().chain(partial).any(|f| f != 1.0) {
+        return Err(Error::file(path, "RoPE on a part of each head is not supported; use another model"));
+    }
+    let (activation, own) = match gemma {
+        true => (&raw.hidden_activation, "gelu_pytorch_tanh"),
+        false => (&raw.hidden_act, "silu"),
+    };
+    if let Some(other) = activation.as_ref().filter(|a| *a != own) {
+        let problem =
+            format!("activation '{other}' is not supported ({own} is, in {architecture}); use another model");
+        return Err(Error::file(path, problem));
+    }
+    if raw.use_bidirectional_attention {
+        return Err(Error::file(
+            path,
+            "bidirectional attention is not supported: use a model that generates text",
+        ));
+    }
+    if raw.layer_types.as_ref().is_some_and(|kinds| kinds.len() != raw.num_hidden_layers) {
+        return Err(Error::file(path, "layer_types lists another number of layers than num_hidden_layers"));
+    }
     let base = |own: Option<&Value>| own.and_then(|p| p.get("rope_theta")).and_then(Value::as_f64);
     let general = part("full_attention");
     let default = if gemma { 1_000_000.0 } else { 10_000.0 };
@@ -117,6 +148,9 @@ fn sliding(raw: &RawConfig, architecture: &str, local: impl Fn() -> RopeConfig) 
         Some(kinds) => (0..kinds.len()).filter(|&n| kinds[n] == "sliding_attention").collect(),
         None if gemma => {
             all_but_each(raw.sliding_window_pattern.unwrap_or(GEMMA3_PATTERN), raw.num_hidden_layers)
+        }
+        None if architecture.starts_with("qwen") => {
+            (raw.max_window_layers.unwrap_or(QWEN_FULL_LAYERS)..raw.num_hidden_layers).collect()
         }
         None => (0..raw.num_hidden_layers).collect(),
     };

@@ -76,6 +76,7 @@ impl Model {
         tokenizer: Tokenizer,
         sha256: String,
     ) -> Result<Self> {
+        let tokenizer = tokenizer.of_model(config.vocab)?;
         let weights = Weights::load(&config, source)?;
         Ok(Model { decoder: Decoder::new(config, weights), tokenizer, sha256 })
     }

@@ -43,6 +43,8 @@ pub struct Tokenizer {
     /// Prepended to every prompt when the model asks for it (BOS).
     lead: Vec<u32>,
     ends: BTreeSet<u32>,
+    /// Token ids that the model has an embedding for are below this.
+    vocab: usize,
     /// Jinja source of the chat template, if the model has one.
     template: Option<String>,
 }
@@ -117,14 +119,36 @@ impl Tokenizer {
         inner.set_encode_special_tokens(true);
         let named = END_TOKENS.iter().filter_map(|t| inner.token_to_id(t));
         let ends = named.chain(end).collect();
-        Tokenizer { path: path.to_owned(), inner, lead, ends, template }
+        Tokenizer { path: path.to_owned(), inner, lead, ends, vocab: usize::MAX, template }
+    }
+
+    /// For a model of `vocab` embeddings. The vocabulary may name more tokens (Gemma 3 names one for images), as long as no
+    /// text has them.
+    pub(super) fn of_model(mut self, vocab: usize) -> Result<Self> {
+        self.vocab = vocab;
+        self.known(self.lead.iter().chain(&self.ends).copied().collect())?;
+        Ok(self)
+    }
+
+    /// Refuses token ids that the model has no embedding for.
+    fn known(&self, ids: Vec<u32>) -> Result<Vec<u32>> {
+        match ids.iter().find(|id| **id as usize >= self.vocab) {
+            None => Ok(ids),
+            Some(id) => {
+                let problem = format!(
+                    "token {id} is beyond the model's {} embeddings; use the tokenizer that belongs to the model",
+                    self.vocab
+                );
+                Err(Error::file(&self.path, problem))
+            }
+        }
     }
 
     /// Token ids of a text that continues another: nothing is put in front.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
         let encoding = self.inner.encode_fast(text, false);
         let encoding = encoding.map_err(|e| Error::file(&self.path, format!("cannot tokenize: {e}")))?;
-        Ok(encoding.get_ids().to_vec())
+        self.known(encoding.get_ids().to_vec())
     }
 
     /// Token ids of a whole prompt, with the BOS token if the model wants one.
@@ -148,7 +172,7 @@ impl Tokenizer {
         let parse = |part: &str| {
             let encoding = parsing.encode_fast(part, false);
             let encoding = encoding.map_err(|e| Error::file(&self.path, format!("cannot tokenize: {e}")))?;
-            Ok(encoding.get_ids().to_vec())
+            self.known(encoding.get_ids().to_vec())
         };
         let (before, after): (Vec<u32>, Vec<u32>) = (parse(&before)?, parse(&after)?);
         // Most templates write the BOS themselves.

@@ -50,7 +50,7 @@ struct Arm {
     cr_paper: f64,
     beyond_prefix: f64,
     kl: f64,
-    kl_high: f64,
+    kl_low: f64,
     score_diff: f64,
     score_diff_low: f64,
     score_diff_high: f64,
@@ -62,7 +62,7 @@ fn of_sweep(table: &Columns) -> Result<Vec<Claim>> {
     let column = |name: &str| table.floats(name);
     let method = table.strings("method")?;
     let (audited, paper, beyond) = (column("cr_audited")?, column("cr_paper")?, column("cr_beyond_prefix")?);
-    let (kl, kl_high) = (column("kl")?, column("kl_high")?);
+    let (kl, kl_low) = (column("kl")?, column("kl_low")?);
     let diff = [column("score_diff")?, column("score_diff_low")?, column("score_diff_high")?];
     let (key, value) = (column("key_error")?, column("value_error")?);
     let arms: Vec<Arm> = (0..table.rows())
@@ -72,7 +72,7 @@ fn of_sweep(table: &Columns) -> Result<Vec<Claim>> {
             cr_paper: paper[i],
             beyond_prefix: beyond[i],
             kl: kl[i],
-            kl_high: kl_high[i],
+            kl_low: kl_low[i],
             score_diff: diff[0][i],
             score_diff_low: diff[1][i],
             score_diff_high: diff[2][i],
@@ -115,20 +115,21 @@ fn of_sweep(table: &Columns) -> Result<Vec<Claim>> {
         },
     };
     let scored: Vec<&Arm> = arms.iter().filter(|a| a.score_diff_low.is_finite()).collect();
-    // Arms whose score shows no loss although the KL's whole interval lies above what is negligible.
-    let blind: Vec<&&Arm> = scored
-        .iter()
-        .filter(|a| a.score_diff_high >= 0.0 && a.kl > 5.0 * NEGLIGIBLE_KL && a.kl_high > a.kl)
-        .collect();
+    // Arms whose score shows no loss although the KL's whole interval lies well above what is negligible.
+    let blind: Vec<&&Arm> =
+        scored.iter().filter(|a| a.score_diff_high >= 0.0 && a.kl_low > 5.0 * NEGLIGIBLE_KL).collect();
     let unseen = most(|a| a.kl, &blind.iter().map(|a| **a).collect::<Vec<_>>());
     let score = Claim {
         claim: format!("{metric} alone tells when fusion begins to hurt"),
         verdict: if scored.is_empty() { Verdict::Open } else { verdict(blind.is_empty()) },
         reason: match blind.first() {
             None if scored.is_empty() => "no request has a reference to score".to_owned(),
-            None => format!("no arm with a KL above {} keeps its {metric} within noise", 5.0 * NEGLIGIBLE_KL),
+            None => format!(
+                "no arm whose KL's interval lies above {} keeps its {metric} within noise",
+                5.0 * NEGLIGIBLE_KL
+            ),
             Some(a) => format!(
-                "{} of {} arms show no significant loss of {metric} at a KL above {} (up to {unseen:.2}; the first: {:.3} \
+                "{} of {} arms show no significant loss of {metric} with the KL's interval above {} (KL up to {unseen:.2}; the first: {:.3} \
                  [{:.3}, {:.3}])",
                 blind.len(),
                 scored.len(),
@@ -181,4 +182,28 @@ fn of_predictions(table: &Columns) -> Result<Vec<Claim>> {
         claim("uniform", "Similar pairs are independent and equally likely (the paper's Poisson model)"),
         claim("by_position", "Similar pairs are independent given their positions (kvfuse's refinement)"),
     ])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Whether the score alone tells: only an arm whose KL's interval lies above 0.1 and whose score's reaches 0 denies it.
+    #[test]
+    fn a_score_is_blind_where_kl_is_sure() {
+        let verdict = |kl_low: f64, score_high: f64| {
+            let dir = tempfile::tempdir().unwrap();
+            let columns = "method,metric,cr_audited,cr_paper,cr_beyond_prefix,kl,kl_low,score_diff,score_diff_low,\
+                           score_diff_high,key_error,value_error";
+            let none = "none,F1,1,1,0.5,0,0,0,0,0,0,0";
+            let arm = format!("bff,F1,3,5,1.2,0.3,{kl_low},-0.05,-0.1,{score_high},0.01,0.02");
+            std::fs::write(dir.path().join(SWEEP_CSV), format!("{columns}\n{none}\n{arm}\n")).unwrap();
+            let found = claims(dir.path()).unwrap();
+            let words = |c: &&Claim| c.claim.starts_with("F1 alone");
+            found.iter().find(words).unwrap().verdict
+        };
+        assert_eq!(verdict(0.2, 0.01), Verdict::Fails);
+        assert_eq!(verdict(0.05, 0.01), Verdict::Holds);
+        assert_eq!(verdict(0.2, -0.01), Verdict::Holds);
+    }
 }

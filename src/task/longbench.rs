@@ -130,13 +130,17 @@ pub fn take(path: &Path, text: &str, counts: (usize, usize)) -> Result<PromptSet
         if line.answers.is_empty() {
             return Err("`answers` is empty".to_owned());
         }
+        let classes = line.all_classes.unwrap_or_default();
+        if task.metric == Metric::Classification && classes.is_empty() {
+            return Err("`all_classes` is empty, which its score needs".to_owned());
+        }
         // In this order, so that "{input}" in a context stays what it is.
         let (before, after) = task.prompt.split_once("{context}").unwrap_or((task.prompt, ""));
         Ok(Request {
             question: line.input.clone(),
             references: line.answers,
             metric: task.metric,
-            classes: line.all_classes.unwrap_or_default(),
+            classes,
             answer_tokens: Some(task.answer_tokens),
             ..Request::raw(
                 line.id.unwrap_or_else(|| format!("line-{n}")),

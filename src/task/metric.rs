@@ -47,14 +47,15 @@ impl Metric {
         }
     }
 
-    /// The score of an answer against its best reference; `None` where there is nothing to score. `classes`: all there
+    /// The score of an answer, as it was decoded (code is not trimmed), against its best reference; `None` where there is
+    /// nothing to score. `classes`: all there
     /// are, for [`Metric::Classification`].
     pub fn score(self, answer: &str, references: &[String], classes: &[String]) -> Option<f64> {
         if references.is_empty() || self == Metric::Likelihood {
             return None;
         }
         let best = |f: &dyn Fn(&str) -> f64| references.iter().map(|r| f(r)).fold(0.0, f64::max);
-        let line = answer.trim_start_matches('\n').lines().next().unwrap_or_default();
+        let line = answer.trim_start_matches('\n').split('\n').next().unwrap_or_default();
         let contains = |reference: &str| answer.to_lowercase().contains(&reference.to_lowercase());
         Some(match self {
             Metric::F1 => token_f1(answer, references),
@@ -91,24 +92,29 @@ fn number_after(text: &str, word: &str) -> String {
     numbers(rest).first().map(|n| (*n).to_owned()).unwrap_or_default()
 }
 
+/// LongBench's rule: a class that is part of the right one's name says nothing against it. Its script removes these from
+/// the list it walks, and so passes over the class after each; we do as it does.
 fn classification(line: &str, right: &str, classes: &[String]) -> f64 {
-    // A class that is part of the right one's name says nothing against it.
-    let other = |c: &&String| c.as_str() != right && !right.contains(c.as_str()) && line.contains(c.as_str());
-    if !line.contains(right) {
-        return 0.0;
+    let mut named: Vec<&String> = classes.iter().filter(|c| line.contains(c.as_str())).collect();
+    let mut at = 0;
+    while at < named.len() {
+        if named[at] != right && right.contains(named[at].as_str()) {
+            named.remove(at);
+        }
+        at += 1;
     }
-    1.0 / (1 + classes.iter().filter(other).count()) as f64
+    if named.iter().any(|c| *c == right) { 1.0 / named.len() as f64 } else { 0.0 }
 }
 
 /// The first line that is code (no fence, no comment) against the reference.
 fn code_similarity(answer: &str, reference: &str) -> f64 {
     let code = |l: &&str| !["`", "#", "//"].iter().any(|mark| l.contains(mark));
-    let line = answer.trim_start_matches('\n').lines().find(code).unwrap_or_default();
+    let line = answer.trim_start_matches('\n').split('\n').find(code).unwrap_or_default();
     let (a, b): (Vec<char>, Vec<char>) = (line.chars().collect(), reference.chars().collect());
     if a.is_empty() || b.is_empty() {
         return 0.0;
     }
-    (200.0 * lcs(&a, &b) as f64 / (a.len() + b.len()) as f64).round() / 100.0
+    (200.0 * lcs(&a, &b) as f64 / (a.len() + b.len()) as f64).round_ties_even() / 100.0
 }
 
 /// ROUGE-L F (Lin 2004) as the Python package `rouge` 1.0 counts it, which LongBench's scores are from: sentences end at
@@ -131,8 +137,12 @@ fn rouge_l(answer: &str, reference: &str) -> f64 {
     2.0 * precision * recall / (precision + recall)
 }
 
+/// A sentence of white space alone is one empty word, as in the package.
 fn sentences(text: &str) -> Vec<Vec<&str>> {
-    text.split('.').filter(|s| !s.is_empty()).map(|s| s.split_whitespace().collect()).collect()
+    fn words(sentence: &str) -> Vec<&str> {
+        if sentence.trim().is_empty() { vec![""] } else { sentence.split_whitespace().collect() }
+    }
+    text.split('.').filter(|s| !s.is_empty()).map(words).collect()
 }
 
 #[cfg(test)]
@@ -155,6 +165,10 @@ mod tests {
         assert_eq!(score(Classification, "Date of birth\nCity", &["Date of birth"], &classes), 1.0);
         assert_eq!(score(Classification, "Date or City", &["Date"], &classes), 0.5);
         assert_eq!(score(Classification, "Country", &["Date"], &classes), 0.0);
+        assert_eq!(score(Classification, "Date", &["Date"], &[]), 0.0);
+        // Of two classes that are parts of the right one's name the script removes only the first.
+        let parts = ["Date", "birth", "Date of birth"];
+        assert_eq!(score(Classification, "Date of birth", &["Date of birth"], &parts), 0.5);
         assert_eq!(score(ContainsAll, "codes 12 and AB", &["12", "ab", "99"], &[]), 2.0 / 3.0);
         assert_eq!(score(ContainsAny, "it is AB", &["12", "ab"], &[]), 1.0);
         assert_eq!(Likelihood.score("x", &["y".to_owned()], &[]), None);
@@ -167,6 +181,9 @@ mod tests {
         let code = |a: &str, b: &str| score(Metric::CodeSimilarity, a, &[b], &[]);
         assert_eq!(code("# a comment\nreturn x + 1\nz", "return x + 10"), 0.96);
         assert_eq!(code("for i in range(3):", "while True:"), 0.34);
+        assert_eq!(code("\n        return x\n    def", "        return x"), 1.0);
+        assert_eq!(code("return x", "        return x"), 0.67);
+        assert_eq!(code("axxxxxxx", "ayyyyyyy"), 0.12);
         let rouge = |a: &str, b: &str| score(Metric::RougeL, a, &[b], &[]);
         let cases = [
             ("the cat sat on the mat", "a cat sat on a mat", ROUGE[0]),
@@ -177,6 +194,13 @@ mod tests {
             ),
             ("nothing alike", "quite different words", ROUGE[2]),
             ("one two three four five. six seven", "six seven. one three five two", ROUGE[3]),
+            ("One two. Three four.\n", "One two. Three five.\n", ROUGE[4]),
+            ("Costs rose. . .", "The costs rose.", ROUGE[5]),
+            (
+                "Amanda baked cookies and brings some tomorrow. ",
+                "Amanda baked cookies and brings some tomorrow.",
+                ROUGE[6],
+            ),
         ];
         for (answer, reference, expected) in cases {
             // The package adds 1e-8 to a denominator.
@@ -188,5 +212,5 @@ mod tests {
         }
     }
 
-    const ROUGE: [f64; 4] = [0.8, 0.476_190_47, 0.0, 0.769_230_77];
+    const ROUGE: [f64; 7] = [0.8, 0.476_190_47, 0.0, 0.769_230_77, 0.8, 0.333_333_33, 0.933_333_33];
 }

@@ -9,6 +9,8 @@ use std::path::Path;
 pub const LENGTH: usize = 512;
 /// Tokens at the end of a window whose likelihood is measured.
 pub const SCORED: usize = 64;
+/// Longer words are cut too (scripts without spaces, encoded data).
+const WORD: usize = 16;
 
 /// The text's first windows of about `--length` tokens, cut between words.
 pub fn windows(
@@ -27,17 +29,18 @@ pub fn windows(
     let mut words: Vec<(&str, usize)> = Vec::new();
     let mut used = 0;
     for word in words_with_space(text) {
+        for (piece, own) in pieces(word, tokens)? {
+            if used + own > length && windows.len() < most {
+                windows.push(window(path, &words, windows.len())?);
+                words.clear();
+                used = 0;
+            }
+            words.push((piece, own));
+            used += own;
+        }
         if windows.len() == most {
             break;
         }
-        let own = tokens(word)?.max(1);
-        if used + own > length {
-            windows.push(window(&words, windows.len()));
-            words.clear();
-            used = 0;
-        }
-        words.push((word, own));
-        used += own;
     }
     if windows.len() < least.max(1) {
         let problem =
@@ -59,8 +62,24 @@ fn words_with_space(text: &str) -> impl Iterator<Item = &str> {
     })
 }
 
+/// A word cut into pieces of at most [`WORD`] tokens, with their tokens.
+fn pieces<'a>(word: &'a str, tokens: &dyn Fn(&str) -> Result<usize>) -> Result<Vec<(&'a str, usize)>> {
+    // What is long enough in bytes is cut uncounted: tokenizers are slow on very long words.
+    let mut pieces = Vec::new();
+    let mut left = vec![word];
+    while let Some(part) = left.pop() {
+        let own = if part.len() <= 64 * WORD { tokens(part)?.max(1) } else { usize::MAX };
+        let middle = part.char_indices().map(|(at, _)| at).find(|at| *at >= part.len().div_ceil(2));
+        match middle.filter(|_| own > WORD) {
+            Some(middle) => left.extend([&part[middle..], &part[..middle]]),
+            None => pieces.push((part, own)),
+        }
+    }
+    Ok(pieces)
+}
+
 /// A window's beginning as prompt, its end as reference. The white space between the two belongs to the reference.
-fn window(words: &[(&str, usize)], n: usize) -> Request {
+fn window(path: &Path, words: &[(&str, usize)], n: usize) -> Result<Request> {
     let mut scored = 0;
     let mut at = words.len();
     while at > 1 && scored + words[at - 1].1 <= SCORED {
@@ -71,11 +90,16 @@ fn window(words: &[(&str, usize)], n: usize) -> Request {
     let (before, after) = (join(&words[..at]), join(&words[at..]));
     let prompt = before.trim_end();
     let reference = format!("{}{after}", &before[prompt.len()..]);
-    Request {
+    if prompt.is_empty() || reference.trim().is_empty() {
+        let problem =
+            format!("window {} has white space for its prompt or for the end that is scored", n + 1);
+        return Err(Error::file(path, problem));
+    }
+    Ok(Request {
         references: vec![reference],
         metric: Metric::Likelihood,
         ..Request::raw(format!("window-{}", n + 1), prompt.to_owned())
-    }
+    })
 }
 
 #[cfg(test)]
@@ -95,8 +119,28 @@ mod tests {
         let scored: Vec<usize> =
             set.requests.iter().map(|r| r.references[0].split_whitespace().count()).collect();
         assert_eq!(scored, [SCORED; 3]);
-        assert!(
-            windows(Path::new("x"), &text, &draw, (9, 9), &one).unwrap_err().to_string().contains("windows")
-        );
+        let refused = |text: &str, count| {
+            windows(Path::new("x"), text, &draw, (count, count), &one).unwrap_err().to_string()
+        };
+        assert!(refused(&text, 9).contains("windows"));
+        assert!(refused(&format!("{}{}", "word ".repeat(190), " ".repeat(9000)), 1).contains("windows"));
+    }
+
+    /// A token a character: words longer than a window are cut, and no window is longer than asked for.
+    #[test]
+    fn text_without_spaces_is_cut() {
+        let text = "\u{6587}\u{5b57}".repeat(400) + &" ".repeat(400) + &"x".repeat(800);
+        let draw = Draw { length: Some(200), ..Draw::plain("text:x", 3, 0, 0) };
+        let letters = |text: &str| Ok(text.chars().count());
+        let set = windows(Path::new("x"), &text, &draw, (3, 3), &letters).unwrap();
+        for request in &set.requests {
+            let (prompt, scored) = (request.prompt.chars().count(), request.references[0].chars().count());
+            assert!(
+                prompt + scored <= 200 && (SCORED - WORD..=SCORED).contains(&scored),
+                "{prompt} {scored}"
+            );
+        }
+        let blank = windows(Path::new("x"), &text, &draw, (6, 6), &letters).unwrap_err();
+        assert!(blank.to_string().contains("white space"), "{blank}");
     }
 }
