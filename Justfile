@@ -46,6 +46,10 @@ report:
 fig-bff-qa *FLAGS:
     {{experiment}} {{FLAGS}} experiments/bff-qa.toml
 
+# F1 with and without fusion on 240 questions
+fig-accuracy *FLAGS:
+    {{experiment}} {{FLAGS}} experiments/accuracy.toml
+
 # How many requests are fused together, 8 to 64
 fig-batch *FLAGS:
     {{experiment}} {{FLAGS}} experiments/batch.toml

@@ -60,6 +60,43 @@ fn a_damaged_hf_folder() {
     refuse(&["model", "info", text(dir.path())], &["model.safetensors", "truncated"]);
 }
 
+/// Sizes that would overflow or fill the memory before a weight is read, and settings the decoder does not know.
+#[test]
+fn a_hostile_config() {
+    let dir = scratch();
+    let config = |extra: serde_json::Value| {
+        let mut config = serde_json::json!({"model_type": "mistral", "num_hidden_layers": 2, "hidden_size": 8,
+            "num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 8, "vocab_size": 8});
+        let own = extra.as_object().unwrap().clone();
+        config.as_object_mut().unwrap().extend(own);
+        write(&dir.path().join("config.json"), config.to_string().as_bytes());
+    };
+    config(serde_json::json!({}));
+    refuse(&["model", "info", text(dir.path())], &["no *.safetensors"]);
+    let huge = 1_000_000_000_000_000_000_u64;
+    for (extra, words) in [
+        (serde_json::json!({"num_hidden_layers": huge, "sliding_window": 4}), ["layers", "beyond reason"]),
+        (
+            serde_json::json!({"model_type": "gemma3_text", "num_hidden_layers": huge, "sliding_window": 4}),
+            ["layers", "beyond reason"],
+        ),
+        (serde_json::json!({"head_dim": 4 * huge}), ["head size", "beyond reason"]),
+        (serde_json::json!({"vocab_size": 0}), ["vocabulary size", "zero"]),
+        (serde_json::json!({"rms_norm_eps": -5.0}), ["RMS epsilon", "-5"]),
+        (serde_json::json!({"rope_theta": -1.0}), ["RoPE", "sense"]),
+        (serde_json::json!({"layer_types": ["full_attention"]}), ["layer_types", "num_hidden_layers"]),
+        (serde_json::json!({"hidden_act": "gelu"}), ["gelu", "silu"]),
+        (
+            serde_json::json!({"rope_parameters": {"partial_rotary_factor": 0.5}}),
+            ["RoPE", "part of each head"],
+        ),
+        (serde_json::json!({"use_bidirectional_attention": true}), ["bidirectional", "generates"]),
+    ] {
+        config(extra);
+        refuse(&["model", "info", text(dir.path())], &[&["config.json"][..], &words].concat());
+    }
+}
+
 #[test]
 fn things_that_are_not_there() {
     let dir = scratch();
@@ -216,6 +253,10 @@ fn a_table_that_is_no_sweep() {
     let csv = "method,model,data,tau,block_size,requests,cr_audited,cr_paper,f1,kl,layer_cr\n";
     write(&dir.path().join("sweep.csv"), csv.as_bytes());
     refuse(&["plot", text(dir.path())], &["sweep.csv", "no rows"]);
+    let csv = fs::read_to_string("results/bff-qa/smollm2-135m/sweep.csv").unwrap();
+    assert!(csv.contains(",0.9,"));
+    write(&dir.path().join("sweep.csv"), csv.replace(",0.9,", ",1e999,").as_bytes());
+    refuse(&["plot", text(dir.path())], &["sweep.csv", "infinite"]);
 }
 
 #[test]

@@ -65,6 +65,31 @@ fn longbench_has_a_prompt_and_a_metric_a_task() {
     assert_eq!(scores[1], expected, "{answer}");
 }
 
+/// A model that goes on and on is stopped by each request's own task.
+#[test]
+fn an_answer_is_as_long_as_its_task_allows() {
+    let dir = tempfile::tempdir().unwrap();
+    let line = |task: &str, limit: &str, context: &str, input: &str| {
+        let line = serde_json::json!({"dataset": task, "_id": limit, "context": context, "input": input,
+            "answers": ["Dorn"]});
+        format!("{line}\n")
+    };
+    let file = dir.path().join("two.jsonl");
+    let talk = "Ann: The mill grinds rye. Bob: How much? Ann: Four tons a day. Bob: That is a lot of rye, and who buys it?";
+    let talk = line("samsum", "128", talk, "What is said of the mill?");
+    let code = line("lcc", "64", "Ann: Dorn has the mill.", "Which town has the mill?");
+    fs::write(&file, talk + &code).unwrap();
+    let (dump, out) = (dir.path().join("dump"), dir.path().join("sweep"));
+    dumped(&dump, &["--data", &spec("longbench", &file), "--limit", "2"]);
+    succeed(&["sweep", text(&dump), "--method", "none", "--resamples", "50", "-o", text(&out)]);
+    let record = fs::read_dir(out.join("runs")).unwrap().next().unwrap().unwrap().path();
+    let record: Value = serde_json::from_str(&fs::read_to_string(record).unwrap()).unwrap();
+    for request in record["requests"].as_array().unwrap() {
+        let tokens = request["answer_tokens"].as_array().unwrap().len();
+        assert_eq!(request["id"], tokens.to_string(), "{}", request["answer"]);
+    }
+}
+
 #[test]
 fn ruler_and_raw_prompts_load() {
     let dir = tempfile::tempdir().unwrap();

@@ -20,12 +20,15 @@ use tokenizers::models::bpe::{BPE, Vocab};
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
 use tokenizers::processors::template::TemplateProcessing;
 
-/// A model of one layer whose tokens are bytes and a BOS, in two files of weights.
-fn tiny(folder: &Path) {
-    let (hidden, wide, vocab) = (16, 24, 257);
+const CONTEXT: u64 = 64;
+
+/// A model of one layer whose tokens are bytes and a BOS, in two files of weights. It has embeddings for the first
+/// `vocab` of the 257 tokens.
+fn tiny(folder: &Path, vocab: usize, context: u64) {
+    let (hidden, wide) = (16, 24);
     let config = json!({"model_type": "llama", "hidden_size": hidden, "num_hidden_layers": 1,
         "num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": wide, "vocab_size": vocab,
-        "max_position_embeddings": 64});
+        "max_position_embeddings": context});
     fs::write(folder.join("config.json"), config.to_string()).unwrap();
     let mut alphabet: Vec<char> = ByteLevel::alphabet().into_iter().collect();
     alphabet.sort_unstable();
@@ -149,7 +152,7 @@ fn a_repository_is_fetched_once_and_then_read_from_the_cache() {
     let dir = tempfile::tempdir().unwrap();
     let (folder, home) = (dir.path().join("tiny"), dir.path().join("home"));
     fs::create_dir(&folder).unwrap();
-    tiny(&folder);
+    tiny(&folder, 257, CONTEXT);
     let (endpoint, log) = serve(&folder);
     let first = try_model(&endpoint, &home, "hf:org/tiny@v1");
     let said = String::from_utf8_lossy(&first.stderr);
@@ -167,6 +170,22 @@ fn a_repository_is_fetched_once_and_then_read_from_the_cache() {
     assert_eq!(log.lock().unwrap().len(), asked.len());
     let local = try_model("http://127.0.0.1:9", &home, folder.to_str().unwrap());
     assert_eq!(local.stdout, first.stdout);
+
+    // A context beyond reason allocates nothing by itself.
+    tiny(&folder, 257, 1_000_000_000_000_000);
+    let wide = try_model("http://127.0.0.1:9", &home, folder.to_str().unwrap());
+    assert_eq!(wide.stdout, first.stdout, "{}", String::from_utf8_lossy(&wide.stderr));
+}
+
+#[test]
+fn a_tokenizer_of_a_larger_model_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    // "h" is the 72nd byte that can be printed.
+    tiny(dir.path(), 50, CONTEXT);
+    let output = try_model("http://127.0.0.1:9", dir.path(), dir.path().to_str().unwrap());
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(2), "{said}");
+    assert!(said.contains("tokenizer.json: token") && said.contains("tokenizer that belongs"), "{said}");
 }
 
 #[test]

@@ -137,3 +137,16 @@ fn default_name(args: &Args) -> String {
     let optional = optional.iter().filter(|(_, n)| *n > 0).map(|(name, n)| format!("{name}{n}"));
     plain + &length + &longest + &optional.collect::<String>() + &flags
 }
+
+#[cfg(test)]
+mod tests {
+    use super::stem;
+
+    #[test]
+    fn splits_are_named_for_their_folders() {
+        assert_eq!(stem("squad:data/xquad-en-a.json"), "xquad-en-a");
+        assert_eq!(stem("ruler:data/niah_single_1/validation.jsonl"), "niah_single_1-validation");
+        assert_eq!(stem("ruler:validation.jsonl"), "validation");
+        assert_eq!(stem("hf:org/Model-1B@v1"), "Model-1B_v1");
+    }
+}

@@ -87,10 +87,15 @@ impl Columns {
         self.frame.column(name).and_then(|c| c.cast(kind)).map_err(|_| self.unusable(name))
     }
 
-    /// NaN where a cell is empty.
+    /// NaN where a cell is empty. No table of kvfuse holds an infinite number, and no axis can show one.
     pub fn floats(&self, name: &str) -> Result<Vec<f64>> {
         let column = self.column(name, &DataType::Float64)?;
         let numbers = column.f64().map_err(|_| self.unusable(name))?;
+        if numbers.iter().flatten().any(f64::is_infinite) {
+            let problem =
+                format!("column '{name}' holds an infinite number; run the command that wrote it again");
+            return Err(Error::file(&self.path, problem));
+        }
         Ok(numbers.iter().map(|x| x.unwrap_or(f64::NAN)).collect())
     }
 
