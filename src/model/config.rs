@@ -180,7 +180,7 @@ impl ModelConfig {
         )?;
         let positive = |x: f64| x > 0.0 && x.is_finite();
         let epsilon = self.rms_epsilon;
-        if !(epsilon >= 0.0 && epsilon.is_finite()) || !self.query_scalar.is_none_or(positive) {
+        if !(epsilon >= 0.0 && epsilon.is_finite() && self.query_scalar.is_none_or(positive)) {
             let problem = format!(
                 "an RMS epsilon of {epsilon} or a query scalar of {:?} makes no sense",
                 self.query_scalar

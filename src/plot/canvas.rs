@@ -68,6 +68,13 @@ fn draw<DB: DrawingBackend>(figure: &impl Figure, of: &str, root: &Area<DB>) -> 
     root.present().map_err(said)
 }
 
+/// The font of a line across the figure: of `size` pixels, or smaller where the line would be wider than the figure.
+pub fn fitting<DB: DrawingBackend>(root: &Area<DB>, line: &str, size: u32) -> (&'static str, u32) {
+    let available = root.dim_in_pixel().0.saturating_sub(24);
+    let wide = root.estimate_text_size(line, &(FONT, size).into_text_style(root)).map_or(0, |(wide, _)| wide);
+    (FONT, if wide > available { size * available / wide } else { size })
+}
+
 /// Draws axes with their descriptions in the style of all charts. Numbers are printed as short as they can be.
 pub fn axes<'a, DB, X, Y>(chart: &mut ChartContext<'a, DB, Cartesian2d<X, Y>>, x: &str, y: &str) -> Drawn
 where

@@ -1,6 +1,6 @@
 //! Audited compression ratio of every layer at every threshold.
 
-use super::canvas::{Area, Drawn, FONT, Figure, said};
+use super::canvas::{Area, Drawn, FONT, Figure, fitting, said};
 use super::series::{Point, SweepTable, series_name};
 use plotters::prelude::*;
 use plotters::style::text_anchor::{HPos, Pos, VPos};
@@ -26,7 +26,7 @@ impl Figure for LayerMap<'_> {
         let title =
             format!("Audited compression ratio by layer: {} ({})", series_name(&series[0]), self.table.title);
         let mut chart = ChartBuilder::on(root)
-            .caption(title, (FONT, 18))
+            .caption(&title, fitting(root, &title, 18))
             .margin(12)
             .x_label_area_size(52)
             .y_label_area_size(60)

@@ -1,6 +1,6 @@
 //! Predicted against measured: the ratio of every layer, and the error against the threshold.
 
-use super::canvas::{Area, Drawn, FONT, Figure, axes, legend, said, series_color};
+use super::canvas::{Area, Drawn, FONT, Figure, axes, fitting, legend, said, series_color};
 use crate::error::Result;
 use crate::experiment::Columns;
 use plotters::prelude::*;
@@ -66,7 +66,7 @@ impl Figure for Predictions {
 
     fn draw<DB: DrawingBackend>(&self, root: &Area<DB>) -> Drawn {
         let title = "Compression ratio predicted from pair statistics alone, against the sweep's (full blocks of a layer)";
-        let root = root.margin(8, 8, 0, 8).titled(title, (FONT, 20)).map_err(said)?;
+        let root = root.margin(8, 8, 0, 8).titled(title, fitting(root, title, 20)).map_err(said)?;
         let panels = root.split_evenly((2, 2));
         for (row, (model, words)) in MODELS.into_iter().enumerate() {
             self.scatter(&panels[2 * row], model, words, row == 0)?;

@@ -1,6 +1,6 @@
 //! Compression ratio against the threshold: the paper's figure beside the audited one.
 
-use super::canvas::{Area, Drawn, FONT, Figure, axes, legend, said, series_color};
+use super::canvas::{Area, Drawn, Figure, axes, fitting, legend, said, series_color};
 use super::series::{GREY, Point, SweepTable, prefix_label, series_name};
 use plotters::prelude::*;
 
@@ -59,8 +59,9 @@ impl Figure for Rate<'_> {
                 SeriesLabelPosition::UpperLeft,
             ),
         };
+        let title = format!("Compression ratio against {name} ({})", t.title);
         let mut chart = ChartBuilder::on(root)
-            .caption(format!("Compression ratio against {name} ({})", t.title), (FONT, 20))
+            .caption(&title, fitting(root, &title, 20))
             .margin(12)
             .x_label_area_size(52)
             .y_label_area_size(70)

@@ -1,6 +1,6 @@
 //! What the model says of batch sizes that nobody can run here.
 
-use super::canvas::{Area, Drawn, FONT, Figure, axes, legend, said, series_color};
+use super::canvas::{Area, Drawn, FONT, Figure, axes, fitting, legend, said, series_color};
 use crate::error::Result;
 use crate::experiment::Columns;
 use plotters::prelude::*;
@@ -50,7 +50,7 @@ impl Figure for Scale {
 
     fn draw<DB: DrawingBackend>(&self, root: &Area<DB>) -> Drawn {
         let title = "Extrapolated ratio (model by position, all layers); ring: from here on some layer has a giant component";
-        let root = root.margin(8, 8, 0, 8).titled(title, (FONT, 19)).map_err(said)?;
+        let root = root.margin(8, 8, 0, 8).titled(title, fitting(root, title, 19)).map_err(said)?;
         let panels = root.split_evenly((1, 2));
         let own = |p: &&Point| p.model == "by_position" && p.pairing != "components";
         let all: Vec<&Point> = self.points.iter().filter(own).collect();

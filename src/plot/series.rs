@@ -111,8 +111,12 @@ impl SweepTable {
                 None => fusion.push(vec![point.clone()]),
             }
         }
+        let parts = match prefixes[0].batch as f64 {
+            batch if prefixes.len() == 1 && batch < requests[0] => format!(" in batches of {batch}"),
+            _ => String::new(),
+        };
         Ok(SweepTable {
-            title: format!("{}, {}, {} requests", model[0], short(&data[0]), requests[0]),
+            title: format!("{}, {}, {} requests{parts}", model[0], short(&data[0]), requests[0]),
             metric: strings("metric")?[0].clone(),
             none: control("none")?,
             prefixes,

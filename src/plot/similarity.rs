@@ -1,6 +1,6 @@
 //! How alike blocks are: densities by layer, exceedances with their fits, dispersion by layer.
 
-use super::canvas::{Area, Drawn, FONT, Figure, axes, legend, said, series_color};
+use super::canvas::{Area, Drawn, FONT, Figure, axes, fitting, legend, said, series_color};
 use crate::stats::StatRow;
 use plotters::prelude::*;
 
@@ -41,7 +41,7 @@ impl Figure for Densities<'_> {
             "Cosine similarity of distinct blocks of {} tokens, by layer (density; darker is more)",
             self.size
         );
-        let root = root.margin(8, 8, 0, 8).titled(&title, (FONT, 22)).map_err(said)?;
+        let root = root.margin(8, 8, 0, 8).titled(&title, fitting(root, &title, 22)).map_err(said)?;
         let panels = root.split_evenly((2, CLASSES.len()));
         let layers = layers(self.rows);
         for (row, (part, part_words)) in [("key", "keys"), ("value", "values")].into_iter().enumerate() {
@@ -101,7 +101,7 @@ impl Figure for Exceedances<'_> {
             "Share of pairs above a threshold, keys, blocks of {} tokens (points: measured, 95 % over requests)",
             self.size
         );
-        let root = root.margin(8, 8, 0, 8).titled(&title, (FONT, 22)).map_err(said)?;
+        let root = root.margin(8, 8, 0, 8).titled(&title, fitting(root, &title, 22)).map_err(said)?;
         let panels = root.split_evenly((2, 3));
         let layers = layers(self.rows);
         for (i, panel) in panels.iter().enumerate().take(layers) {
@@ -193,7 +193,7 @@ impl Figure for Dispersions<'_> {
             "Do exceedances come alone? Keys, all pairs, blocks of {} tokens (1: as the Poisson model has it)",
             self.size
         );
-        let root = root.margin(8, 8, 0, 8).titled(&title, (FONT, 22)).map_err(said)?;
+        let root = root.margin(8, 8, 0, 8).titled(&title, fitting(root, &title, 22)).map_err(said)?;
         let panels = root.split_evenly((1, 2));
         let layers = layers(self.rows) as f64;
         let at = |statistic: &'static str, tau: f64| {

@@ -1,6 +1,6 @@
 //! The tasks' metric and KL against the audited compression ratio.
 
-use super::canvas::{Area, Drawn, FONT, Figure, axes, legend, said, series_color};
+use super::canvas::{Area, Drawn, FONT, Figure, axes, fitting, legend, said, series_color};
 use super::series::{Estimate, GREY, Point, SweepTable, prefix_label, series_name};
 use plotters::coord::ranged1d::ValueFormatter;
 use plotters::prelude::*;
@@ -20,7 +20,7 @@ impl Figure for Tradeoff<'_> {
     fn draw<DB: DrawingBackend>(&self, root: &Area<DB>) -> Drawn {
         let t = self.table;
         let title = format!("Answer quality against compression ({})", t.title);
-        let root = root.margin(8, 0, 0, 0).titled(&title, (FONT, 22)).map_err(said)?;
+        let root = root.margin(8, 0, 0, 0).titled(&title, fitting(root, &title, 22)).map_err(said)?;
         let (left, right) = root.split_horizontally(600);
         let prefixes = t.prefixes().into_iter().map(|(p, _)| p);
         let all: Vec<&Point> = t.fusion.iter().flatten().chain([&t.none]).chain(prefixes).collect();

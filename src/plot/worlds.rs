@@ -1,6 +1,6 @@
 //! Synthetic worlds: the sweep's own code against the closed forms.
 
-use super::canvas::{Area, Drawn, FONT, Figure, axes, legend, said, series_color};
+use super::canvas::{Area, Drawn, FONT, Figure, axes, fitting, legend, said, series_color};
 use crate::error::Result;
 use crate::experiment::Columns;
 use plotters::prelude::*;
@@ -63,7 +63,8 @@ impl Figure for Worlds {
     }
 
     fn draw<DB: DrawingBackend>(&self, root: &Area<DB>) -> Drawn {
-        let root = root.margin(8, 8, 0, 8).titled(&self.title, (FONT, 18)).map_err(said)?;
+        let root =
+            root.margin(8, 8, 0, 8).titled(&self.title, fitting(root, &self.title, 18)).map_err(said)?;
         let mut worlds: Vec<&str> = self.points.iter().map(|p| &p.world[..]).collect();
         worlds.dedup();
         let panels = root.split_evenly((1, worlds.len()));
