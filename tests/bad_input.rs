@@ -33,6 +33,26 @@ fn a_truncated_gguf() {
     refuse(&["model", "info", text(&file)], &["head.gguf", "truncated"]);
 }
 
+/// candle divides by a file's alignment.
+#[test]
+fn a_gguf_aligned_to_nothing() {
+    let dir = scratch();
+    let key = b"general.alignment";
+    let mut bytes = b"GGUF".to_vec();
+    bytes.extend(3u32.to_le_bytes());
+    bytes.extend(0u64.to_le_bytes());
+    bytes.extend(1u64.to_le_bytes());
+    bytes.extend((key.len() as u64).to_le_bytes());
+    bytes.extend(key);
+    bytes.extend(4u32.to_le_bytes());
+    let whole = [&bytes[..], &0u32.to_le_bytes()].concat();
+    let file = write(&dir.path().join("flat.gguf"), &whole);
+    refuse(&["model", "info", text(&file)], &["flat.gguf", "alignment", "fetch"]);
+    let whole = [&bytes[..], &32u32.to_le_bytes()].concat();
+    let file = write(&dir.path().join("empty.gguf"), &whole);
+    refuse(&["model", "info", text(&file)], &["empty.gguf", "architecture ''"]);
+}
+
 #[test]
 fn an_unknown_architecture() {
     let dir = scratch();

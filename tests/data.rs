@@ -82,12 +82,31 @@ fn an_answer_is_as_long_as_its_task_allows() {
     let (dump, out) = (dir.path().join("dump"), dir.path().join("sweep"));
     dumped(&dump, &["--data", &spec("longbench", &file), "--limit", "2"]);
     succeed(&["sweep", text(&dump), "--method", "none", "--resamples", "50", "-o", text(&out)]);
-    let record = fs::read_dir(out.join("runs")).unwrap().next().unwrap().unwrap().path();
-    let record: Value = serde_json::from_str(&fs::read_to_string(record).unwrap()).unwrap();
+    let run = || {
+        let csv = fs::read_to_string(out.join("sweep.csv")).unwrap();
+        csv.lines().nth(1).unwrap().split(',').next().unwrap().to_owned()
+    };
+    let record = fs::read_to_string(out.join("runs").join(format!("{}.json", run()))).unwrap();
+    let record: Value = serde_json::from_str(&record).unwrap();
     for request in record["requests"].as_array().unwrap() {
         let tokens = request["answer_tokens"].as_array().unwrap().len();
         assert_eq!(request["id"], tokens.to_string(), "{}", request["answer"]);
     }
+    // Asked for one limit for all, even the longest, it measures anew.
+    let old = run();
+    succeed(&[
+        "sweep",
+        text(&dump),
+        "--method",
+        "none",
+        "--resamples",
+        "50",
+        "--max-new-tokens",
+        "128",
+        "-o",
+        text(&out),
+    ]);
+    assert_ne!(run(), old);
 }
 
 #[test]

@@ -177,6 +177,26 @@ fn a_repository_is_fetched_once_and_then_read_from_the_cache() {
     assert_eq!(wide.stdout, first.stdout, "{}", String::from_utf8_lossy(&wide.stderr));
 }
 
+/// Of a short prompt with a long answer and a long prompt with a short one, each fits the context.
+#[test]
+fn room_for_an_answer_is_the_requests_own() {
+    let dir = tempfile::tempdir().unwrap();
+    let folder = dir.path().join("tiny");
+    fs::create_dir(&folder).unwrap();
+    tiny(&folder, 257, 1000);
+    let line = |task: &str, context: &str| {
+        json!({"dataset": task, "context": context, "input": "Why?", "answers": ["So."]}).to_string() + "\n"
+    };
+    let file = dir.path().join("two.jsonl");
+    fs::write(&file, line("gov_report", "Few words.") + &line("hotpotqa", &"word ".repeat(100))).unwrap();
+    let run = |arguments: &[&str]| {
+        let output = kvfuse().current_dir(dir.path()).args(arguments).output().unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    };
+    run(&["dump", "--model", "tiny", "--data", "longbench:two.jsonl", "--limit", "2", "-o", "dump"]);
+    run(&["sweep", "dump", "--method", "none", "--resamples", "9", "-o", "out"]);
+}
+
 #[test]
 fn a_tokenizer_of_a_larger_model_is_refused() {
     let dir = tempfile::tempdir().unwrap();

@@ -175,6 +175,11 @@ fn a_fault_in_an_experiment_is_named_by_line() {
         ("tau = \"0.9\"\n", "tau = \"1.9\"\n", ["line 13", "1.9"]),
         ("requests = 64", "data = \"squad:{xquad}\"", ["line 5", "--define xquad"]),
         ("[simulate]", "[simulat]", ["line 16", "simulat"]),
+        ("requests = 64", "requests = 64\ndata = \"sqad:x\"", ["line 6", "sqad"]),
+        ("tau = \"0.9,0.8\"", "sample = 1", ["line 8", "--sample"]),
+        ("draws = 1", "requests = \"9..2\"", ["line 17", "reversed"]),
+        ("[stats]", "[calibrate]\ntarget_kl = -1\n\n[stats]", ["line 8", "above 0"]),
+        ("[stats]\ntau = \"0.9,0.8\"", "", ["[simulate]", "[stats]"]),
     ] {
         let path = dir.path().join("x.toml");
         fs::write(&path, PLAN.replace(from, to)).unwrap();

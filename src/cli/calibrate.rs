@@ -79,49 +79,56 @@ pub struct Args {
     out: PathBuf,
 }
 
+impl Args {
+    /// Checked as far as they can be before there is a dump.
+    pub fn options(self, typed: Vec<String>) -> Result<CalibrateOptions> {
+        let kls = self.target_kl.iter().map(|&kl| ("--target-kl", kl, Target::Kl(kl)));
+        let errors = self.target_error.iter().map(|&e| ("--target-error", e, Target::Error(e)));
+        let ratios = self.target_cr.iter().map(|&cr| ("--target-cr", cr, Target::Cr(cr)));
+        let targets: Vec<_> = kls.chain(errors).chain(ratios).collect();
+        let unusable = |level: &f64| !(*level > 0.0 && level.is_finite());
+        if let Some((name, level, _)) = targets.iter().find(|(_, level, _)| unusable(level)) {
+            bail!("{name} {level}: must be above 0");
+        }
+        if let Some(floor) = self.floor.filter(|f| !(*f > 0.0 && *f < 1.0)) {
+            bail!("--floor {floor}: must lie between 0 and 1");
+        }
+        let settings = Settings {
+            dump: Some(self.dump),
+            block_size: Some(vec![self.block_size]),
+            batch: Some(vec![self.batch]),
+            model: self.model,
+            ..Settings::default()
+        };
+        Ok(CalibrateOptions {
+            sweep: settings.options(typed)?,
+            choices: Choices {
+                pairing: self.pairing,
+                similarity: Similarity::Lower,
+                rope: self.rope,
+                positions: self.positions,
+                spare_layers: self.spare_layers,
+                representative: self.representative.unwrap_or(self.pairing.usual_representative()),
+                scale: self.scale,
+                ..Choices::default()
+            },
+            targets: targets.iter().map(|(.., target)| *target).collect(),
+            questions: self.questions,
+            floor: self.floor,
+            seed: self.seed,
+        })
+    }
+}
+
 pub fn run(args: Args, typed: Vec<String>) -> Result<()> {
-    let kls = args.target_kl.iter().map(|&kl| ("--target-kl", kl, Target::Kl(kl)));
-    let errors = args.target_error.iter().map(|&e| ("--target-error", e, Target::Error(e)));
-    let ratios = args.target_cr.iter().map(|&cr| ("--target-cr", cr, Target::Cr(cr)));
-    let targets: Vec<_> = kls.chain(errors).chain(ratios).collect();
-    if let Some((name, level, _)) = targets.iter().find(|(_, level, _)| !(*level > 0.0 && level.is_finite()))
-    {
-        bail!("{name} {level}: must be above 0");
-    }
-    if let Some(floor) = args.floor.filter(|f| !(*f > 0.0 && *f < 1.0)) {
-        bail!("--floor {floor}: must lie between 0 and 1");
-    }
-    let settings = Settings {
-        dump: Some(args.dump),
-        block_size: Some(vec![args.block_size]),
-        batch: Some(vec![args.batch]),
-        model: args.model,
-        ..Settings::default()
-    };
-    let options = CalibrateOptions {
-        sweep: settings.options(typed)?,
-        choices: Choices {
-            pairing: args.pairing,
-            similarity: Similarity::Lower,
-            rope: args.rope,
-            positions: args.positions,
-            spare_layers: args.spare_layers,
-            representative: args.representative.unwrap_or(args.pairing.usual_representative()),
-            scale: args.scale,
-            ..Choices::default()
-        },
-        targets: targets.iter().map(|(.., target)| *target).collect(),
-        questions: args.questions,
-        floor: args.floor,
-        seed: args.seed,
-    };
-    if let Some(folder) = args.out.parent().filter(|f| !f.as_os_str().is_empty()) {
+    let (out, model_based) = (args.out.clone(), args.model_based);
+    let options = args.options(typed)?;
+    if let Some(folder) = out.parent().filter(|f| !f.as_os_str().is_empty()) {
         files::writable_folder(folder)?;
     }
-    let found = if args.model_based { calibrate_from_model(&options) } else { calibrate(&options) }?;
+    let found = if model_based { calibrate_from_model(&options) } else { calibrate(&options) }?;
     for (thresholds, layers) in found {
-        let path =
-            if targets.len() == 1 { args.out.clone() } else { numbered(&args.out, &thresholds.target) };
+        let path = if options.targets.len() == 1 { out.clone() } else { numbered(&out, &thresholds.target) };
         thresholds.write(&path)?;
         say(report(&layers));
         say(format!(
@@ -129,7 +136,7 @@ pub fn run(args: Args, typed: Vec<String>) -> Result<()> {
             thresholds.questions.len(),
             thresholds.target,
             thresholds.calibration_cr_audited,
-            if args.model_based { " (predicted)" } else { "" },
+            if model_based { " (predicted)" } else { "" },
             thresholds.calibration_kl.map_or(String::new(), |kl| {
                 let over = thresholds
                     .target

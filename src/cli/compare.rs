@@ -9,7 +9,8 @@ use std::path::PathBuf;
 /// Hold the tables of one results folder against those of another, column by column.
 ///
 /// Every CSV file of the first folder (and its folders) must be in the second, with the same columns and rows: texts equal,
-/// numbers equal within the tolerances. Files that only the second folder has are not looked at. Names of runs and texts of answers are not looked at.
+/// numbers equal within the tolerances, but for a few outliers. Files that only the second folder has, names of runs and texts
+/// of answers are not looked at.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Example:\n  kvfuse compare results/quick /tmp/again/quick")]
 pub struct Args {
@@ -23,8 +24,8 @@ pub struct Args {
     /// Or by this much
     #[arg(long, value_name = "DIFFERENCE", default_value_t = 0.01)]
     absolute: f64,
-    /// Share of a column's cells that may lie outside, rounded up, but never all of them: another processor rounds otherwise, and a near tie of two tokens or
-    /// of a cosine and its threshold then falls the other way
+    /// Share of a table's cells, and of each column's, that may lie outside, rounded up, but never a whole column: another
+    /// processor rounds otherwise, and a near tie of two tokens or of a cosine and its threshold then falls the other way
     #[arg(long, value_name = "SHARE", default_value_t = 0.05)]
     outliers: f64,
 }

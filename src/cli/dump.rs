@@ -63,30 +63,33 @@ pub struct Args {
     out: Option<PathBuf>,
 }
 
+impl Args {
+    pub fn options(self, typed: Vec<String>) -> DumpOptions {
+        DumpOptions {
+            model: self.model,
+            draw: Draw {
+                spec: self.data,
+                requests: self.requests,
+                limit: self.limit,
+                shots: self.shots,
+                seed: self.seed,
+                length: self.length,
+                needles: self.needles,
+                tenants: self.tenants,
+            },
+            shift: self.shift,
+            dtype: self.dtype,
+            chat: self.chat,
+            max_tokens: self.max_tokens,
+            sort: self.sort,
+            command: typed,
+        }
+    }
+}
+
 pub fn run(args: Args, typed: Vec<String>) -> Result<()> {
     let out = folder(&args);
-    let manifest = dump(
-        &out,
-        &DumpOptions {
-            model: args.model,
-            draw: Draw {
-                spec: args.data,
-                requests: args.requests,
-                limit: args.limit,
-                shots: args.shots,
-                seed: args.seed,
-                length: args.length,
-                needles: args.needles,
-                tenants: args.tenants,
-            },
-            shift: args.shift,
-            dtype: args.dtype,
-            chat: args.chat,
-            max_tokens: args.max_tokens,
-            sort: args.sort,
-            command: typed,
-        },
-    )?;
+    let manifest = dump(&out, &args.options(typed))?;
     let tokens: usize = manifest.requests.iter().map(|r| r.tokens).sum();
     let cut = manifest.requests.iter().filter(|r| r.request.cut_tokens > 0).count();
     if cut > 0 {

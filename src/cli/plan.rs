@@ -80,6 +80,12 @@ impl Plan {
         if quick {
             plan.overlay(small);
         }
+        if plan.has("simulate") && !plan.has("stats") {
+            return Err(Error::file(
+                path,
+                "[simulate] needs statistics: add a [stats] table, if only an empty one",
+            ));
+        }
         Ok(plan)
     }
 

@@ -112,11 +112,14 @@ impl Steps<'_> {
                 _ => vec![anything.clone()],
             };
             let checked = match self.parse(name, &filled)?.1 {
+                Command::Dump(dump) => dump.options(Vec::new()).check().map_err(anyhow::Error::from),
+                Command::Calibrate(calibrate) => calibrate.options(Vec::new()).map(|_| ()),
+                Command::Stats(stats) => stats.options(Vec::new()).map(|_| ()),
+                Command::Simulate(simulate) => simulate.options(Vec::new()).map(|_| ()),
                 Command::Sweep(sweep) => sweep.check(),
-                Command::Stats(stats) => stats.check(),
                 _ => Ok(()),
             };
-            checked.map_err(|e| self.at_line(name, e.into()))?;
+            checked.map_err(|e| self.at_line(name, e))?;
         }
         Ok(())
     }

@@ -66,28 +66,38 @@ const MOST_REQUESTS: usize = 1 << 30;
 /// Blocks of a synthetic cache, at most: every pair is looked at.
 const MOST_BLOCKS: usize = 8192;
 
+impl Args {
+    /// Checked as far as they can be before there are statistics.
+    pub fn options(self, typed: Vec<String>) -> Result<SimulateOptions> {
+        let [requests, blocks] = self.synthetic[..] else {
+            bail!("--synthetic: write REQUESTS,BLOCKS, as 32,8")
+        };
+        if requests == 0 || blocks == 0 || requests.saturating_mul(blocks) > MOST_BLOCKS {
+            bail!("--synthetic {requests},{blocks}: 1 to {MOST_BLOCKS} blocks in all");
+        }
+        if self.draws == 0 {
+            bail!("--draws 0: draw at least once");
+        }
+        Ok(SimulateOptions {
+            stats: self.stats,
+            against: self.against,
+            requests: self.requests.as_deref().map_or(Ok(Vec::new()), batch_sizes)?,
+            blocks: self.blocks.map(|b| b as usize),
+            taus: self.tau.as_deref().map(parse_taus).transpose()?,
+            block_size: self.block_size,
+            layer: self.layer,
+            draws: Draws { worlds: self.world, requests, blocks, draws: self.draws, seed: self.seed },
+            out: self.out,
+            command: typed,
+        })
+    }
+}
+
 pub fn run(args: Args, typed: Vec<String>) -> Result<()> {
-    let [requests, blocks] = args.synthetic[..] else { bail!("--synthetic: write REQUESTS,BLOCKS, as 32,8") };
-    if requests == 0 || blocks == 0 || requests.saturating_mul(blocks) > MOST_BLOCKS {
-        bail!("--synthetic {requests},{blocks}: 1 to {MOST_BLOCKS} blocks in all");
-    }
-    if args.draws == 0 {
-        bail!("--draws 0: draw at least once");
-    }
-    let options = SimulateOptions {
-        stats: args.stats,
-        against: args.against,
-        requests: args.requests.as_deref().map_or(Ok(Vec::new()), batch_sizes)?,
-        blocks: args.blocks.map(|b| b as usize),
-        taus: args.tau.as_deref().map(parse_taus).transpose()?,
-        block_size: args.block_size,
-        layer: args.layer,
-        draws: Draws { worlds: args.world, requests, blocks, draws: args.draws, seed: args.seed },
-        out: args.out,
-        command: typed,
-    };
+    let json = args.json;
+    let options = args.options(typed)?;
     let found = simulate(&options)?;
-    if args.json {
+    if json {
         plot_simulation(&options.out)?;
         return match found.summary.is_empty() {
             true => say_rows(&found.monte_carlo),

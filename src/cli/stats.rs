@@ -46,37 +46,38 @@ pub const TAUS: &str =
     "0.99,0.97,0.95,0.93,0.9,0.87,0.85,0.83,0.8,0.78,0.75,0.72,0.7,0.65,0.6,0.55,0.5,0.4,0.3";
 
 impl Args {
-    /// What can be checked of the options before there is a dump.
-    pub fn check(&self) -> crate::error::Result<()> {
-        parse_taus(&self.tau).map(|_| ())
+    /// Checked as far as they can be before there is a dump.
+    pub fn options(self, typed: Vec<String>) -> Result<StatsOptions> {
+        if self.block_size.contains(&0) {
+            bail!("--block-size 0: a block has at least one token");
+        }
+        if self.sample.is_some_and(|n| n < 2) {
+            bail!("--sample: at least 2 blocks make a pair");
+        }
+        let mut sizes = self.block_size;
+        sizes.dedup();
+        let mut taus = parse_taus(&self.tau)?;
+        taus.sort_by(f64::total_cmp);
+        Ok(StatsOptions {
+            dump: self.dump,
+            out: self.out,
+            similarity: SimilarityOptions {
+                block_sizes: sizes,
+                rope: self.rope,
+                sample: self.sample,
+                seed: self.seed,
+                taus,
+            },
+            command: typed,
+        })
     }
 }
 
 pub fn run(args: Args, typed: Vec<String>) -> Result<()> {
-    if args.block_size.contains(&0) {
-        bail!("--block-size 0: a block has at least one token");
-    }
-    if args.sample.is_some_and(|n| n < 2) {
-        bail!("--sample: at least 2 blocks make a pair");
-    }
-    let mut sizes = args.block_size;
-    sizes.dedup();
-    let mut taus = parse_taus(&args.tau)?;
-    taus.sort_by(f64::total_cmp);
-    let options = StatsOptions {
-        dump: args.dump,
-        out: args.out,
-        similarity: SimilarityOptions {
-            block_sizes: sizes,
-            rope: args.rope,
-            sample: args.sample,
-            seed: args.seed,
-            taus,
-        },
-        command: typed,
-    };
+    let json = args.json;
+    let options = args.options(typed)?;
     let rows = measure(&options)?;
-    if args.json {
+    if json {
         plot_stats(&options.out)?;
         return say_rows(&rows);
     }

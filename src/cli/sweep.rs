@@ -27,9 +27,10 @@ pub struct Args {
 
 impl Args {
     /// What can be checked of the options before there are a dump and thresholds.
-    pub fn check(&self) -> crate::error::Result<()> {
+    pub fn check(self) -> Result<()> {
         let (dump, thresholds) = (Some(PathBuf::new()), None);
-        Settings { dump, thresholds, ..self.settings.clone() }.options(Vec::new()).map(|_| ())
+        Settings { dump, thresholds, ..self.settings }.options(Vec::new())?;
+        Ok(())
     }
 }
 

@@ -31,6 +31,16 @@ pub struct DumpOptions {
     pub command: Vec<String>,
 }
 
+impl DumpOptions {
+    /// What can be said before there is a model.
+    pub fn check(&self) -> Result<()> {
+        if self.shift > 0 && (self.chat || self.max_tokens.is_some()) {
+            return Err(Error::argument("--shift goes with neither --chat nor --max-tokens"));
+        }
+        self.draw.check()
+    }
+}
+
 /// The order of a dump's requests, which is the order in which a sweep puts them into batches.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, clap::ValueEnum)]
 pub enum Sort {
@@ -48,6 +58,7 @@ const BLOCK_SIZE: usize = 16;
 ///
 /// The tokens that all prompts share are prefilled once; then one request at a time is in memory.
 pub fn dump(folder: &Path, options: &DumpOptions) -> Result<Manifest> {
+    options.check()?;
     let model = Model::load(&options.model)?;
     // Before anything so long is made up.
     let context = model.decoder.context();
@@ -72,9 +83,6 @@ pub fn dump(folder: &Path, options: &DumpOptions) -> Result<Manifest> {
         let mut pairs: Vec<_> = set.requests.into_iter().zip(prompts).collect();
         pairs.sort_by_key(|(_, tokens)| tokens.len());
         (set.requests, prompts) = pairs.into_iter().unzip();
-    }
-    if options.shift > 0 && (options.chat || options.max_tokens.is_some()) {
-        return Err(Error::argument("--shift goes with neither --chat nor --max-tokens"));
     }
     if options.shift > 0 {
         shift(&model, &mut set.requests, &mut prompts, options)?;

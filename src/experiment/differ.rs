@@ -17,8 +17,14 @@ pub struct Tolerance {
     /// Share of the larger of the two.
     pub relative: f64,
     pub absolute: f64,
-    /// Share of a column's cells that may lie outside, rounded up, but never all of them.
+    /// Share of a table's and of each column's cells that may lie outside, rounded up, but never all of a column.
     pub outliers: f64,
+}
+
+impl Tolerance {
+    fn spared(&self, cells: usize) -> usize {
+        (self.outliers * cells as f64).ceil() as usize
+    }
 }
 
 /// One table of both folders.
@@ -88,6 +94,8 @@ fn compare(expected: &Path, made: &Path, file: &Path, tolerance: &Tolerance) -> 
             if xs.len() != ys.len() {
                 found.different += xs.len();
                 found.outside += xs.len();
+                farthest = f64::INFINITY;
+                found.worst = Some(format!("{name}, line {line}: lists of {} and {}", xs.len(), ys.len()));
                 continue;
             }
             for (x, y) in xs.iter().zip(&ys).filter(|(x, y)| x != y) {
@@ -101,10 +109,13 @@ fn compare(expected: &Path, made: &Path, file: &Path, tolerance: &Tolerance) -> 
             }
         }
         let (cells, outside) = (found.cells - cells, found.outside - outside);
-        let spared = (tolerance.outliers * cells as f64).ceil() as usize;
-        if outside > spared.min(cells - 1) {
+        if outside > tolerance.spared(cells).min(cells - 1) {
             found.bad.push(name.clone());
         }
+    }
+    // A row that is wrong throughout has but one cell in each column.
+    if found.bad.is_empty() && found.outside > tolerance.spared(found.cells) {
+        found.bad.push("too many cells in all".to_owned());
     }
     Ok(found)
 }
@@ -149,6 +160,9 @@ mod tests {
         // One cell of a column may be spared, a whole column never; many cells of one column do not hide behind another's.
         write("b", "run,method,kl,layer_cr\nr1,none,0.7,1;2\nr2,bff,2.5,1;2\n");
         assert_eq!(bad(&b, &Tolerance { outliers: 1.0, ..tolerance }), ["kl"]);
+        // Nor does a row that is wrong throughout.
+        write("b", "run,method,kl,layer_cr\nr1,gone,0.7,4;5\nr2,bff,2,1;2\n");
+        assert_eq!(bad(&b, &Tolerance { outliers: 0.3, ..tolerance }), ["too many cells in all"]);
         write("b", "run,method,kl,layer_cr\nr1,none,NaN,1;2\nr2,bff,2,1;2\n");
         assert_eq!(bad(&b, &Tolerance { relative: 1.0, ..tolerance }), ["kl"]);
         write("b", "run,method,kl,layer_cr\nr9,none,0.501,1;2\n");

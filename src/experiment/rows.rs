@@ -130,7 +130,11 @@ pub struct Setting {
     pub questions: Option<String>,
     pub seed: u64,
     pub first_token: FirstToken,
+    /// The longest answer any request is given, in tokens.
     pub max_new_tokens: usize,
+    /// Checksum of the longest answers of single requests, if they are not all the same.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub answer_limits: Option<String>,
     pub resamples: usize,
 }
 

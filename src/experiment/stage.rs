@@ -60,12 +60,14 @@ impl<'a> Stage<'a> {
             cr_prefix: [1.0; 2],
         };
         let mut prefix = [Ledger::default(), Ledger::default()];
-        let longest_answer = options.longest_answer(manifest).max(MOST_TARGETS);
         let mut done = 0;
         for requests in requests.chunks(packing.batch) {
             interrupt::check()?;
+            let answer_tokens: Vec<usize> =
+                requests.iter().map(|&i| options.answer_tokens(manifest, i)).collect();
+            let rooms: Vec<usize> = answer_tokens.iter().map(|&n| n.max(MOST_TARGETS)).collect();
             let (batch, mut prompts) =
-                load(&options.dump, model, manifest, requests, packing.block_size, longest_answer)?;
+                load(&options.dump, model, manifest, requests, packing.block_size, &rooms)?;
             let mut base = Base::new(model, batch, &prompts, options.first_token);
             for (within_tenant, ledger) in [false, true].into_iter().zip(&mut prefix) {
                 let codec = Prefix { within_tenant };
@@ -73,8 +75,6 @@ impl<'a> Stage<'a> {
                 codec.encode(&mut shared, &Memo::default())?;
                 *ledger += &Ledger::of(&shared, &codec.coverage(model.decoder.config().layers));
             }
-            let answer_tokens: Vec<usize> =
-                requests.iter().map(|&i| options.answer_tokens(manifest, i)).collect();
             let unasked = |&i: &usize| manifest.requests[i].request.references.is_empty();
             let own: Vec<Vec<u32>> = match baseline {
                 Some(r) => {
@@ -245,13 +245,13 @@ pub fn load(
     manifest: &Manifest,
     requests: &[usize],
     block_size: usize,
-    answer: usize,
+    answer_tokens: &[usize],
 ) -> Result<(CacheBatch, Vec<Prompt>)> {
     let shape = model.decoder.block_shape(block_size);
     let mut batch = CacheBatch::empty(shape, Storage::F16, model.decoder.ropes());
     let width = batch.pool.shape().block_width();
     let mut prompts = Vec::new();
-    for &i in requests {
+    for (&i, answer) in requests.iter().zip(answer_tokens) {
         let shard = open_request(dump, manifest, i)?;
         let tokens = shard.tokens().to_vec();
         let room = model.decoder.context();

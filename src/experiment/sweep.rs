@@ -93,16 +93,19 @@ pub fn setting(options: &SweepOptions, manifest: &Manifest, questions: &[usize])
     let mut metrics: Vec<&str> =
         questions.iter().map(|&i| manifest.requests[i].request.metric.name()).collect();
     metrics.dedup();
+    let limits: Vec<usize> = questions.iter().map(|&i| options.answer_tokens(manifest, i)).collect();
+    let most = options.longest_answer(manifest);
+    let checksum = |text: &str| files::sha256_bytes(text.as_bytes())[..12].to_owned();
     Ok(Setting {
         model: manifest.model.name.clone(),
         data: manifest.data.name.clone(),
         metric: if metrics.len() == 1 { metrics[0].to_owned() } else { "mixed".to_owned() },
         dump: manifest.identity()?,
-        questions: (questions.len() < manifest.requests.len())
-            .then(|| files::sha256_bytes(ids.join("\n").as_bytes())[..12].to_owned()),
+        questions: (questions.len() < manifest.requests.len()).then(|| checksum(&ids.join("\n"))),
         seed: options.seed,
         first_token: options.first_token,
-        max_new_tokens: options.longest_answer(manifest),
+        max_new_tokens: most,
+        answer_limits: limits.iter().any(|l| *l != most).then(|| checksum(&format!("{limits:?}"))),
         resamples: options.resamples,
     })
 }

@@ -9,6 +9,7 @@ use crate::error::{Error, Result};
 use crate::files;
 use candle_core::Device;
 use candle_core::quantized::gguf_file::{Content, Value};
+use memchr::memmem;
 use memmap2::Mmap;
 use std::io::Cursor;
 use std::path::{Path, PathBuf};
@@ -27,16 +28,24 @@ impl Gguf {
         if !map.starts_with(b"GGUF") {
             return Err(Error::file(path, "not a GGUF file (it does not begin with 'GGUF')"));
         }
+        if alignment_is_zero(&map) {
+            return Err(Error::file(
+                path,
+                "damaged GGUF header (general.alignment is 0); fetch the file again",
+            ));
+        }
         let content = Content::read(&mut Cursor::new(&map[..])).map_err(|e| {
             let problem =
                 format!("damaged or truncated GGUF header ({}); fetch the file again", one_line(&e));
             Error::file(path, problem)
         })?;
         let end = content.tensor_infos.values().map(|t| {
-            let blocks = t.shape.elem_count() / t.ggml_dtype.block_size();
-            content.tensor_data_offset + t.offset + (blocks * t.ggml_dtype.type_size()) as u64
+            let numbers = t.shape.dims().iter().fold(1u128, |n, d| n.saturating_mul(*d as u128));
+            let blocks = numbers / t.ggml_dtype.block_size() as u128;
+            let bytes = blocks.saturating_mul(t.ggml_dtype.type_size() as u128);
+            bytes.saturating_add(u128::from(content.tensor_data_offset) + u128::from(t.offset))
         });
-        let (needed, have) = (end.max().unwrap_or(0), map.len() as u64);
+        let (needed, have) = (end.max().unwrap_or(0), map.len() as u128);
         if have < needed {
             let problem = format!("truncated: {have} bytes of at least {needed}; fetch the file again");
             return Err(Error::file(path, problem));
@@ -117,6 +126,14 @@ impl TensorSource for Gguf {
         }
         Ok((shape, Numbers::F32(data)))
     }
+}
+
+/// Whether the metadata align tensors to multiples of nothing, by which candle divides.
+fn alignment_is_zero(map: &[u8]) -> bool {
+    // Metadata come first; the largest vocabularies take some 20 MB.
+    let head = &map[..map.len().min(64 << 20)];
+    let key = b"general.alignment\x04\0\0\0";
+    memmem::find(head, key).is_some_and(|at| head[at + key.len()..].starts_with(&[0; 4]))
 }
 
 /// llama GGUF files interleave the two halves of every query and key head (row 2i+j holds row j*d/2+i of the Hugging

@@ -31,12 +31,9 @@ struct RawConfig {
     /// Where transformers 5 puts the three above: one object, or one a kind of layer.
     rope_parameters: Option<Value>,
     partial_rotary_factor: Option<f64>,
-    #[serde(default)]
-    attention_bias: bool,
-    #[serde(default)]
-    mlp_bias: bool,
-    #[serde(default)]
-    use_sliding_window: bool,
+    attention_bias: Option<bool>,
+    mlp_bias: Option<bool>,
+    use_sliding_window: Option<bool>,
     sliding_window: Option<usize>,
     #[serde(alias = "_sliding_window_pattern")]
     sliding_window_pattern: Option<usize>,
@@ -46,8 +43,7 @@ struct RawConfig {
     query_pre_attn_scalar: Option<f64>,
     hidden_act: Option<String>,
     hidden_activation: Option<String>,
-    #[serde(default)]
-    use_bidirectional_attention: bool,
+    use_bidirectional_attention: Option<bool>,
 }
 
 /// `max_window_layers` where a qwen's file names none.
@@ -77,7 +73,8 @@ pub fn read(path: &Path) -> Result<ModelConfig> {
     }
     let raw: RawConfig = serde_json::from_value(value).map_err(bad)?;
     // qwen2 has its three biases whether its configuration says so or not.
-    if raw.attention_bias && architecture != "qwen2" || raw.mlp_bias {
+    let on = |flag: Option<bool>| flag == Some(true);
+    if on(raw.attention_bias) && architecture != "qwen2" || on(raw.mlp_bias) {
         return Err(Error::file(path, "attention biases but qwen2's, and MLP biases, are not supported"));
     }
     let head_dim = raw.head_dim.unwrap_or(raw.hidden_size / raw.num_attention_heads.max(1));
@@ -100,7 +97,7 @@ pub fn read(path: &Path) -> Result<ModelConfig> {
             format!("activation '{other}' is not supported ({own} is, in {architecture}); use another model");
         return Err(Error::file(path, problem));
     }
-    if raw.use_bidirectional_attention {
+    if on(raw.use_bidirectional_attention) {
         return Err(Error::file(
             path,
             "bidirectional attention is not supported: use a model that generates text",
@@ -139,7 +136,7 @@ pub fn read(path: &Path) -> Result<ModelConfig> {
 /// The layers that slide, if any do.
 fn sliding(raw: &RawConfig, architecture: &str, local: impl Fn() -> RopeConfig) -> Option<Sliding> {
     // The qwens name a window that they use only when told to.
-    if architecture.starts_with("qwen") && !raw.use_sliding_window {
+    if architecture.starts_with("qwen") && raw.use_sliding_window != Some(true) {
         return None;
     }
     let window = raw.sliding_window?;

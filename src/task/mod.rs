@@ -23,7 +23,7 @@ use rand::seq::SliceRandom;
 use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// One request: a prompt and, where the data has them, reference answers.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -107,6 +107,8 @@ pub struct PromptSet {
     pub answer_tokens: Option<usize>,
 }
 
+/// Kinds of data that a file holds.
+const FILES: [&str; 5] = ["squad", "longbench", "ruler", "text", "prompts"];
 const BUILTIN_QA: &str = include_str!("../../data/qa.json");
 
 /// Which prompts to draw.
@@ -136,6 +138,32 @@ impl Draw {
         Draw { spec, requests, limit: None, shots, seed, length: None, needles: 1, tenants: 0 }
     }
 
+    /// Refuses no requests, unknown data, and a file that is not there.
+    pub fn check(&self) -> Result<()> {
+        let (option, wanted) = self.limit.map_or(("--requests", self.requests), |limit| ("--limit", limit));
+        if wanted == 0 {
+            return Err(Error::argument(format!("{option} must be at least 1")));
+        }
+        match self.source() {
+            ("builtin", "qa" | "longqa") | ("synth", "niah") => Ok(()),
+            (kind, file) if FILES.contains(&kind) && !file.is_empty() => {
+                fs::metadata(file).at(Path::new(file)).map(|_| ())
+            }
+            _ => Err(self.unknown()),
+        }
+    }
+
+    /// Kind of data, and which: a name, or a file.
+    fn source(&self) -> (&str, &str) {
+        self.spec.split_once(':').unwrap_or((&self.spec, ""))
+    }
+
+    fn unknown(&self) -> Error {
+        let known = "builtin:qa, builtin:longqa, synth:niah, squad:FILE, longbench:FILE, ruler:FILE, text:FILE or \
+                     prompts:FILE";
+        Error::argument(format!("--data {}: use {known}", self.spec))
+    }
+
     /// The least and the most requests wanted.
     fn counts(&self) -> (usize, usize) {
         self.limit.map_or((self.requests, self.requests), |limit| (1, limit))
@@ -150,12 +178,9 @@ impl Draw {
 
 /// Draws prompts. `tokens` counts the tokens of a text.
 pub fn load(draw: &Draw, tokens: &dyn Fn(&str) -> Result<usize>) -> Result<PromptSet> {
-    let (option, wanted) = draw.limit.map_or(("--requests", draw.requests), |limit| ("--limit", limit));
-    if wanted == 0 {
-        return Err(Error::argument(format!("{option} must be at least 1")));
-    }
+    draw.check()?;
     let spec = &draw.spec[..];
-    let (kind, rest) = spec.split_once(':').unwrap_or((spec, ""));
+    let (kind, rest) = draw.source();
     let path = PathBuf::from(rest);
     let fixed = |set: PromptSet| match draw.length {
         Some(_) => Err(Error::argument(format!("--length does not go with --data {spec}"))),
@@ -171,7 +196,7 @@ pub fn load(draw: &Draw, tokens: &dyn Fn(&str) -> Result<usize>) -> Result<Promp
         ("synth", "niah") => {
             niah::draw(&Draw { requests: draw.limit.unwrap_or(draw.requests), ..draw.clone() }, tokens)
         }
-        ("squad" | "longbench" | "ruler" | "text" | "prompts", _) if !rest.is_empty() => {
+        (kind, _) if FILES.contains(&kind) && !rest.is_empty() => {
             let text = fs::read_to_string(&path).at(&path)?;
             match kind {
                 "squad" => {
@@ -184,11 +209,7 @@ pub fn load(draw: &Draw, tokens: &dyn Fn(&str) -> Result<usize>) -> Result<Promp
                 _ => prompts::take(&path, &text, draw.counts()).and_then(fixed),
             }
         }
-        _ => {
-            let known = "builtin:qa, builtin:longqa, synth:niah, squad:FILE, longbench:FILE, ruler:FILE, text:FILE or \
-                         prompts:FILE";
-            Err(Error::argument(format!("--data {spec}: use {known}")))
-        }
+        _ => Err(draw.unknown()),
     }?;
     if draw.tenants > 0 {
         deal(&mut set.requests, draw);

@@ -28,19 +28,18 @@ pub fn windows(
     let mut windows: Vec<Request> = Vec::new();
     let mut words: Vec<(&str, usize)> = Vec::new();
     let mut used = 0;
-    for word in words_with_space(text) {
-        for (piece, own) in pieces(word, tokens)? {
-            if used + own > length && windows.len() < most {
-                windows.push(window(path, &words, windows.len())?);
-                words.clear();
-                used = 0;
-            }
-            words.push((piece, own));
-            used += own;
+    for piece in words_with_space(text).flat_map(|word| pieces(word, tokens)) {
+        let (piece, own) = piece?;
+        if used + own > length {
+            windows.push(window(path, &words, windows.len())?);
+            words.clear();
+            used = 0;
         }
         if windows.len() == most {
             break;
         }
+        words.push((piece, own));
+        used += own;
     }
     if windows.len() < least.max(1) {
         let problem =
@@ -62,20 +61,27 @@ fn words_with_space(text: &str) -> impl Iterator<Item = &str> {
     })
 }
 
-/// A word cut into pieces of at most [`WORD`] tokens, with their tokens.
-fn pieces<'a>(word: &'a str, tokens: &dyn Fn(&str) -> Result<usize>) -> Result<Vec<(&'a str, usize)>> {
-    // What is long enough in bytes is cut uncounted: tokenizers are slow on very long words.
-    let mut pieces = Vec::new();
+/// A word cut into pieces of at most [`WORD`] tokens, with their tokens, as they are asked for.
+fn pieces<'a>(
+    word: &'a str,
+    tokens: &dyn Fn(&str) -> Result<usize>,
+) -> impl Iterator<Item = Result<(&'a str, usize)>> {
     let mut left = vec![word];
-    while let Some(part) = left.pop() {
-        let own = if part.len() <= 64 * WORD { tokens(part)?.max(1) } else { usize::MAX };
-        let middle = part.char_indices().map(|(at, _)| at).find(|at| *at >= part.len().div_ceil(2));
-        match middle.filter(|_| own > WORD) {
-            Some(middle) => left.extend([&part[middle..], &part[..middle]]),
-            None => pieces.push((part, own)),
+    std::iter::from_fn(move || {
+        while let Some(part) = left.pop() {
+            // What is long enough in bytes is cut uncounted: tokenizers are slow on very long words.
+            let own = match part.len() <= 64 * WORD {
+                true => tokens(part).map(|n| n.max(1)),
+                false => Ok(usize::MAX),
+            };
+            let middle = (part.len().div_ceil(2)..part.len()).find(|at| part.is_char_boundary(*at));
+            match (own, middle) {
+                (Ok(own), Some(middle)) if own > WORD => left.extend([&part[middle..], &part[..middle]]),
+                (own, _) => return Some(own.map(|own| (part, own))),
+            }
         }
-    }
-    Ok(pieces)
+        None
+    })
 }
 
 /// A window's beginning as prompt, its end as reference. The white space between the two belongs to the reference.
