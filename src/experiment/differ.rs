@@ -38,7 +38,7 @@ pub struct Difference {
     pub outside: usize,
     /// The cell that lies farthest apart: column, line, both values.
     pub worst: Option<String>,
-    /// Columns with more cells outside than may be.
+    /// Columns with more cells outside than may be, or that there are too many in all; empty if the tables agree.
     pub bad: Vec<String>,
 }
 

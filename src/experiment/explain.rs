@@ -127,7 +127,7 @@ pub fn explain(options: &ExplainOptions) -> Result<Explanation> {
     let Packing { block_size, batch } = arm.packing;
     let first = at / batch * batch;
     let lot = &questions[first..questions.len().min(first + batch)];
-    let (batch, prompts) = load(&sweep.dump, &model, &manifest, lot, block_size, &vec![0; lot.len()])?;
+    let (batch, prompts) = load(&sweep.dump, &model, &manifest, lot, block_size)?;
     // With a spared first token, the sweep's caches hold the last prompt token too.
     let original = Base::new(&model, batch, &prompts, sweep.first_token).batch;
     let encoded = encode_batch(&model, &original, &Memo::default(), &arm.encoder()?)?;

@@ -219,7 +219,7 @@ impl SweepOptions {
     }
 
     /// The longest answer that one request is given, in tokens: files may hold several tasks.
-    pub fn answer_tokens(&self, manifest: &Manifest, request: usize) -> usize {
+    pub fn answer_limit(&self, manifest: &Manifest, request: usize) -> usize {
         let own = manifest.requests[request].request.answer_tokens;
         self.max_new_tokens.or(own).unwrap_or_else(|| self.longest_answer(manifest))
     }

@@ -23,8 +23,8 @@ const MOST_TARGETS: usize = 64;
 struct Lot {
     base: Base,
     prompts: Vec<Prompt>,
-    /// Longest answer of each request.
-    answer_tokens: Vec<usize>,
+    /// Longest answer of each request, in tokens.
+    answer_limits: Vec<usize>,
     reference: Reference,
     /// Blocks and similarities of the unfused caches.
     memo: Memo,
@@ -60,14 +60,13 @@ impl<'a> Stage<'a> {
             cr_prefix: [1.0; 2],
         };
         let mut prefix = [Ledger::default(), Ledger::default()];
+        check_room(model, options, manifest, requests)?;
         let mut done = 0;
         for requests in requests.chunks(packing.batch) {
             interrupt::check()?;
-            let answer_tokens: Vec<usize> =
-                requests.iter().map(|&i| options.answer_tokens(manifest, i)).collect();
-            let rooms: Vec<usize> = answer_tokens.iter().map(|&n| n.max(MOST_TARGETS)).collect();
-            let (batch, mut prompts) =
-                load(&options.dump, model, manifest, requests, packing.block_size, &rooms)?;
+            let answer_limits: Vec<usize> =
+                requests.iter().map(|&i| options.answer_limit(manifest, i)).collect();
+            let (batch, mut prompts) = load(&options.dump, model, manifest, requests, packing.block_size)?;
             let mut base = Base::new(model, batch, &prompts, options.first_token);
             for (within_tenant, ledger) in [false, true].into_iter().zip(&mut prefix) {
                 let codec = Prefix { within_tenant };
@@ -82,7 +81,7 @@ impl<'a> Stage<'a> {
                 }
                 None if requests.iter().any(unasked) => {
                     let stop = manifest.stop.as_deref();
-                    answers(model, &base.spared, &mut base.batch, &prompts, stop, &answer_tokens)?
+                    answers(model, &base.spared, &mut base.batch, &prompts, stop, &answer_limits)?
                 }
                 None => vec![Vec::new(); requests.len()],
             };
@@ -94,7 +93,7 @@ impl<'a> Stage<'a> {
             stage.lots.push(Lot {
                 base,
                 prompts,
-                answer_tokens,
+                answer_limits,
                 reference,
                 memo: Memo::default(),
                 requests: requests.to_vec(),
@@ -132,7 +131,7 @@ impl<'a> Stage<'a> {
 
             let started = Instant::now();
             let tokens =
-                answers(self.model, &lot.base.spared, &mut batch, &lot.prompts, stop, &lot.answer_tokens)?;
+                answers(self.model, &lot.base.spared, &mut batch, &lot.prompts, stop, &lot.answer_limits)?;
             timings.decode_seconds += started.elapsed().as_secs_f64();
             timings.generated_tokens += tokens.iter().map(Vec::len).sum::<usize>();
             for (i, answer_tokens) in tokens.into_iter().enumerate() {
@@ -238,31 +237,38 @@ fn first_divergence(a: &[u32], b: &[u32]) -> Option<usize> {
     (common < a.len().max(b.len())).then_some(common)
 }
 
-/// Caches of some requests, all prompt tokens but the last, in blocks of f16 numbers. `answer`: tokens to leave room for.
+/// Whether the model's context holds every prompt with its answer.
+fn check_room(model: &Model, options: &SweepOptions, manifest: &Manifest, requests: &[usize]) -> Result<()> {
+    let room = model.decoder.context();
+    for &i in requests {
+        let (tokens, answer) =
+            (manifest.requests[i].tokens, options.answer_limit(manifest, i).max(MOST_TARGETS));
+        if tokens + answer > room {
+            let message = format!(
+                "request {} has {tokens} tokens: with an answer of {answer} (--max-new-tokens) it exceeds the model's context of {room}",
+                manifest.requests[i].request.id,
+            );
+            return Err(Error::argument(message));
+        }
+    }
+    Ok(())
+}
+
+/// Caches of some requests, all prompt tokens but the last, in blocks of f16 numbers.
 pub fn load(
     dump: &Path,
     model: &Model,
     manifest: &Manifest,
     requests: &[usize],
     block_size: usize,
-    answer_tokens: &[usize],
 ) -> Result<(CacheBatch, Vec<Prompt>)> {
     let shape = model.decoder.block_shape(block_size);
     let mut batch = CacheBatch::empty(shape, Storage::F16, model.decoder.ropes());
     let width = batch.pool.shape().block_width();
     let mut prompts = Vec::new();
-    for (&i, answer) in requests.iter().zip(answer_tokens) {
+    for &i in requests {
         let shard = open_request(dump, manifest, i)?;
         let tokens = shard.tokens().to_vec();
-        let room = model.decoder.context();
-        if tokens.len() + answer > room {
-            let message = format!(
-                "request {} has {} tokens: with an answer of {answer} (--max-new-tokens) it exceeds the model's context of {room}",
-                manifest.requests[i].request.id,
-                tokens.len(),
-            );
-            return Err(Error::argument(message));
-        }
         let cached = tokens.len() - 1;
         let numbers = cached * batch.pool.shape().token_width();
         let layers: Vec<(Vec<f32>, Vec<f32>)> =

@@ -93,7 +93,7 @@ pub fn setting(options: &SweepOptions, manifest: &Manifest, questions: &[usize])
     let mut metrics: Vec<&str> =
         questions.iter().map(|&i| manifest.requests[i].request.metric.name()).collect();
     metrics.dedup();
-    let limits: Vec<usize> = questions.iter().map(|&i| options.answer_tokens(manifest, i)).collect();
+    let limits: Vec<usize> = questions.iter().map(|&i| options.answer_limit(manifest, i)).collect();
     let most = options.longest_answer(manifest);
     let checksum = |text: &str| files::sha256_bytes(text.as_bytes())[..12].to_owned();
     Ok(Setting {

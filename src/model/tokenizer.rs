@@ -146,7 +146,11 @@ impl Tokenizer {
 
     /// Token ids of a text that continues another: nothing is put in front.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
-        let encoding = self.inner.encode_fast(text, false);
+        self.encode_with(&self.inner, text)
+    }
+
+    fn encode_with(&self, inner: &tokenizers::Tokenizer, text: &str) -> Result<Vec<u32>> {
+        let encoding = inner.encode_fast(text, false);
         let encoding = encoding.map_err(|e| Error::file(&self.path, format!("cannot tokenize: {e}")))?;
         self.known(encoding.get_ids().to_vec())
     }
@@ -169,12 +173,7 @@ impl Tokenizer {
             .map_err(|problem| Error::file(&self.path, format!("chat template: {problem}")))?;
         let mut parsing = self.inner.clone();
         parsing.set_encode_special_tokens(false);
-        let parse = |part: &str| {
-            let encoding = parsing.encode_fast(part, false);
-            let encoding = encoding.map_err(|e| Error::file(&self.path, format!("cannot tokenize: {e}")))?;
-            self.known(encoding.get_ids().to_vec())
-        };
-        let (before, after): (Vec<u32>, Vec<u32>) = (parse(&before)?, parse(&after)?);
+        let (before, after) = (self.encode_with(&parsing, &before)?, self.encode_with(&parsing, &after)?);
         // Most templates write the BOS themselves.
         let lead = if before.starts_with(&self.lead) { &[][..] } else { &self.lead };
         Ok([lead, &before, &self.encode(text)?, &after].concat())
