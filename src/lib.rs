@@ -9,6 +9,7 @@ pub mod error;
 pub mod experiment;
 pub mod files;
 pub mod interrupt;
+pub mod lock;
 pub mod model;
 pub mod plot;
 pub mod progress;

@@ -1,7 +1,62 @@
 use clap::Parser;
 use clap::error::ErrorKind;
 use kvfuse::cli::{Cli, words_of};
+use std::alloc::{GlobalAlloc, Layout, System};
 use std::process::ExitCode;
+
+/// The system's allocator, but that memory that is not to be had ends the process with one line and status 2, as every
+/// other error does, instead of a signal.
+struct OrExit;
+
+#[global_allocator]
+static ALLOCATOR: OrExit = OrExit;
+
+// SAFETY: every method hands its arguments to the system's allocator as they are; a null pointer is never returned.
+unsafe impl GlobalAlloc for OrExit {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        // SAFETY: the caller keeps to the contract of `GlobalAlloc::alloc`, which is the system's.
+        or_exit(unsafe { System.alloc(layout) }, layout.size())
+    }
+
+    unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
+        // SAFETY: as above.
+        or_exit(unsafe { System.alloc_zeroed(layout) }, layout.size())
+    }
+
+    unsafe fn realloc(&self, block: *mut u8, layout: Layout, size: usize) -> *mut u8 {
+        // SAFETY: as above.
+        or_exit(unsafe { System.realloc(block, layout, size) }, size)
+    }
+
+    unsafe fn dealloc(&self, block: *mut u8, layout: Layout) {
+        // SAFETY: as above.
+        unsafe { System.dealloc(block, layout) }
+    }
+}
+
+fn or_exit(block: *mut u8, size: usize) -> *mut u8 {
+    if block.is_null() {
+        no_memory(size);
+    }
+    block
+}
+
+/// Ends the process without allocating anything.
+#[cold]
+fn no_memory(bytes: usize) -> ! {
+    use std::io::{Cursor, Write};
+    let mut line = [0u8; 160];
+    let mut text = Cursor::new(&mut line[..]);
+    // The line is longer than any number makes this.
+    let _ = writeln!(
+        text,
+        "error: out of memory ({} MiB more were needed); use a smaller model, fewer requests or a smaller --batch",
+        bytes.div_ceil(1 << 20)
+    );
+    let written = text.position() as usize;
+    let _ = std::io::stderr().write_all(&line[..written]);
+    std::process::exit(2)
+}
 
 /// Keeps freed memory for the next matrix instead of giving it back to the kernel and paying for fresh, zeroed pages
 /// again: a forward pass allocates megabytes at every step (docs/performance.md).
@@ -26,7 +81,11 @@ fn main() -> ExitCode {
         Err(asked)
             if !asked.use_stderr() || asked.kind() == ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand =>
         {
-            asked.exit()
+            let printed = asked.print().and_then(|()| std::io::Write::flush(&mut std::io::stdout()));
+            return match printed {
+                Err(e) if e.kind() != std::io::ErrorKind::BrokenPipe => failed(&format!("stdout: {e}")),
+                _ => ExitCode::from(asked.exit_code() as u8),
+            };
         }
         Err(usage) => {
             return failed(&words_of(&usage));

@@ -30,6 +30,6 @@ pub fn run(args: Args) -> Result<()> {
             ]
         })
         .collect();
-    say(table(&["what", "seconds", "tokens/s", "GFLOP/s", "% of GEMM", "% of one core's peak"], &rows));
+    say(table(&["what", "seconds", "tokens/s", "GFLOP/s", "% of GEMM", "% of one core's peak"], &rows))?;
     Ok(())
 }

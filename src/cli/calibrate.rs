@@ -130,7 +130,7 @@ pub fn run(args: Args, typed: Vec<String>) -> Result<()> {
     for (thresholds, layers) in found {
         let path = if options.targets.len() == 1 { out.clone() } else { numbered(&out, &thresholds.target) };
         thresholds.write(&path)?;
-        say(report(&layers));
+        say(report(&layers))?;
         say(format!(
             "\n{} questions, target {}: CR audited {:.2}{}{}\n{}\n",
             thresholds.questions.len(),
@@ -147,7 +147,7 @@ pub fn run(args: Args, typed: Vec<String>) -> Result<()> {
                 format!(", KL {kl:.4} nats a token{remark}")
             }),
             path.display()
-        ));
+        ))?;
     }
     Ok(())
 }

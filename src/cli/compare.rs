@@ -46,11 +46,11 @@ pub fn run(args: Args) -> Result<()> {
             ]
         })
         .collect();
-    say(table(&["table", "cells", "not equal", "outside", "worst", ""], &rows));
+    say(table(&["table", "cells", "not equal", "outside", "worst", ""], &rows))?;
     let bad: Vec<&str> = found.iter().filter(|d| !d.bad.is_empty()).map(|d| &d.file[..]).collect();
     if !bad.is_empty() {
         bail!("{} of {} tables differ: {}", bad.len(), found.len(), bad.join(", "));
     }
-    say(format!("{} tables agree within {} or {} %", found.len(), args.absolute, 100.0 * args.relative));
+    say(format!("{} tables agree within {} or {} %", found.len(), args.absolute, 100.0 * args.relative))?;
     Ok(())
 }

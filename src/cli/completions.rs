@@ -18,7 +18,7 @@ pub struct Args {
 pub fn run(args: Args) -> Result<()> {
     let mut script = Vec::new();
     clap_complete::generate(args.shell, &mut Cli::command(), "kvfuse", &mut script);
-    say(String::from_utf8_lossy(&script).trim_end());
+    say(String::from_utf8_lossy(&script).trim_end())?;
     Ok(())
 }
 
@@ -41,6 +41,6 @@ pub fn man(_args: ManArgs) -> Result<()> {
         man.render_options_section(&mut page).context("manual page")?;
         man.render_extra_section(&mut page).context("manual page")?;
     }
-    say(String::from_utf8_lossy(&page).trim_end());
+    say(String::from_utf8_lossy(&page).trim_end())?;
     Ok(())
 }

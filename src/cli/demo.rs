@@ -40,10 +40,10 @@ pub fn run(args: Args, typed: Vec<String>) -> Result<()> {
     let settings = Settings { dump: Some(folder), out: Some(args.out.clone()), ..Settings::default() };
     let rows = sweep(&settings.options(typed)?)?;
     let figures = plot_sweep(&args.out)?;
-    say(summary(&rows));
-    say("");
+    say(summary(&rows))?;
+    say("")?;
     for path in [args.out.join(SWEEP_CSV), args.out.join("manifest.json")].iter().chain(&figures) {
-        say(path.display().to_string());
+        say(path.display().to_string())?;
     }
     Ok(())
 }

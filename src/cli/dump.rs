@@ -93,14 +93,14 @@ pub fn run(args: Args, typed: Vec<String>) -> Result<()> {
     let tokens: usize = manifest.requests.iter().map(|r| r.tokens).sum();
     let cut = manifest.requests.iter().filter(|r| r.request.cut_tokens > 0).count();
     if cut > 0 {
-        say(format!("{cut} prompts were cut in the middle to --max-tokens"));
+        say(format!("{cut} prompts were cut in the middle to --max-tokens"))?;
     }
     say(format!(
         "{}: {} requests, {tokens} tokens, of which {} lead every prompt",
         out.display(),
         manifest.requests.len(),
         manifest.shared_prefix_tokens
-    ));
+    ))?;
     Ok(())
 }
 

@@ -56,29 +56,29 @@ pub fn run(args: Args) -> Result<()> {
     }
     let arm = &e.record.row.arm;
     let rule = arm.tau.map(|t| format!(", tau {t}")).or(arm.max_error.map(|t| format!(", max error {t}")));
-    say(format!("run        {} ({}{})", e.record.row.run, arm.method.name(), rule.unwrap_or_default()));
-    say(format!("request    {}", e.score.id));
-    say(format!("question   {}", e.question));
-    say(format!("reference  {}", e.references.join(" | ")));
+    say(format!("run        {} ({}{})", e.record.row.run, arm.method.name(), rule.unwrap_or_default()))?;
+    say(format!("request    {}", e.score.id))?;
+    say(format!("question   {}", e.question))?;
+    say(format!("reference  {}", e.references.join(" | ")))?;
     let f1 = |f1: Option<f64>| f1.map_or(String::new(), |f1| format!("  (F1 {f1:.2})"));
-    say(format!("no fusion  {}{}", e.plain.answer, f1(e.plain.f1)));
-    say(format!("fused      {}{}", e.score.answer, f1(e.score.f1)));
+    say(format!("no fusion  {}{}", e.plain.answer, f1(e.plain.f1)))?;
+    say(format!("fused      {}{}", e.score.answer, f1(e.score.f1)))?;
     let parts = match e.score.first_divergence {
         Some(n) => format!("answers part at token {n}"),
         None => "answers are equal".to_owned(),
     };
-    say(format!("drift      KL {:.4} nats a token, {parts}\n", e.score.kl));
+    say(format!("drift      KL {:.4} nats a token, {parts}\n", e.score.kl))?;
     say(match args.layer {
         Some(layer) => one_layer(&e, layer),
         None => all_layers(&e),
-    });
+    })?;
     say(format!(
         "\n{} of {} blocks fused over {} layers; worst relative squared error of one block {:.3}",
         e.fused.len(),
         e.texts.len() * e.layers,
         e.layers,
         e.score.worst_block_error
-    ));
+    ))?;
     Ok(())
 }
 

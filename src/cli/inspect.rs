@@ -20,7 +20,7 @@ pub struct Args {
 pub fn run(args: Args) -> Result<()> {
     let (manifest, summary) = inspect(&args.dump)?;
     if args.json {
-        say(serde_json::to_string(&summary)?);
+        say(serde_json::to_string(&summary)?)?;
         return Ok(());
     }
     let c = &manifest.model.config;
@@ -41,13 +41,13 @@ pub fn run(args: Args) -> Result<()> {
         c.layers,
         c.kv_heads,
         c.head_dim,
-    ));
+    ))?;
     let rows: Vec<Vec<String>> = summary
         .layer_rms
         .iter()
         .enumerate()
         .map(|(n, (k, v))| vec![n.to_string(), format!("{k:.4}"), format!("{v:.4}")])
         .collect();
-    say(table(&["layer", "key RMS", "value RMS"], &rows));
+    say(table(&["layer", "key RMS", "value RMS"], &rows))?;
     Ok(())
 }

@@ -109,17 +109,18 @@ impl Command {
     }
 }
 
-/// Prints to stdout. A reader that has gone (`| head`) is not an error.
-fn say(text: impl AsRef<str>) {
-    let _ = writeln!(std::io::stdout().lock(), "{}", text.as_ref());
+/// Prints to stdout. A reader that has gone (`| head`) is not an error; a full disk is.
+fn say(text: impl AsRef<str>) -> Result<()> {
+    let mut out = std::io::stdout().lock();
+    match writeln!(out, "{}", text.as_ref()).and_then(|()| out.flush()) {
+        Err(e) if e.kind() != std::io::ErrorKind::BrokenPipe => Err(e).context("stdout"),
+        _ => Ok(()),
+    }
 }
 
 /// Prints rows as JSON lines (`--json`).
 fn say_rows<T: serde::Serialize>(rows: &[T]) -> Result<()> {
-    rows.iter().try_for_each(|row| {
-        say(serde_json::to_string(row)?);
-        Ok(())
-    })
+    rows.iter().try_for_each(|row| say(serde_json::to_string(row)?))
 }
 
 /// A usage error of clap's in one line.

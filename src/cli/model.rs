@@ -43,14 +43,14 @@ pub fn run(command: Command) -> Result<()> {
         Command::List => list(),
         Command::Pull { name } => {
             if name.starts_with("hf:") {
-                say(resolve(&name)?.display().to_string());
+                say(resolve(&name)?.display().to_string())?;
                 return Ok(());
             }
             builtin(&name).with_context(|| {
                 let names: Vec<&str> = BUILTINS.iter().map(|b| b.name).collect();
                 format!("'{name}' is not a built-in model (those are: {})", names.join(", "))
             })?;
-            say(resolve(&name)?.display().to_string());
+            say(resolve(&name)?.display().to_string())?;
             Ok(())
         }
         Command::Info { model } => info(&model),
@@ -70,7 +70,7 @@ fn list() -> Result<()> {
             model.description.to_owned(),
         ]);
     }
-    say(table(&["name", "size", "file", "what it is"], &rows));
+    say(table(&["name", "size", "file", "what it is"], &rows))?;
     Ok(())
 }
 
@@ -97,7 +97,7 @@ fn info(spec: &str) -> Result<()> {
         c.rope.base,
         c.rope.dims,
         kv_bytes,
-    ));
+    ))?;
     Ok(())
 }
 
@@ -105,7 +105,7 @@ fn try_prompt(spec: &str, prompt: &str, tokens: usize, json: bool) -> Result<()>
     let model = Model::load(spec)?;
     let p = probe(&model, prompt, tokens)?;
     if json {
-        say(serde_json::to_string(&p)?);
+        say(serde_json::to_string(&p)?)?;
         return Ok(());
     }
     let rows: Vec<Vec<String>> = p
@@ -120,6 +120,6 @@ fn try_prompt(spec: &str, prompt: &str, tokens: usize, json: bool) -> Result<()>
         table(&["next token", "id", "logit"], &rows),
         p.greedy_text,
         p.greedy_ids
-    ));
+    ))?;
     Ok(())
 }

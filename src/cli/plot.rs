@@ -16,7 +16,7 @@ pub struct Args {
 
 pub fn run(args: Args) -> Result<()> {
     for path in plot_all(&args.out)? {
-        say(path.display().to_string());
+        say(path.display().to_string())?;
     }
     Ok(())
 }

@@ -17,6 +17,6 @@ pub struct Args {
 }
 
 pub fn run(args: Args) -> Result<()> {
-    say(report(&args.out)?.display().to_string());
+    say(report(&args.out)?.display().to_string())?;
     Ok(())
 }

@@ -73,7 +73,7 @@ pub fn run(args: Args) -> Result<()> {
     // All files are checked before the first is run.
     all.iter().try_for_each(Steps::check)?;
     for steps in &all {
-        say(format!("== {}: {}", steps.plan.title, steps.model));
+        say(format!("== {}: {}", steps.plan.title, steps.model))?;
         steps.run()?;
     }
     Ok(())
@@ -175,7 +175,7 @@ impl Steps<'_> {
     }
 
     fn step(&self, line: Vec<String>, command: Command) -> Result<()> {
-        say(format!("$ {}", line.join(" ")));
+        say(format!("$ {}", line.join(" ")))?;
         let name = line[1].clone();
         command.run(line).map_err(|e| self.at_line(&name, e))
     }
@@ -201,7 +201,7 @@ impl Steps<'_> {
             made.iter().all(|(name, sum)| files::sha256(&self.out.join(name)).is_ok_and(|s| s == *sum))
         };
         if finished.get(name).is_some_and(|f| f.of == of && there(&f.made)) {
-            say(format!("$ {} (done)", line.join(" ")));
+            say(format!("$ {} (done)", line.join(" ")))?;
             return Ok(());
         }
         let before = self.tables()?;

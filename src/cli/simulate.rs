@@ -104,9 +104,9 @@ pub fn run(args: Args, typed: Vec<String>) -> Result<()> {
             false => say_rows(&found.summary),
         };
     }
-    report(&found);
+    report(&found)?;
     for path in plot_simulation(&options.out)? {
-        say(path.display().to_string());
+        say(path.display().to_string())?;
     }
     Ok(())
 }
@@ -136,7 +136,7 @@ fn batch_sizes(text: &str) -> Result<Vec<usize>> {
 }
 
 /// Tables to read; the rest is in the CSV files.
-fn report(found: &Simulation) {
+fn report(found: &Simulation) -> Result<()> {
     let optional = |x: Option<f64>| x.map_or("-".to_owned(), |x| format!("{x:.2}"));
     // Where no pair or every pair lies above the threshold there is nothing to see.
     let drawn = found.monte_carlo.iter().filter(|r| r.q > 0.0 && r.q < 0.999);
@@ -155,13 +155,13 @@ fn report(found: &Simulation) {
             ]
         })
         .collect();
-    say("synthetic caches, drawn and fused by the sweep's own code");
+    say("synthetic caches, drawn and fused by the sweep's own code")?;
     say(table(
         &["world", "pairing", "tau", "q", "var/mean", "CR [95 %]", "CR model", "K err", "K err model"],
         &rows,
-    ));
+    ))?;
     if found.summary.is_empty() {
-        return;
+        return Ok(());
     }
     let rows: Vec<Vec<String>> = found
         .summary
@@ -181,11 +181,11 @@ fn report(found: &Simulation) {
         .collect();
     say(
         "\npredicted against measured, full blocks of all layers; last columns: predicted / measured, median layer",
-    );
+    )?;
     say(table(
         &["model", "pairing", "tau", "CR measured", "CR predicted", "by layer [10, 90 %]", "K err", "V err"],
         &rows,
-    ));
+    ))?;
     let mut columns: Vec<(Model, Pairing)> = Vec::new();
     for v in &found.verdicts {
         if !columns.contains(&(v.model, v.pairing)) {
@@ -212,8 +212,8 @@ fn report(found: &Simulation) {
     let header: Vec<&str> = std::iter::once("layer").chain(titles.iter().map(String::as_str)).collect();
     say(
         "\nverdicts: where the predicted ratio is within 10 %, at every threshold at which blocks fuse or down to one (and the worst); reasons are in verdicts.csv",
-    );
-    say(table(&header, &(0..layers).map(line).collect::<Vec<_>>()));
+    )?;
+    say(table(&header, &(0..layers).map(line).collect::<Vec<_>>()))
 }
 
 /// An option's name, as typed.

@@ -82,11 +82,11 @@ pub fn run(args: Args, typed: Vec<String>) -> Result<()> {
         return say_rows(&rows);
     }
     for &size in &options.similarity.block_sizes {
-        say(report(&rows, size));
+        say(report(&rows, size))?;
     }
-    say(options.out.join(STATS_CSV).display().to_string());
+    say(options.out.join(STATS_CSV).display().to_string())?;
     for path in plot_stats(&options.out)? {
-        say(path.display().to_string());
+        say(path.display().to_string())?;
     }
     Ok(())
 }

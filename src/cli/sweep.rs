@@ -41,8 +41,8 @@ pub fn run(args: Args, typed: Vec<String>) -> Result<()> {
     if args.json {
         return say_rows(&rows);
     }
-    say(summary(&rows));
-    say(format!("\n{}", options.out.join(crate::experiment::SWEEP_CSV).display()));
+    say(summary(&rows))?;
+    say(format!("\n{}", options.out.join(crate::experiment::SWEEP_CSV).display()))?;
     Ok(())
 }
 
