@@ -64,31 +64,97 @@ impl Gguf {
     }
 
     /// A metadata array of strings.
-    pub fn strings(&self, key: &str) -> Option<Vec<String>> {
-        let values = self.content.metadata.get(key)?.to_vec().ok()?;
-        values.iter().map(|v| v.to_string().ok().cloned()).collect()
+    pub fn strings(&self, key: &str) -> Result<Option<Vec<String>>> {
+        self.list(key, "texts", |v| v.to_string().ok().cloned())
     }
 
-    /// A metadata array of integers.
-    pub fn integers(&self, key: &str) -> Option<Vec<i64>> {
-        let values = self.content.metadata.get(key)?.to_vec().ok()?;
-        values.iter().map(|v| v.to_i32().ok().map(i64::from)).collect()
+    /// A metadata array of integers of any width.
+    pub fn integers(&self, key: &str) -> Result<Option<Vec<i64>>> {
+        self.list(key, "integers", signed)
     }
 
-    /// A metadata array of floating-point numbers.
-    pub fn floats(&self, key: &str) -> Option<Vec<f32>> {
-        let values = self.content.metadata.get(key)?.to_vec().ok()?;
-        values.iter().map(|v| v.to_f32().ok()).collect()
+    /// A metadata array of floating-point numbers of any width.
+    pub fn floats(&self, key: &str) -> Result<Option<Vec<f32>>> {
+        self.list(key, "numbers", |v| number(v).map(|x| x as f32))
     }
 
     /// A metadata flag.
-    pub fn boolean(&self, key: &str) -> Option<bool> {
-        self.content.metadata.get(key)?.to_bool().ok()
+    pub fn boolean(&self, key: &str) -> Result<Option<bool>> {
+        let Some(value) = self.content.metadata.get(key) else { return Ok(None) };
+        let flag = match value {
+            Value::Bool(flag) => Some(*flag),
+            other => signed(other).map(|n| n != 0),
+        };
+        flag.map(Some).ok_or_else(|| wrong(&self.path, key, "a flag"))
     }
 
     /// A metadata integer of any width.
-    pub fn integer(&self, key: &str) -> Option<u64> {
-        integer(&self.content, key)
+    pub fn integer(&self, key: &str) -> Result<Option<u64>> {
+        Metadata { path: &self.path, content: &self.content }.integer(key)
+    }
+
+    fn list<T>(&self, key: &str, what: &str, read: impl Fn(&Value) -> Option<T>) -> Result<Option<Vec<T>>> {
+        let Some(value) = self.content.metadata.get(key) else { return Ok(None) };
+        let list = value.to_vec().ok().and_then(|values| values.iter().map(read).collect());
+        list.map(Some).ok_or_else(|| wrong(&self.path, key, &format!("a list of {what}")))
+    }
+}
+
+/// A metadata entry of another type than its meaning asks for.
+fn wrong(path: &Path, key: &str, wanted: &str) -> Error {
+    Error::file(path, format!("metadata {key} is not {wanted}; convert the model again"))
+}
+
+/// An integer of any width.
+fn signed(value: &Value) -> Option<i64> {
+    match value {
+        Value::U8(n) => Some(i64::from(*n)),
+        Value::U16(n) => Some(i64::from(*n)),
+        Value::U32(n) => Some(i64::from(*n)),
+        Value::U64(n) => i64::try_from(*n).ok(),
+        Value::I8(n) => Some(i64::from(*n)),
+        Value::I16(n) => Some(i64::from(*n)),
+        Value::I32(n) => Some(i64::from(*n)),
+        Value::I64(n) => Some(*n),
+        _ => None,
+    }
+}
+
+/// A number of any width; integers count.
+fn number(value: &Value) -> Option<f64> {
+    match value {
+        Value::F32(x) => Some(f64::from(*x)),
+        Value::F64(x) => Some(*x),
+        other => signed(other).map(|n| n as f64),
+    }
+}
+
+/// Metadata by key. What is there in another type than its meaning asks for is an error, never passed over.
+struct Metadata<'a> {
+    path: &'a Path,
+    content: &'a Content,
+}
+
+impl Metadata<'_> {
+    fn integer(&self, key: &str) -> Result<Option<u64>> {
+        let Some(value) = self.content.metadata.get(key) else { return Ok(None) };
+        let found = signed(value).and_then(|n| u64::try_from(n).ok());
+        found.map(Some).ok_or_else(|| wrong(self.path, key, "a whole number"))
+    }
+
+    fn float(&self, key: &str) -> Result<Option<f64>> {
+        let Some(value) = self.content.metadata.get(key) else { return Ok(None) };
+        number(value).map(Some).ok_or_else(|| wrong(self.path, key, "a number"))
+    }
+
+    fn text(&self, key: &str) -> Result<Option<&str>> {
+        let Some(value) = self.content.metadata.get(key) else { return Ok(None) };
+        value.to_string().map(|s| Some(&s[..])).map_err(|_| wrong(self.path, key, "a text"))
+    }
+
+    /// Whether a key is there.
+    fn has(&self, key: &str) -> bool {
+        self.content.metadata.contains_key(key)
     }
 }
 

@@ -1,10 +1,13 @@
 //! Text to token ids and back, from GGUF metadata or a `tokenizer.json`.
 
-use super::chat;
+use super::chat::{self, Chat};
 use super::gguf::Gguf;
 use crate::error::{Error, Result};
-use std::collections::BTreeSet;
+use crate::files;
+use serde_json::Value;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 use tokenizers::decoders::byte_fallback::ByteFallback;
 use tokenizers::decoders::fuse::Fuse;
 use tokenizers::decoders::strip::Strip;
@@ -19,16 +22,32 @@ use tokenizers::{
     normalizers,
 };
 
-/// Ends of text that chat and base models of the supported families use.
-const END_TOKENS: [&str; 8] = [
+/// Tokens that end a generation wherever a vocabulary has them, as llama.cpp has it (`llama_vocab`, src/llama-vocab.cpp):
+/// GGUF files name one or two of them only.
+const END_TOKENS: [&str; 23] = [
     "<|endoftext|>",
     "<|im_end|>",
-    "</s>",
     "<|end_of_text|>",
     "<|eot_id|>",
-    "<eos>",
+    "<|eom_id|>",
     "<end_of_turn>",
     "<|end|>",
+    "<EOT>",
+    "< EOT >",
+    "_<EOT>",
+    "<end_of_utterance>",
+    "[EOT]",
+    "[EOS]",
+    "<eos>",
+    "</s>",
+    "<\u{ff5c}end\u{2581}of\u{2581}sentence\u{ff5c}>",
+    "<|return|>",
+    "<|call|>",
+    "<|fim_pad|>",
+    "<|fim_repo|>",
+    "<|repo_name|>",
+    "<|file_sep|>",
+    "<|calls|>",
 ];
 /// `tokenizer.ggml.token_type` of control tokens, of words that are always tokens, and of single bytes.
 const CONTROL: i64 = 3;
@@ -39,14 +58,29 @@ const SPACE: &str = "\u{2581}";
 
 pub struct Tokenizer {
     path: PathBuf,
+    /// Special tokens in a text are text to it.
     inner: tokenizers::Tokenizer,
+    /// `inner` for texts that begin in the middle: no space is put in front.
+    bare: OnceLock<tokenizers::Tokenizer>,
+    /// `inner` that parses special tokens, for rendered chat templates.
+    parsing: OnceLock<tokenizers::Tokenizer>,
     /// Prepended to every prompt when the model asks for it (BOS).
     lead: Vec<u32>,
-    ends: BTreeSet<u32>,
+    ends: Ends,
     /// Token ids that the model has an embedding for are below this.
     vocab: usize,
-    /// Jinja source of the chat template, if the model has one.
-    template: Option<String>,
+    chat: Option<Chat>,
+    /// A rendered template is given the lead if it does not begin with it (llama.cpp); transformers takes it as it is.
+    chat_lead: bool,
+}
+
+/// Tokens that end an answer.
+#[derive(Default)]
+struct Ends {
+    all: BTreeSet<u32>,
+    /// What ends a text, and what ends the assistant's turn.
+    text: Option<u32>,
+    turn: Option<u32>,
 }
 
 impl Tokenizer {
@@ -55,21 +89,27 @@ impl Tokenizer {
         let missing =
             |key: &str| Error::file(path, format!("metadata {key} is missing; use a HF folder instead"));
         let bad = |e: tokenizers::Error| Error::file(path, format!("unusable tokenizer metadata: {e}"));
-        let tokens = gguf.strings("tokenizer.ggml.tokens").ok_or_else(|| missing("tokenizer.ggml.tokens"))?;
-        let kinds = gguf.integers("tokenizer.ggml.token_type").unwrap_or_default();
+        let tokens = gguf.strings("tokenizer.ggml.tokens")?.ok_or_else(|| missing("tokenizer.ggml.tokens"))?;
+        let kinds = gguf.integers("tokenizer.ggml.token_type")?.unwrap_or_default();
+        if !kinds.is_empty() && kinds.len() != tokens.len() {
+            return Err(Error::file(path, "tokenizer.ggml.token_type and tokens differ in length"));
+        }
         let kind = gguf.string("tokenizer.ggml.model").unwrap_or_default();
+        let pre = gguf.string("tokenizer.ggml.pre");
         let mut inner = match kind {
             "gpt2" => {
-                let merges = gguf.strings("tokenizer.ggml.merges");
+                let merges = gguf.strings("tokenizer.ggml.merges")?;
                 let merges = merges.ok_or_else(|| missing("tokenizer.ggml.merges"))?;
-                let pre = gguf.string("tokenizer.ggml.pre").unwrap_or_default();
                 byte_level(path, &tokens, &merges, pre)?
             }
             "llama" => {
-                let scores = gguf.floats("tokenizer.ggml.scores");
+                let scores = gguf.floats("tokenizer.ggml.scores")?;
                 let scores = scores.ok_or_else(|| missing("tokenizer.ggml.scores"))?;
-                let unknown = gguf.integer("tokenizer.ggml.unknown_token_id").unwrap_or(0) as usize;
-                let space = gguf.boolean("tokenizer.ggml.add_space_prefix").unwrap_or(true);
+                if scores.len() != tokens.len() {
+                    return Err(Error::file(path, "tokenizer.ggml.scores and tokens differ in length"));
+                }
+                let unknown = gguf.integer("tokenizer.ggml.unknown_token_id")?.unwrap_or(0) as usize;
+                let space = gguf.boolean("tokenizer.ggml.add_space_prefix")?.unwrap_or(true);
                 sentence_piece(&tokens, &kinds, &scores, unknown, space).map_err(bad)?
             }
             other => {
@@ -78,55 +118,117 @@ impl Tokenizer {
                 return Err(Error::file(path, problem));
             }
         };
+        if gguf.boolean("tokenizer.ggml.add_eos_token")? == Some(true) {
+            let problem = "tokenizer.ggml.add_eos_token ends every prompt before its answer; use another model";
+            return Err(Error::file(path, problem));
+        }
+        for key in ["tokenizer.ggml.precompiled_charsmap", "tokenizer.ggml.remove_extra_whitespaces"] {
+            let off = gguf.boolean(key).is_ok_and(|flag| flag != Some(true));
+            if !off {
+                let problem = format!("{key} is not supported; use a HF folder with tokenizer.json");
+                return Err(Error::file(path, problem));
+            }
+        }
+        let strips = StripsRight::of(gguf);
         let of_kind = |wanted: i64| tokens.iter().zip(&kinds).filter(move |(_, kind)| **kind == wanted);
-        let special = of_kind(CONTROL).map(|(t, _)| AddedToken::from(t.as_str(), true));
+        let special = of_kind(CONTROL).map(|(t, _)| AddedToken::from(t.as_str(), true).rstrip(strips.strips(t)));
         inner.add_special_tokens(special.collect::<Vec<_>>()).map_err(bad)?;
         let own = of_kind(USER_DEFINED).map(|(t, _)| AddedToken::from(t.as_str(), false).normalized(false));
         inner.add_tokens(own.collect::<Vec<_>>()).map_err(bad)?;
 
-        // Files of the SentencePiece family want one unless they say otherwise, as llama.cpp has it.
-        let bos = gguf.boolean("tokenizer.ggml.add_bos_token").unwrap_or(kind == "llama");
-        let bos = gguf.integer("tokenizer.ggml.bos_token_id").filter(|_| bos).map(|id| id as u32);
-        let end = gguf.integer("tokenizer.ggml.eos_token_id").map(|id| id as u32);
-        let template = gguf.string("tokenizer.chat_template").map(str::to_owned);
-        Ok(Self::finish(path, inner, bos.into_iter().collect(), end, template))
+        let id = |name: &str| -> Result<Option<u32>> {
+            let key = format!("tokenizer.ggml.{name}_token_id");
+            // llama.cpp passes over ids beyond the vocabulary.
+            Ok(gguf.integer(&key)?.filter(|id| (*id as usize) < tokens.len()).map(|id| id as u32))
+        };
+        let spm = kind == "llama";
+        // Files of the SentencePiece family, and Llama 3's, want one unless they say otherwise, as llama.cpp has it.
+        let wants = gguf.boolean("tokenizer.ggml.add_bos_token")?.unwrap_or(spm || pre == Some("llama-bpe"));
+        let bos = id("bos")?.or((spm && tokens.len() > 1).then_some(1)).filter(|_| wants);
+        let eos = id("eos")?.or((spm && tokens.len() > 2).then_some(2));
+        let eot = id("eot")?;
+        let named = END_TOKENS.iter().filter_map(|t| inner.token_to_id(t));
+        let all = named.chain(eos).chain(eot).chain(id("eom")?).collect();
+        let text_of = |id: Option<u32>| id.and_then(|id| tokens.get(id as usize)).cloned().unwrap_or_default();
+        let chat = gguf.string("tokenizer.chat_template").map(|source| Chat {
+            source: source.to_owned(),
+            tokens: [
+                ("bos_token".to_owned(), text_of(id("bos").ok().flatten().or(bos))),
+                ("eos_token".to_owned(), text_of(eos)),
+            ]
+            .into(),
+        });
+        let ends = Ends { all, text: eos, turn: eot.or(eos) };
+        Ok(Self::finish(path, inner, bos.into_iter().collect(), ends, chat, true))
     }
 
-    /// Reads a Hugging Face `tokenizer.json`, and the chat template beside it if there is one. What its post-processor puts
-    /// in front of a text (BOS) is put in front of prompts.
+    /// Reads a Hugging Face `tokenizer.json` and what lies beside it: `tokenizer_config.json`, the chat template, and the ids
+    /// that end an answer, of `generation_config.json` or else `config.json`. What the post-processor puts in front of a
+    /// text (BOS) is put in front of prompts.
     pub fn from_file(path: &Path) -> Result<Self> {
         if !path.exists() {
             return Err(Error::file(path, "missing; a model folder needs a tokenizer.json"));
         }
-        let bad = |e| Error::file(path, format!("not a usable tokenizer.json: {e}"));
-        let inner = tokenizers::Tokenizer::from_file(path).map_err(bad)?;
-        let (with, without) = (inner.encode_fast("a", true), inner.encode_fast("a", false));
-        let (with, without) = (with.map_err(bad)?, without.map_err(bad)?);
-        let lead = with.get_ids().windows(without.len().max(1)).position(|w| w == without.get_ids());
-        let lead = with.get_ids()[..lead.unwrap_or(0)].to_vec();
-        let template = chat::template_beside(path)?;
-        Ok(Self::finish(path, inner, lead, None, template))
+        let bad = |e: tokenizers::Error| Error::file(path, format!("not a usable tokenizer.json: {e}"));
+        let text = files::read_text(path)?;
+        let mut inner: tokenizers::Tokenizer = text.parse().map_err(bad)?;
+        // What a trainer cut or filled its batches to; transformers takes neither over.
+        inner.with_truncation(None).map_err(bad)?;
+        inner.with_padding(None);
+        let beside = |name: &str| -> Result<Value> {
+            let path = path.with_file_name(name);
+            if !path.exists() {
+                return Ok(Value::Null);
+            }
+            serde_json::from_str(&files::read_text(&path)?)
+                .map_err(|e| Error::file(&path, format!("not JSON: {e}")))
+        };
+        let config = beside("tokenizer_config.json")?;
+        let tokens = special_tokens(&config);
+        let lead = lead(&inner, path)?;
+        let eos = tokens.get("eos_token").and_then(|t| inner.token_to_id(t));
+        let generation = eos_ids(&beside("generation_config.json")?);
+        let ids = if generation.is_empty() { eos_ids(&beside("config.json")?) } else { generation };
+        let mut all: BTreeSet<u32> = ids.iter().copied().chain(eos).collect();
+        if all.is_empty() {
+            all.extend(END_TOKENS.iter().filter_map(|t| inner.token_to_id(t)));
+        }
+        let text_end = eos.or(ids.first().copied()).or(all.first().copied());
+        let ends = Ends { all, text: text_end, turn: text_end };
+        let chat = chat::template_beside(path, &config)?.map(|source| Chat { source, tokens });
+        Ok(Self::finish(path, inner, lead, ends, chat, false))
     }
 
     fn finish(
         path: &Path,
         mut inner: tokenizers::Tokenizer,
         lead: Vec<u32>,
-        end: Option<u32>,
-        template: Option<String>,
+        ends: Ends,
+        chat: Option<Chat>,
+        chat_lead: bool,
     ) -> Self {
         // Prompts are data: "<|im_end|>" in a passage is text, not an instruction to stop.
         inner.set_encode_special_tokens(true);
-        let named = END_TOKENS.iter().filter_map(|t| inner.token_to_id(t));
-        let ends = named.chain(end).collect();
-        Tokenizer { path: path.to_owned(), inner, lead, ends, vocab: usize::MAX, template }
+        Tokenizer {
+            path: path.to_owned(),
+            inner,
+            bare: OnceLock::new(),
+            parsing: OnceLock::new(),
+            lead,
+            ends,
+            vocab: usize::MAX,
+            chat,
+            chat_lead,
+        }
     }
 
     /// For a model of `vocab` embeddings. The vocabulary may name more tokens (Gemma 3 names one for images), as long as no
     /// text has them.
     pub(super) fn of_model(mut self, vocab: usize) -> Result<Self> {
         self.vocab = vocab;
-        self.known(self.lead.iter().chain(&self.ends).copied().collect())?;
+        self.known(self.lead.clone())?;
+        // Never generated: the model has no logit for it.
+        self.ends.all.retain(|id| (*id as usize) < vocab);
         Ok(self)
     }
 
@@ -144,7 +246,7 @@ impl Tokenizer {
         }
     }
 
-    /// Token ids of a text that continues another: nothing is put in front.
+    /// Token ids of a text by itself, without the BOS token.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
         self.encode_with(&self.inner, text)
     }
@@ -161,22 +263,84 @@ impl Tokenizer {
         Ok(self.lead.iter().copied().chain(ids).collect())
     }
 
+    /// Token ids of a text that follows another: those of both together, less those of the first. Where the two grow into one
+    /// token at the seam, the text is encoded by itself with nothing put in front, since the first one's tokens stand.
+    pub fn continuation(&self, before: &str, text: &str) -> Result<Vec<u32>> {
+        let first = self.encode(before)?;
+        let both = self.encode(&format!("{before}{text}"))?;
+        match both.strip_prefix(&first[..]) {
+            Some(rest) => Ok(rest.to_vec()),
+            None => self.encode_with(self.bare()?, text),
+        }
+    }
+
+    /// [`Tokenizer::continuation`] of a user's message in the chat template: what the assistant answers.
+    pub fn chat_continuation(&self, message: &str, text: &str) -> Result<Vec<u32>> {
+        let before = self.render(message)?;
+        let parsing = self.parsing();
+        let first = self.encode_with(parsing, &before)?;
+        let both = self.encode_with(parsing, &format!("{before}{text}"))?;
+        match both.strip_prefix(&first[..]) {
+            Some(rest) => Ok(rest.to_vec()),
+            None => self.encode_with(self.bare()?, text),
+        }
+    }
+
+    /// A user's message in the chat template, up to where the assistant answers.
+    pub fn render(&self, message: &str) -> Result<String> {
+        let chat = self.chat.as_ref();
+        let chat = chat.ok_or_else(|| Error::file(&self.path, "the model has no chat template: leave --chat out"))?;
+        chat.render(message, &self.path)
+    }
+
     /// Token ids of a text as the first message of a user, in the model's chat template, up to where the assistant
     /// answers. The template's special tokens are parsed, the text's are not.
     pub fn encode_chat(&self, text: &str) -> Result<Vec<u32>> {
-        let template = self
-            .template
-            .as_deref()
-            .ok_or_else(|| Error::file(&self.path, "the model has no chat template: leave --chat out"))?;
-        let name = |id: Option<&u32>| id.and_then(|&id| self.inner.id_to_token(id)).unwrap_or_default();
-        let (before, after) = chat::around_user(template, &name(self.lead.first()), &name(self.ends.first()))
-            .map_err(|problem| Error::file(&self.path, format!("chat template: {problem}")))?;
-        let mut parsing = self.inner.clone();
+        let rendered = self.render(text)?;
+        let ids = match self.names_special(text) {
+            false => self.encode_with(self.parsing(), &rendered)?,
+            true => self.encode_around(text, &rendered)?,
+        };
+        let lead = if !self.chat_lead || ids.starts_with(&self.lead) { &[][..] } else { &self.lead };
+        Ok([lead, &ids].concat())
+    }
+
+    /// Whether a text spells a special token.
+    fn names_special(&self, text: &str) -> bool {
+        let added = self.inner.get_added_tokens_decoder();
+        added.values().any(|t| t.special && !t.content.is_empty() && text.contains(&t.content))
+    }
+
+    /// A rendered template piece by piece: what is the user's is text, whatever it spells.
+    fn encode_around(&self, text: &str, rendered: &str) -> Result<Vec<u32>> {
+        let own = if rendered.contains(text) { text } else { text.trim() };
+        let mut pieces = rendered.split(own);
+        let mut parsing = self.bare()?.clone();
         parsing.set_encode_special_tokens(false);
-        let (before, after) = (self.encode_with(&parsing, &before)?, self.encode_with(&parsing, &after)?);
-        // Most templates write the BOS themselves.
-        let lead = if before.starts_with(&self.lead) { &[][..] } else { &self.lead };
-        Ok([lead, &before, &self.encode(text)?, &after].concat())
+        let mut ids = self.encode_with(self.parsing(), pieces.next().unwrap_or_default())?;
+        for piece in pieces {
+            ids.extend(self.encode_with(self.bare()?, own)?);
+            ids.extend(self.encode_with(&parsing, piece)?);
+        }
+        Ok(ids)
+    }
+
+    fn parsing(&self) -> &tokenizers::Tokenizer {
+        self.parsing.get_or_init(|| {
+            let mut parsing = self.inner.clone();
+            parsing.set_encode_special_tokens(false);
+            parsing
+        })
+    }
+
+    fn bare(&self) -> Result<&tokenizers::Tokenizer> {
+        if self.bare.get().is_none() {
+            let bare = without_prefix(&self.inner)
+                .map_err(|e| Error::file(&self.path, format!("not a usable tokenizer: {e}")))?;
+            // Another thread may have been faster, with the same.
+            let _ = self.bare.set(bare);
+        }
+        Ok(self.bare.get().unwrap_or(&self.inner))
     }
 
     /// Text of token ids, special tokens left out.
@@ -186,12 +350,13 @@ impl Tokenizer {
 
     /// Whether a token ends the text.
     pub fn is_end(&self, id: u32) -> bool {
-        self.ends.contains(&id)
+        self.ends.all.contains(&id)
     }
 
-    /// The token that ends a text; the first of the vocabulary if the model names none.
-    pub fn end(&self) -> u32 {
-        self.ends.first().copied().unwrap_or(0)
+    /// The token that ends a text, or with `chat` the assistant's turn, if the model names one.
+    pub fn end(&self, chat: bool) -> Option<u32> {
+        let end = if chat { self.ends.turn } else { self.ends.text };
+        end.filter(|id| (*id as usize) < self.vocab)
     }
 
     /// Saves a `tokenizer.json`.
@@ -200,12 +365,108 @@ impl Tokenizer {
     }
 }
 
+/// What the post-processor of a `tokenizer.json` puts in front of a text.
+fn lead(inner: &tokenizers::Tokenizer, path: &Path) -> Result<Vec<u32>> {
+    let bad = |e| Error::file(path, format!("not a usable tokenizer.json: {e}"));
+    let ids = |special: bool| inner.encode_fast("a", special).map(|e| e.get_ids().to_vec()).map_err(bad);
+    let (with, without) = (ids(true)?, ids(false)?);
+    let around = (0..=with.len().saturating_sub(without.len())).find(|&at| with[at..].starts_with(&without));
+    let at = around.ok_or_else(|| Error::file(path, "its post_processor changes a text's own tokens"))?;
+    if with.len() > at + without.len() {
+        let problem = "its post_processor appends a token, which would end every prompt before its answer; remove it";
+        return Err(Error::file(path, problem));
+    }
+    Ok(with[..at].to_vec())
+}
+
+/// Names and texts of the special tokens of a `tokenizer_config.json`, each a string or an object with `content`.
+fn special_tokens(config: &Value) -> BTreeMap<String, String> {
+    let text = |value: &Value| match value {
+        Value::String(text) => Some(text.clone()),
+        other => other.get("content").and_then(Value::as_str).map(str::to_owned),
+    };
+    let named = config.as_object().into_iter().flatten().filter(|(name, _)| name.ends_with("_token"));
+    named.filter_map(|(name, value)| Some((name.clone(), text(value)?))).collect()
+}
+
+/// `eos_token_id`: a number, or a list of them.
+fn eos_ids(config: &Value) -> Vec<u32> {
+    let id = |value: &Value| value.as_u64().and_then(|id| u32::try_from(id).ok());
+    match &config["eos_token_id"] {
+        Value::Array(ids) => ids.iter().filter_map(id).collect(),
+        one => id(one).into_iter().collect(),
+    }
+}
+
+/// The same tokenizer for a text that begins in the middle of another.
+fn without_prefix(inner: &tokenizers::Tokenizer) -> std::result::Result<tokenizers::Tokenizer, tokenizers::Error> {
+    /// No step puts anything in front.
+    fn strip(step: &mut Value) {
+        match step {
+            Value::Array(steps) => {
+                steps.retain(|s| s["type"] != "Prepend");
+                steps.iter_mut().for_each(strip);
+            }
+            Value::Object(fields) => {
+                for (name, off) in [("prepend_scheme", "never".into()), ("add_prefix_space", false.into())] {
+                    if let Some(field) = fields.get_mut(name) {
+                        *field = off;
+                    }
+                }
+                fields.values_mut().filter(|v| v.is_array()).for_each(strip);
+            }
+            _ => {}
+        }
+    }
+    let mut bare = inner.clone();
+    if let Some(normalizer) = inner.get_normalizer() {
+        let mut steps = Value::Array(vec![serde_json::to_value(normalizer)?]);
+        strip(&mut steps);
+        let kept = serde_json::json!({"type": "Sequence", "normalizers": steps});
+        bare.with_normalizer(Some(serde_json::from_value::<NormalizerWrapper>(kept)?))?;
+    }
+    if let Some(words) = inner.get_pre_tokenizer() {
+        let mut step = serde_json::to_value(words)?;
+        strip(&mut step);
+        bare.with_pre_tokenizer(Some(serde_json::from_value::<PreTokenizerWrapper>(step)?));
+    }
+    Ok(bare)
+}
+
+/// Which special tokens swallow the white space after them. llama.cpp has it of Phi 3 by the model's name
+/// (`llama_vocab::impl::load`, src/llama-vocab.cpp): GGUF files do not say so.
+struct StripsRight(bool);
+
+impl StripsRight {
+    fn of(gguf: &Gguf) -> Self {
+        let name = gguf.string("general.name").unwrap_or_default().to_lowercase();
+        StripsRight(name.contains("phi-3") || name.contains("phi3"))
+    }
+
+    fn strips(&self, token: &str) -> bool {
+        self.0 && !["<unk>", "<s>", "<|endoftext|>"].contains(&token)
+    }
+}
+
 /// What a word is to Qwen2's tokenizer (its published tokenizer.json): single digits, a letter's run with one sign before it,
 /// signs, line ends, spaces.
 const QWEN2_WORDS: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 
 /// Byte-level BPE (GPT-2 and its kin).
-fn byte_level(path: &Path, tokens: &[String], merges: &[String], pre: &str) -> Result<tokenizers::Tokenizer> {
+fn byte_level(
+    path: &Path,
+    tokens: &[String],
+    merges: &[String],
+    pre: Option<&str>,
+) -> Result<tokenizers::Tokenizer> {
+    let pre = match pre {
+        // Aliases of one.
+        Some("llama3" | "llama-v3" | "falcon3" | "falcon-h1" | "pixtral" | "midm-2.0" | "lfm2") => "llama-bpe",
+        Some("megrez" | "deepseek-r1-qwen" | "kormo") => "qwen2",
+        Some("gpt2") => "gpt-2",
+        Some(pre) => pre,
+        None => "",
+    };
     let bad = |e: tokenizers::Error| Error::file(path, format!("unusable tokenizer metadata: {e}"));
     let vocab: Vocab = tokens.iter().cloned().zip(0u32..).collect();
     let merges: Option<Vec<(String, String)>> =
@@ -275,7 +536,13 @@ fn pre_tokenizer(path: &Path, name: &str) -> Result<PreTokenizerWrapper> {
             let words = Split::new(pattern, SplitDelimiterBehavior::Isolated, false).map_err(bad)?;
             Ok(Sequence::new(vec![words.into(), ByteLevel::new(false, true, false).into()]).into())
         }
-        "gpt-2" | "default" | "" => Ok(bytes.into()),
+        "gpt-2" => Ok(bytes.into()),
+        // What llama.cpp then takes is nobody's own.
+        "" | "default" => {
+            let problem = "does not say how words are cut (tokenizer.ggml.pre is missing or 'default'); convert the model \
+                           again with a current converter, or use its HF folder";
+            Err(Error::file(path, problem))
+        }
         _ => {
             let problem =
                 format!("pre-tokenizer '{name}' is not supported; use a HF folder with tokenizer.json");
