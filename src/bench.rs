@@ -171,16 +171,12 @@ fn real_batch(model: &Model) -> Result<CacheBatch> {
     let common = shared_prefix(&prompts);
     let mut batch = CacheBatch::empty(decoder.block_shape(BLOCK_SIZE), Storage::F16, decoder.ropes());
     let mut prefix = decoder.new_cache();
-    decoder.forward(
-        &mut batch.pool,
-        &mut [Segment { cache: &mut prefix, tokens: &prompts[0][..common] }],
-        None,
-    );
+    feed(decoder, &mut batch.pool, &mut [Segment { cache: &mut prefix, tokens: &prompts[0][..common] }])?;
     for prompt in prompts {
         interrupt::check()?;
         let mut cache = prefix.fork(&mut batch.pool);
         let tokens = &prompt[common..];
-        decoder.forward(&mut batch.pool, &mut [Segment { cache: &mut cache, tokens }], None);
+        feed(decoder, &mut batch.pool, &mut [Segment { cache: &mut cache, tokens }])?;
         // Every request owns its blocks, as it does when it comes from a dump.
         for table in &mut cache.layers {
             for entry in &mut table.entries {
@@ -214,12 +210,16 @@ fn tokens(n: usize, decoder: &Decoder) -> Vec<u32> {
     (0..n).map(|i| (i * 7919 % decoder.config().vocab) as u32).collect()
 }
 
+/// Final hidden states of the segments' tokens.
+fn feed(decoder: &Decoder, pool: &mut BlockPool, segments: &mut [Segment]) -> Result<Vec<f32>> {
+    decoder.forward(pool, segments, None).map_err(|f| f.of(|_| const { &String::new() }))
+}
+
 fn prefill_seconds(decoder: &Decoder, tokens: &[u32]) -> Result<f64> {
     best(|| {
         let mut pool = BlockPool::new(decoder.block_shape(BLOCK_SIZE), Storage::F32);
         let mut cache = decoder.new_cache();
-        decoder.forward(&mut pool, &mut [Segment { cache: &mut cache, tokens }], None);
-        Ok(())
+        feed(decoder, &mut pool, &mut [Segment { cache: &mut cache, tokens }]).map(|_| ())
     })
 }
 
@@ -228,7 +228,7 @@ fn decode_seconds(decoder: &Decoder, sequences: usize) -> Result<f64> {
     let mut pool = BlockPool::new(decoder.block_shape(BLOCK_SIZE), Storage::F32);
     let mut caches: Vec<RequestCache> = (0..sequences).map(|_| decoder.new_cache()).collect();
     for cache in &mut caches {
-        decoder.forward(&mut pool, &mut [Segment { cache, tokens: &context }], None);
+        feed(decoder, &mut pool, &mut [Segment { cache, tokens: &context }])?;
     }
     best(|| {
         let mut forks: Vec<RequestCache> = caches.iter().map(|c| c.fork(&mut pool)).collect();
@@ -236,7 +236,7 @@ fn decode_seconds(decoder: &Decoder, sequences: usize) -> Result<f64> {
         for _ in 0..DECODE_STEPS {
             let mut segments: Vec<Segment> =
                 forks.iter_mut().zip(&next).map(|(cache, tokens)| Segment { cache, tokens }).collect();
-            let hidden = decoder.forward(&mut pool, &mut segments, None);
+            let hidden = feed(decoder, &mut pool, &mut segments)?;
             let logits = decoder.logits(&hidden);
             next = logits.chunks_exact(decoder.config().vocab).map(|row| [argmax(row)]).collect();
         }

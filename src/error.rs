@@ -20,6 +20,9 @@ pub enum Error {
     /// A figure could not be drawn.
     #[error("{}: cannot draw: {problem}", path.display())]
     Plot { path: PathBuf, problem: String },
+    /// A number that should not be: NaN, infinity, or more than the cache can hold. The message names layer and request.
+    #[error("{0}")]
+    Number(String),
     /// Ctrl-C. Everything finished so far is on disk.
     #[error("interrupted; what was finished is kept, run the same command again to go on")]
     Interrupted,

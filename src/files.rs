@@ -68,7 +68,8 @@ pub fn read_text(path: &Path) -> Result<String> {
         [0x1f, 0x8b, ..] => {
             let mut text = Vec::new();
             let unpacked = MultiGzDecoder::new(&bytes[..]).take(LONGEST_TEXT + 1).read_to_end(&mut text);
-            unpacked.map_err(|e| Error::file(path, format!("damaged or cut short gzip ({e}); fetch it again")))?;
+            unpacked
+                .map_err(|e| Error::file(path, format!("damaged or cut short gzip ({e}); fetch it again")))?;
             if text.len() as u64 > LONGEST_TEXT {
                 return Err(Error::file(path, "unpacks to more than 4 GiB; split it"));
             }

@@ -89,6 +89,14 @@ impl BlockPool {
         self.shape
     }
 
+    /// The largest number, either sign, that the pool can hold.
+    pub fn most(&self) -> f32 {
+        match self.storage {
+            Storage::F32 => f32::MAX,
+            Storage::F16 => f16::MAX.to_f32(),
+        }
+    }
+
     /// Stores a block with one reference. Both slices are `[tokens, kv_heads, head_dim]`.
     ///
     /// # Panics

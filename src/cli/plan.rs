@@ -1,9 +1,8 @@
 //! experiments/NAME.toml: the steps of one figure, each a table of a command's options.
 
 use super::Cli;
-use crate::error::{Error, IoAt, Result};
+use crate::error::{Error, Result};
 use clap::{ArgAction, CommandFactory};
-use std::fs;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use toml::de::{DeTable, DeValue};
@@ -47,7 +46,7 @@ impl Plan {
     /// Reads and checks a file: every table is a step's, every key one of its command's options. With `quick`, what its
     /// table `quick` holds takes the place of what is above it.
     pub fn read(path: &Path, quick: bool) -> Result<Self> {
-        let text = fs::read_to_string(path).at(path)?;
+        let text = crate::files::read_text(path)?;
         let reader = Reader { path, text: &text };
         let table = DeTable::parse(&text).map_err(|e| {
             let span = e.span().unwrap_or(0..0);

@@ -4,12 +4,14 @@ mod distortion;
 pub mod fusion;
 mod ledger;
 mod prefix;
+mod prefix_fusion;
 
 pub use distortion::{
     Distortion, Drift, distortion, distortion_by_layer, distortion_in, relative, relative_error,
 };
 pub use ledger::{LayerRate, Ledger};
 pub use prefix::Prefix;
+pub use prefix_fusion::PrefixFusion;
 
 use crate::block::{BlockPool, BlockShape, RequestCache, Storage};
 use crate::error::Result;
@@ -90,12 +92,19 @@ impl Coverage {
 #[derive(Default)]
 pub struct Memo {
     blocks: OnceLock<Blocks>,
+    /// Of the blocks that exact prefix sharing leaves: between all requests, and within tenants.
+    unshared: [OnceLock<Blocks>; 2],
 }
 
 impl Memo {
     /// The blocks of the batch this memo is for.
     pub fn blocks(&self, batch: &CacheBatch) -> &Blocks {
         self.blocks.get_or_init(|| Blocks::of_requests(batch))
+    }
+
+    /// The blocks that are left after exact prefix sharing, listed by `list` the first time.
+    pub fn unshared(&self, within_tenant: bool, list: impl FnOnce() -> Blocks) -> &Blocks {
+        self.unshared[usize::from(within_tenant)].get_or_init(list)
     }
 }
 

@@ -62,6 +62,11 @@ pub(crate) fn open_request(folder: &Path, manifest: &Manifest, i: usize) -> Resu
             format!("holds {have} tokens, the manifest lists {listed}; delete the file and dump again");
         return Err(Error::file(path, problem));
     }
+    if shard.sha256() != manifest.requests[i].sha256 {
+        let problem = "is not the file that the manifest lists (its checksum differs): it was edited, or is of another dump; \
+                       delete it and run the dump again";
+        return Err(Error::file(path, problem));
+    }
     Ok(shard)
 }
 

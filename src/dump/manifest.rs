@@ -1,21 +1,22 @@
 //! `manifest.json`: all that is needed to know where a dump came from and to check its shards.
 
 use super::shard::DumpDtype;
-use crate::error::{Error, IoAt, Result};
+use crate::error::{Error, Result};
 use crate::files;
-use crate::model::ModelConfig;
+use crate::model::{ModelConfig, NUMERICS};
 use serde::{Deserialize, Serialize};
-use std::fs;
 use std::path::{Path, PathBuf};
 
 pub const MANIFEST: &str = "manifest.json";
 /// Raised when a reader of the old schema would misread the new one.
-pub const SCHEMA: u32 = 1;
+pub const SCHEMA: u32 = 2;
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Manifest {
     pub schema: u32,
     pub kvfuse_version: String,
+    /// [`NUMERICS`] of the code that made the dump.
+    pub numerics: u32,
     /// Arguments of the command that made the dump.
     pub command: Vec<String>,
     pub model: ModelEntry,
@@ -59,6 +60,9 @@ pub struct DataEntry {
 pub struct RequestEntry {
     /// File name of the shard.
     pub shard: String,
+    /// SHA-256 of the shard; empty until it is written. A dump is complete when every shard has one.
+    #[serde(default)]
+    pub sha256: String,
     /// Tokens of the prompt.
     pub tokens: usize,
     #[serde(flatten)]
@@ -66,7 +70,25 @@ pub struct RequestEntry {
 }
 
 impl Manifest {
+    /// Reads the manifest of a complete dump.
     pub fn read(folder: &Path) -> Result<Self> {
+        let manifest = Self::read_unfinished(folder)?;
+        if manifest.numerics != NUMERICS {
+            let problem = format!(
+                "was made by a decoder of other numerics ({}, this is {NUMERICS}); dump again into another folder",
+                manifest.numerics
+            );
+            return Err(Error::file(folder.join(MANIFEST), problem));
+        }
+        if let Some(missing) = manifest.requests.iter().find(|r| r.sha256.is_empty()) {
+            let problem = "missing or unfinished; run the same dump command again to complete the dump";
+            return Err(Error::file(folder.join(&missing.shard), problem));
+        }
+        Ok(manifest)
+    }
+
+    /// Reads the manifest of a dump that may still lack shards.
+    pub fn read_unfinished(folder: &Path) -> Result<Self> {
         if !folder.is_dir() {
             return Err(Error::file(folder, "no such dump folder; `kvfuse dump` makes one"));
         }
@@ -74,23 +96,36 @@ impl Manifest {
         if !path.exists() {
             return Err(Error::file(&path, "missing; this folder is no dump (`kvfuse dump` makes one)"));
         }
-        let text = fs::read_to_string(&path).at(&path)?;
+        let text = files::read_text(&path)?;
         let bad = |e: serde_json::Error| Error::file(&path, format!("not a dump manifest: {e}"));
-        let manifest: Manifest = serde_json::from_str(&text).map_err(bad)?;
-        if manifest.schema != SCHEMA {
-            let problem = format!("has schema {}, this kvfuse reads {SCHEMA}; dump again", manifest.schema);
+        let value: serde_json::Value = serde_json::from_str(&text).map_err(bad)?;
+        let schema = value["schema"].as_u64().unwrap_or(SCHEMA.into());
+        if schema != u64::from(SCHEMA) {
+            let problem = format!("has schema {schema}, this kvfuse reads {SCHEMA}; dump again");
             return Err(Error::file(&path, problem));
         }
+        let manifest: Manifest = serde_json::from_value(value).map_err(bad)?;
         if manifest.requests.is_empty() {
             return Err(Error::file(&path, "lists no requests"));
         }
         Ok(manifest)
     }
 
-    /// Whether two manifests describe the same dump, however it was typed.
+    /// Whether two manifests describe the same dump, however it was typed and however far it has come.
     pub fn same_dump(&self, other: &Manifest) -> bool {
-        let command = other.command.clone();
-        Manifest { command, ..self.clone() } == *other
+        self.bare() == other.bare()
+    }
+
+    /// Without its command line and its shards' checksums.
+    fn bare(&self) -> Manifest {
+        let mut bare = Manifest { command: Vec::new(), ..self.clone() };
+        bare.requests.iter_mut().for_each(|r| r.sha256.clear());
+        bare
+    }
+
+    /// SHA-256 of what the dump is to be: model, data, options and prompts. Every shard carries it.
+    pub fn plan(&self) -> Result<String> {
+        checksum(&self.bare())
     }
 
     pub fn write(&self, folder: &Path) -> Result<()> {
@@ -114,10 +149,14 @@ impl Manifest {
         }))
     }
 
-    /// SHA-256 of the manifest without its command line: the identity of the dump.
+    /// SHA-256 of the manifest without its command line, but with its shards' checksums: the identity of the dump and of the
+    /// caches in it.
     pub fn identity(&self) -> Result<String> {
-        let plain = Manifest { command: Vec::new(), ..self.clone() };
-        let json = serde_json::to_vec(&plain).map_err(|e| Error::argument(e.to_string()))?;
-        Ok(files::sha256_bytes(&json))
+        checksum(&Manifest { command: Vec::new(), ..self.clone() })
     }
+}
+
+fn checksum(manifest: &Manifest) -> Result<String> {
+    let json = serde_json::to_vec(manifest).map_err(|e| Error::argument(e.to_string()))?;
+    Ok(files::sha256_bytes(&json))
 }

@@ -4,7 +4,8 @@ use super::manifest::{DataEntry, MANIFEST, Manifest, ModelEntry, RequestEntry, S
 use super::shard::{DumpDtype, Shard, write_shard};
 use crate::block::{BlockPool, BlockTable, RequestCache, Storage};
 use crate::error::{Error, Result};
-use crate::model::{Model, Segment};
+use crate::lock::FolderLock;
+use crate::model::{Model, NUMERICS, Segment};
 use crate::progress::{Progress, Unit};
 use crate::task::{Draw, Filler, Request};
 use crate::{files, interrupt, task};
@@ -51,6 +52,9 @@ pub enum Sort {
     Length,
 }
 
+/// Tokens that a suggested `--max-tokens` leaves for the answer.
+const ANSWER_ROOM: usize = 64;
+
 /// Tokens a prefill block holds. Any size gives the same dump; this one keeps the last block small.
 const BLOCK_SIZE: usize = 16;
 
@@ -70,6 +74,7 @@ pub fn dump(folder: &Path, options: &DumpOptions) -> Result<Manifest> {
         }
     }
     let mut set = task::load(&options.draw, &|text| Ok(model.tokenizer.encode(text)?.len()))?;
+    let _lock = FolderLock::take(folder)?;
     files::writable_folder(folder)?;
     let encode = |r: &Request| match options.chat {
         true => model.tokenizer.encode_chat(&r.prompt),
@@ -89,17 +94,20 @@ pub fn dump(folder: &Path, options: &DumpOptions) -> Result<Manifest> {
     }
     if let Some(i) = prompts.iter().position(|p| p.is_empty() || p.len() >= context) {
         let message = format!(
-            "request {} has {} tokens; the model takes 1 to {context}, answer included",
+            "request {} has {} tokens; the model takes 1 to {context}, answer included: pass --max-tokens {} to cut the middle \
+             out of longer prompts",
             set.requests[i].id,
-            prompts[i].len()
+            prompts[i].len(),
+            context.saturating_sub(ANSWER_ROOM).max(2)
         );
         return Err(Error::argument(message));
     }
     let shared = shared_prefix(&prompts);
     let entries = set.requests.into_iter().zip(&prompts).enumerate();
-    let manifest = Manifest {
+    let mut manifest = Manifest {
         schema: SCHEMA,
         kvfuse_version: env!("CARGO_PKG_VERSION").to_owned(),
+        numerics: NUMERICS,
         command: options.command.clone(),
         model: ModelEntry {
             name: options.model.clone(),
@@ -122,20 +130,23 @@ pub fn dump(folder: &Path, options: &DumpOptions) -> Result<Manifest> {
         requests: entries
             .map(|(i, (request, tokens))| RequestEntry {
                 shard: format!("request-{i:05}.safetensors"),
+                sha256: String::new(),
                 tokens: tokens.len(),
                 request,
             })
             .collect(),
     };
     if folder.join(MANIFEST).exists() {
-        let there = Manifest::read(folder)?;
+        let there = Manifest::read_unfinished(folder)?;
         if !there.same_dump(&manifest) {
             return Err(Error::file(folder, "holds a different dump; choose another -o or delete it"));
         }
     } else {
         manifest.write(folder)?;
     }
-    prefill_all(folder, &manifest, &model, &prompts)?;
+    let sums = prefill_all(folder, &manifest, &model, &prompts)?;
+    manifest.requests.iter_mut().zip(sums).for_each(|(request, sum)| request.sha256 = sum);
+    manifest.write(folder)?;
     Ok(manifest)
 }
 
@@ -165,61 +176,75 @@ fn shift(
 ) -> Result<()> {
     let filler = Filler::load()?;
     let mut rng = ChaCha8Rng::seed_from_u64(options.draw.seed);
-    let end = model.tokenizer.encode("\n\n")?;
-    let mut tokens: Vec<u32> = Vec::new();
+    let tokenizer = &model.tokenizer;
+    let mut text = filler.sentence(&mut rng);
+    let mut tokens = tokenizer.encode(&text)?;
+    let end = tokenizer.continuation(&text, "\n\n")?;
     let wanted = options.shift.saturating_sub(end.len());
     while tokens.len() < wanted {
-        let space = if tokens.is_empty() { "" } else { " " };
-        tokens.extend(model.tokenizer.encode(&format!("{space}{}", filler.sentence(&mut rng)))?);
+        text = format!("{text} {}", filler.sentence(&mut rng));
+        tokens = tokenizer.encode(&text)?;
     }
     tokens.truncate(wanted);
     tokens.extend(&end[..end.len().min(options.shift)]);
-    let text = model.tokenizer.decode(&tokens)?;
+    let text = tokenizer.decode(&tokens)?;
     for (request, prompt) in requests.iter_mut().zip(prompts).skip(1).step_by(2) {
-        let own = model.tokenizer.encode(&request.prompt)?.len();
-        let at = prompt.len() - own;
-        prompt.splice(at..at, tokens.iter().copied());
+        let lead = prompt.len() - tokenizer.encode(&request.prompt)?.len();
+        let own = tokenizer.continuation(&text, &request.prompt)?;
+        prompt.truncate(lead);
+        prompt.extend(tokens.iter().chain(&own));
         request.prompt.insert_str(0, &text);
         request.shift_tokens = options.shift;
     }
     Ok(())
 }
 
-fn prefill_all(folder: &Path, manifest: &Manifest, model: &Model, prompts: &[Vec<u32>]) -> Result<()> {
-    let todo: Vec<usize> =
-        (0..prompts.len()).filter(|&i| !is_done(folder, manifest, i, &prompts[i])).collect();
+/// Writes all shards that are not there yet; returns the checksums of all.
+fn prefill_all(
+    folder: &Path,
+    manifest: &Manifest,
+    model: &Model,
+    prompts: &[Vec<u32>],
+) -> Result<Vec<String>> {
+    let plan = manifest.plan()?;
+    let there = |i: usize| finished(folder, manifest, i, &prompts[i], &plan);
+    let mut sums: Vec<String> = (0..prompts.len()).map(|i| there(i).unwrap_or_default()).collect();
+    let todo: Vec<usize> = (0..prompts.len()).filter(|&i| sums[i].is_empty()).collect();
     let label = format!("prefilling {}", manifest.model.name);
     let progress = Progress::new(label, prompts.len() as u64, Unit::Items("requests"));
     progress.set((prompts.len() - todo.len()) as u64);
     if todo.is_empty() {
         progress.finish();
-        return Ok(());
+        return Ok(sums);
     }
     let decoder = &model.decoder;
     let mut pool = BlockPool::new(decoder.block_shape(BLOCK_SIZE), Storage::F32);
     let mut prefix = decoder.new_cache();
     let common = &prompts[0][..manifest.shared_prefix_tokens];
     if !common.is_empty() {
-        decoder.forward(&mut pool, &mut [Segment { cache: &mut prefix, tokens: common }], None);
+        let fed = decoder.forward(&mut pool, &mut [Segment { cache: &mut prefix, tokens: common }], None);
+        fed.map_err(|f| f.of(|_| &manifest.requests[0].request.id))?;
     }
     for i in todo {
         interrupt::check()?;
         let mut cache = prefix.fork(&mut pool);
         let own = &prompts[i][common.len()..];
-        decoder.forward(&mut pool, &mut [Segment { cache: &mut cache, tokens: own }], None);
+        let fed = decoder.forward(&mut pool, &mut [Segment { cache: &mut cache, tokens: own }], None);
+        fed.map_err(|f| f.of(|_| &manifest.requests[i].request.id))?;
         let layers = read_layers(&pool, &cache);
         let path = manifest.shard_path(folder, i);
-        write_shard(&path, &prompts[i], &layers, decoder.config(), manifest.dtype)?;
+        sums[i] = write_shard(&path, &prompts[i], &layers, decoder.config(), manifest.dtype, &plan)?;
         cache.release(&mut pool);
         progress.increment();
     }
     progress.finish();
-    Ok(())
+    Ok(sums)
 }
 
-/// A shard counts as done when it is whole and holds this prompt.
-fn is_done(folder: &Path, manifest: &Manifest, i: usize, tokens: &[u32]) -> bool {
-    Shard::open(&manifest.shard_path(folder, i), &manifest.model.config).is_ok_and(|s| s.tokens() == tokens)
+/// The checksum of a shard that is whole, holds this prompt and was written for this dump.
+fn finished(folder: &Path, manifest: &Manifest, i: usize, tokens: &[u32], plan: &str) -> Option<String> {
+    let shard = Shard::open(&manifest.shard_path(folder, i), &manifest.model.config).ok()?;
+    (shard.tokens() == tokens && shard.plan().as_deref() == Some(plan)).then(|| shard.sha256())
 }
 
 /// Tokens all prompts begin with, but never a whole prompt: every request computes its own last token.

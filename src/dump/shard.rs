@@ -28,6 +28,15 @@ impl DumpDtype {
         }
     }
 
+    /// The largest number, either sign, that is stored as a finite one.
+    fn most(self) -> f32 {
+        match self {
+            DumpDtype::F32 => f32::MAX,
+            DumpDtype::F16 => f16::MAX.to_f32(),
+            DumpDtype::Bf16 => bf16::MAX.to_f32(),
+        }
+    }
+
     fn bytes(self, numbers: &[f32]) -> Vec<u8> {
         match self {
             DumpDtype::F32 => numbers.iter().flat_map(|x| x.to_le_bytes()).collect(),
@@ -37,18 +46,33 @@ impl DumpDtype {
     }
 }
 
-/// Writes `layers` (keys and values, each `[tokens, kv_heads, head_dim]`) and the token ids.
+/// What a shard's metadata call the plan of its dump ([`super::Manifest::plan`]).
+const PLAN: &str = "kvfuse.plan";
+
+/// Writes `layers` (keys and values, each `[tokens, kv_heads, head_dim]`) and the token ids; returns the file's SHA-256.
+///
+/// # Errors
+/// If `dtype` cannot hold a number.
 pub fn write_shard(
     path: &Path,
     tokens: &[u32],
     layers: &[(Vec<f32>, Vec<f32>)],
     config: &ModelConfig,
     dtype: DumpDtype,
-) -> Result<()> {
+    plan: &str,
+) -> Result<String> {
     let shape = vec![tokens.len(), config.kv_heads, config.head_dim];
     let mut tensors: Vec<(String, Dtype, Vec<usize>, Vec<u8>)> = Vec::new();
     for (n, (keys, values)) in layers.iter().enumerate() {
         for (name, numbers) in [("key", keys), ("value", values)] {
+            // NaN is not within any bounds either.
+            if let Some(number) = numbers.iter().find(|x| !(x.abs() <= dtype.most())) {
+                let problem = format!(
+                    "layer {n}: a {name} of {number} does not fit into {}; dump with --dtype bf16 or f32",
+                    format!("{dtype:?}").to_lowercase()
+                );
+                return Err(Error::file(path, problem));
+            }
             let name = format!("layer.{n}.{name}");
             tensors.push((name, dtype.safetensors(), shape.clone(), dtype.bytes(numbers)));
         }
@@ -62,8 +86,10 @@ pub fn write_shard(
             Ok((name.as_str(), TensorView::new(*dtype, shape.clone(), bytes).map_err(bad)?))
         })
         .collect::<Result<_>>()?;
-    let bytes = safetensors::serialize(views, None).map_err(bad)?;
-    files::write_atomically(path, |out| out.write_all(&bytes))
+    let metadata = [(PLAN.to_owned(), plan.to_owned())].into();
+    let bytes = safetensors::serialize(views, Some(metadata)).map_err(bad)?;
+    files::write_atomically(path, |out| out.write_all(&bytes))?;
+    Ok(files::sha256_bytes(&bytes))
 }
 
 /// A shard mapped into memory, its header checked against the model.
@@ -114,6 +140,17 @@ impl Shard {
             (tokens, config.layers)
         };
         Ok(Shard { path: path.to_owned(), map, tokens, layers })
+    }
+
+    /// SHA-256 of the whole file.
+    pub fn sha256(&self) -> String {
+        files::sha256_bytes(&self.map)
+    }
+
+    /// The plan of the dump that the shard was written for, if it says so.
+    pub fn plan(&self) -> Option<String> {
+        let (_, header) = SafeTensors::read_metadata(&self.map).ok()?;
+        header.metadata().as_ref()?.get(PLAN).cloned()
     }
 
     pub fn tokens(&self) -> &[u32] {

@@ -1,10 +1,11 @@
 //! The arms of a sweep: a method, its choices, and the codec they name.
 
+use super::evaluate::FirstToken;
 use crate::codec::fusion::{
     Choices, ChunkFusion, Fusion, Pairing, Positions, Representative, RopeMode, Rule, ScaleRule, Similarity,
     Thresholds,
 };
-use crate::codec::{Codec, Coverage, Prefix, Unfused};
+use crate::codec::{Codec, Coverage, Prefix, PrefixFusion, Unfused};
 use crate::error::{Error, Result};
 use serde::{Deserialize, Serialize};
 use std::sync::Arc;
@@ -19,6 +20,10 @@ pub enum Method {
     Prefix,
     /// Fusion of blocks of different requests (the paper's batch fast-fusion).
     Bff,
+    /// Exact prefix sharing in all layers, then [`Method::Bff`] of the blocks that are left.
+    #[serde(rename = "prefix+bff")]
+    #[value(name = "prefix+bff")]
+    PrefixBff,
     /// Fusion of blocks of different chunks of one prompt, while it is prefilled (the paper's chunks fast-fusion).
     Cff,
 }
@@ -29,6 +34,7 @@ impl Method {
             Method::None => "none",
             Method::Prefix => "prefix",
             Method::Bff => "bff",
+            Method::PrefixBff => "prefix+bff",
             Method::Cff => "cff",
         }
     }
@@ -48,6 +54,8 @@ pub struct Packing {
     pub block_size: usize,
     /// Requests fused and decoded together.
     pub batch: usize,
+    /// Which cache the first answer token is computed from.
+    pub first_token: FirstToken,
 }
 
 /// One line of a sweep.
@@ -96,6 +104,7 @@ impl Arm {
             Method::None => Encoder::Codec(Box::new(Unfused)),
             Method::Prefix => Encoder::Codec(Box::new(Prefix { within_tenant: self.choices.within_tenant })),
             Method::Bff => Encoder::Codec(Box::new(fusion()?)),
+            Method::PrefixBff => Encoder::Codec(Box::new(PrefixFusion::new(fusion()?))),
             Method::Cff => {
                 let chunking = self.chunking.ok_or_else(|| Error::argument("method cff needs --chunk"))?;
                 let Chunking { chunk_tokens, fuse_chunks } = chunking;
@@ -122,6 +131,7 @@ impl Arm {
                 .and_then(|r| if let Rule::Thresholds(t) = r { Some(t.name.clone()) } else { None }),
             block_size: self.packing.block_size,
             batch: self.packing.batch,
+            first_token: self.packing.first_token,
             pairing: fuses.then_some(choices.pairing),
             similarity: fuses.then_some(choices.similarity),
             rope: fuses.then_some(choices.rope),
@@ -147,6 +157,7 @@ pub struct ArmColumns {
     pub thresholds: Option<String>,
     pub block_size: usize,
     pub batch: usize,
+    pub first_token: FirstToken,
     pub pairing: Option<Pairing>,
     pub similarity: Option<Similarity>,
     pub rope: Option<RopeMode>,
@@ -177,7 +188,11 @@ impl ArmColumns {
         };
         Ok(Arm {
             method: self.method,
-            packing: Packing { block_size: self.block_size, batch: self.batch },
+            packing: Packing {
+                block_size: self.block_size,
+                batch: self.batch,
+                first_token: self.first_token,
+            },
             choices: Choices {
                 pairing: self.pairing.unwrap_or(usual.pairing),
                 similarity: self.similarity.unwrap_or(usual.similarity),
@@ -259,8 +274,10 @@ impl Grid {
                 arms.push(arm);
             }
         };
-        if self.methods.contains(&Method::Bff) {
-            push(Method::Bff, None);
+        for method in [Method::Bff, Method::PrefixBff] {
+            if self.methods.contains(&method) {
+                push(method, None);
+            }
         }
         if self.methods.contains(&Method::Cff) {
             for &fuse_chunks in &self.fuse_chunks {

@@ -17,7 +17,7 @@ use crate::progress::{Progress, Unit};
 use rand::SeedableRng;
 use rand::seq::SliceRandom;
 use rand_chacha::ChaCha8Rng;
-use std::collections::HashSet;
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
 
 /// What the thresholds must keep to on the calibration questions.
@@ -190,6 +190,10 @@ pub(super) fn empty_thresholds(
         calibration_kl: None,
         calibration_cr_audited: 1.0,
         questions: questions.iter().map(|&i| manifest.requests[i].request.id.clone()).collect(),
+        contexts: {
+            let seen = questions.iter().flat_map(|&i| &manifest.requests[i].request.contexts);
+            seen.cloned().collect::<BTreeSet<_>>().into_iter().collect()
+        },
         choices: options.choices,
         layers: Vec::new(),
     }
@@ -199,34 +203,58 @@ fn thresholds_of(chosen: &[Candidate]) -> Vec<LayerThresholds> {
     chosen.iter().map(|c| c.thresholds).collect()
 }
 
-/// The calibration questions, in the order of the dump. All questions about one text are drawn together, by seed, until
-/// there are enough: what fuses is blocks of texts, and those of unseen questions must be unseen too.
+/// The calibration questions, in the order of the dump. All questions that share a passage or context, by content, are drawn
+/// together, by seed, until there are enough: what fuses is blocks of texts, and those of unseen questions must be unseen
+/// too.
 pub(super) fn draw(options: &CalibrateOptions, manifest: &Manifest) -> Result<Vec<usize>> {
     let all = manifest.requests.len();
     let wanted = options.questions.unwrap_or(all / 2);
-    let mut texts: Vec<(&str, Vec<usize>)> = Vec::new();
-    for (i, entry) in manifest.requests.iter().enumerate() {
-        let text = entry.request.text();
-        match texts.iter_mut().find(|(t, _)| *t == text) {
-            Some((_, questions)) => questions.push(i),
-            None => texts.push((text, vec![i])),
-        }
-    }
-    texts.shuffle(&mut ChaCha8Rng::seed_from_u64(options.seed));
+    let mut groups = by_context(manifest);
+    let count = groups.len();
+    groups.shuffle(&mut ChaCha8Rng::seed_from_u64(options.seed));
     let mut drawn = Vec::new();
-    for (_, questions) in texts {
+    for questions in groups {
         if drawn.len() < wanted {
             drawn.extend(questions);
         }
     }
     if drawn.len() < 2 || drawn.len() >= all {
         let problem = format!(
-            "has {all} questions: calibration needs at least 2 and must leave some about other texts, not {wanted}"
+            "has {all} questions about {count} groups of texts that share nothing: calibration needs at least 2 questions and must \
+             leave some about other texts, not {wanted}"
         );
         return Err(Error::file(&options.sweep.dump, problem));
     }
     drawn.sort_unstable();
     Ok(drawn)
+}
+
+/// Requests in groups of which no two share a context, in the order of their first requests.
+fn by_context(manifest: &Manifest) -> Vec<Vec<usize>> {
+    let mut groups: Vec<Vec<usize>> = Vec::new();
+    let mut of: HashMap<&str, usize> = HashMap::new();
+    for (i, entry) in manifest.requests.iter().enumerate() {
+        let contexts = &entry.request.contexts;
+        let mut known: Vec<usize> = contexts.iter().filter_map(|c| of.get(&c[..]).copied()).collect();
+        known.sort_unstable();
+        known.dedup();
+        let home = known.first().copied().unwrap_or(groups.len());
+        if home == groups.len() {
+            groups.push(Vec::new());
+        }
+        groups[home].push(i);
+        // A request with contexts of several groups joins them.
+        for &other in known.iter().skip(1) {
+            let moved = std::mem::take(&mut groups[other]);
+            groups[home].extend(moved);
+            of.values_mut().filter(|g| **g == other).for_each(|g| *g = home);
+        }
+        contexts.iter().for_each(|c| {
+            of.insert(c, home);
+        });
+    }
+    groups.retain(|g| !g.is_empty());
+    groups
 }
 
 /// Rates and errors of a layer at all thresholds of the grid; of several that fuse alike, the strictest.

@@ -2,7 +2,7 @@
 
 use crate::block::RequestCache;
 use crate::codec::CacheBatch;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::interrupt;
 use crate::model::{Model, Segment, argmax, log_sum_exp};
 use rayon::prelude::*;
@@ -24,6 +24,10 @@ pub struct Prompt {
     pub tokens: Vec<u32>,
     /// Tokens whose distributions are compared; empty until they are known.
     pub targets: Vec<u32>,
+    /// How many of the targets are the answer's own; what is left is the token that ends it.
+    pub answer: usize,
+    /// The request's id, for errors.
+    pub id: String,
 }
 
 /// Next-token logits of the no-fusion arm on every target, and what attention put out on the way.
@@ -46,32 +50,34 @@ pub struct Spared(Option<Vec<Vec<f32>>>);
 impl Base {
     /// Takes caches of all prompt tokens but the last. With [`FirstToken::Prefill`] the last token is run here, before
     /// anything is fused; else it is left for the answer.
-    pub fn new(model: &Model, mut batch: CacheBatch, prompts: &[Prompt], first: FirstToken) -> Self {
-        let first_logits = (first == FirstToken::Prefill).then(|| {
+    pub fn new(model: &Model, mut batch: CacheBatch, prompts: &[Prompt], first: FirstToken) -> Result<Self> {
+        let mut run = || -> Result<Vec<Vec<f32>>> {
             let last: Vec<&[u32]> = prompts.iter().map(|p| &p.tokens[p.tokens.len() - 1..]).collect();
             let CacheBatch { pool, caches, tokens, .. } = &mut batch;
             let mut segments: Vec<Segment> =
                 caches.iter_mut().zip(&last).map(|(cache, tokens)| Segment { cache, tokens }).collect();
-            let hidden = model.decoder.forward(pool, &mut segments, None);
+            let hidden =
+                model.decoder.forward(pool, &mut segments, None).map_err(|f| f.of(|i| &prompts[i].id))?;
             for (all, last) in tokens.iter_mut().zip(&last) {
                 all.extend_from_slice(last);
             }
             let vocab = model.decoder.config().vocab;
-            model.decoder.logits(&hidden).chunks_exact(vocab).map(<[f32]>::to_vec).collect()
-        });
-        Base { batch, spared: Spared(first_logits) }
+            Ok(model.decoder.logits(&hidden).chunks_exact(vocab).map(<[f32]>::to_vec).collect())
+        };
+        let first_logits = if first == FirstToken::Prefill { Some(run()?) } else { None };
+        Ok(Base { batch, spared: Spared(first_logits) })
     }
 }
 
-/// Divergence from the no-fusion arm on one request's targets, means over its tokens.
+/// Divergence from the no-fusion arm on one target token.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Divergence {
-    /// Negative log-likelihood of the targets, nats a token.
+    /// Negative log-likelihood of the target, nats.
     pub nll: f64,
-    /// KL(no fusion || this arm), nats a token.
+    /// KL(no fusion || this arm), nats.
     pub kl: f64,
-    /// Share of tokens whose most likely next token is that of the no-fusion arm.
-    pub top1: f64,
+    /// Whether the most likely next token is that of the no-fusion arm.
+    pub top1: bool,
 }
 
 /// Target rows whose logits are held at a time: enough for an efficient product, little enough to stay small.
@@ -84,8 +90,8 @@ fn teacher_force(
     spared: &Spared,
     batch: &mut CacheBatch,
     prompts: &[Prompt],
-    mut visit: impl FnMut(usize, &[f32]),
-) -> Vec<f32> {
+    mut visit: impl FnMut(usize, &[f32]) -> Result<()>,
+) -> Result<Vec<f32>> {
     let inputs: Vec<Vec<u32>> = prompts
         .iter()
         .map(|p| {
@@ -99,7 +105,8 @@ fn teacher_force(
         let mut segments: Vec<Segment> =
             forks.iter_mut().zip(&inputs).map(|(cache, tokens)| Segment { cache, tokens }).collect();
         model.decoder.forward(&mut batch.pool, &mut segments, Some(&mut attention))
-    });
+    })
+    .map_err(|f| f.of(|i| &prompts[i].id))?;
     let (width, vocab) = (model.decoder.config().hidden, model.decoder.config().vocab);
     let (mut first, mut row) = (0, 0);
     while first < prompts.len() {
@@ -114,14 +121,14 @@ fn teacher_force(
         for (i, input) in inputs.iter().enumerate().take(end).skip(first) {
             let own = &logits[at * vocab..(at + input.len()) * vocab];
             match &spared.0 {
-                Some(first) => visit(i, &[&first[i][..], own].concat()),
-                None => visit(i, own),
+                Some(first) => visit(i, &[&first[i][..], own].concat())?,
+                None => visit(i, own)?,
             }
             at += input.len();
         }
         (first, row) = (end, row + rows);
     }
-    attention
+    Ok(attention)
 }
 
 /// Runs `f` on copies of the caches, which it may extend, and gives their blocks back.
@@ -137,21 +144,28 @@ fn on_forks<T>(batch: &mut CacheBatch, f: impl FnOnce(&mut CacheBatch, &mut [Req
 
 impl Reference {
     /// Runs the no-fusion arm over the targets.
-    pub fn of(model: &Model, base: &mut Base, prompts: &[Prompt]) -> Self {
+    pub fn of(model: &Model, base: &mut Base, prompts: &[Prompt]) -> Result<Self> {
         let mut logits = Vec::with_capacity(prompts.len());
-        let visit = |_, request: &[f32]| logits.push(request.to_vec());
-        let attention = teacher_force(model, &base.spared, &mut base.batch, prompts, visit);
-        Reference { logits, attention }
+        let visit = |_, request: &[f32]| {
+            logits.push(request.to_vec());
+            Ok(())
+        };
+        let attention = teacher_force(model, &base.spared, &mut base.batch, prompts, visit)?;
+        Ok(Reference { logits, attention })
     }
 
-    /// How far an encoded batch strays: per request, and the sums (squared error, energy) of attention outputs.
+    /// How far an encoded batch strays: each target of each request, and the sums (squared error, energy) of attention
+    /// outputs.
+    ///
+    /// # Errors
+    /// If a number on the way is not finite; the message names the request.
     pub fn compare(
         &self,
         model: &Model,
         spared: &Spared,
         batch: &mut CacheBatch,
         prompts: &[Prompt],
-    ) -> (Vec<Divergence>, (f64, f64)) {
+    ) -> Result<(Vec<Vec<Divergence>>, (f64, f64))> {
         let vocab = model.decoder.config().vocab;
         let mut out = Vec::with_capacity(prompts.len());
         let attention = teacher_force(model, spared, batch, prompts, |i, logits| {
@@ -161,28 +175,35 @@ impl Reference {
                 .zip(&prompts[i].targets)
                 .map(|((p, q), &target)| (p, q, target))
                 .collect();
-            let tokens: Vec<Divergence> = rows.par_iter().map(|&(p, q, t)| divergence(p, q, t)).collect();
-            let mean = |f: fn(&Divergence) -> f64| tokens.iter().map(f).sum::<f64>() / tokens.len() as f64;
-            out.push(Divergence { nll: mean(|d| d.nll), kl: mean(|d| d.kl), top1: mean(|d| d.top1) });
-        });
+            let tokens: Option<Vec<Divergence>> =
+                rows.par_iter().map(|&(p, q, t)| divergence(p, q, t)).collect();
+            out.push(tokens.ok_or_else(|| {
+                let id = &prompts[i].id;
+                Error::Number(format!(
+                    "request {id}: its next-token logits are not finite; use another model"
+                ))
+            })?);
+            Ok(())
+        })?;
         let error = self.attention.iter().zip(&attention).map(|(a, b)| f64::from(a - b).powi(2)).sum();
         let energy = self.attention.iter().map(|&a| f64::from(a).powi(2)).sum();
-        (out, (error, energy))
+        Ok((out, (error, energy)))
     }
 }
 
-/// One target token: reference logits `p`, this arm's logits `q`.
-fn divergence(p: &[f32], q: &[f32], target: u32) -> Divergence {
+/// One target token: reference logits `p`, this arm's logits `q`. `None` where a number is not finite.
+fn divergence(p: &[f32], q: &[f32], target: u32) -> Option<Divergence> {
     let (p_norm, q_norm) = (log_sum_exp(p), log_sum_exp(q));
     let shift = p_norm - q_norm;
     let kl: f64 =
         p.iter().zip(q).map(|(&p, &q)| (f64::from(p) - p_norm).exp() * (f64::from(p - q) - shift)).sum();
-    Divergence {
-        nll: q_norm - f64::from(q[target as usize]),
+    let nll = q_norm - f64::from(q[target as usize]);
+    (kl.is_finite() && nll.is_finite()).then(|| Divergence {
+        nll,
         // Rounding can leave a KL of two equal distributions a hair below zero.
         kl: kl.max(0.0),
-        top1: if argmax(p) == argmax(q) { 1.0 } else { 0.0 },
-    }
+        top1: argmax(p) == argmax(q),
+    })
 }
 
 /// Greedy answers of all requests, decoded together; an answer ends at `stop`, an end-of-text token or its
@@ -217,6 +238,7 @@ pub fn answers(
                 .map(|((cache, tokens), _)| Segment { cache, tokens })
                 .collect();
             let hidden = model.decoder.forward(&mut batch.pool, &mut segments, None);
+            let hidden = hidden.map_err(|f| f.of(|i| &prompts[active[i]].id))?;
             let logits = model.decoder.logits(&hidden);
             for (&i, row) in active.iter().zip(logits.chunks_exact(model.decoder.config().vocab)) {
                 next[i] = argmax(row);

@@ -124,12 +124,12 @@ pub fn explain(options: &ExplainOptions) -> Result<Explanation> {
 
     let model = open_model(&sweep.dump, sweep.model.as_deref(), &manifest)?;
     // The requests that were fused together with it.
-    let Packing { block_size, batch } = arm.packing;
+    let Packing { block_size, batch, first_token } = arm.packing;
     let first = at / batch * batch;
     let lot = &questions[first..questions.len().min(first + batch)];
     let (batch, prompts) = load(&sweep.dump, &model, &manifest, lot, block_size)?;
     // With a spared first token, the sweep's caches hold the last prompt token too.
-    let original = Base::new(&model, batch, &prompts, sweep.first_token).batch;
+    let original = Base::new(&model, batch, &prompts, first_token)?.batch;
     let encoded = encode_batch(&model, &original, &Memo::default(), &arm.encoder()?)?;
     let tokens = &original.tokens[at - first];
     let texts = tokens.chunks_exact(block_size).map(|t| model.tokenizer.decode(t)).collect::<Result<_>>()?;

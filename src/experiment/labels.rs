@@ -4,7 +4,7 @@
 const KINDS: usize = 3;
 
 /// Columns that tell series apart, and how a cell of theirs reads.
-const CHOICES: [(&str, &str, &str); 13] = [
+const CHOICES: [(&str, &str, &str); 14] = [
     ("pairing", "", ""),
     ("representative", "", ""),
     ("similarity", "on ", ""),
@@ -18,6 +18,7 @@ const CHOICES: [(&str, &str, &str); 13] = [
     ("fuse_chunks", "", " chunks"),
     ("block_size", "block ", ""),
     ("batch", "batch ", ""),
+    ("first_token", "first token ", ""),
 ];
 
 /// The columns that [`series_labels`] wants, in order.

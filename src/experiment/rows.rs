@@ -1,9 +1,8 @@
 //! One row of sweep.csv: what was stored, what it cost, against the no-fusion arm on the same requests.
 
 use super::arms::{Arm, ArmColumns};
-use super::evaluate::FirstToken;
 use crate::codec::{Distortion, LayerRate, Ledger, relative};
-use crate::stats::{Interval, bootstrap_mean, rounded};
+use crate::stats::{Interval, bootstrap_mean, mean, rounded};
 use serde::{Deserialize, Serialize};
 
 /// One request in one arm.
@@ -18,10 +17,13 @@ pub struct RequestScore {
     pub em: Option<f64>,
     /// The task's own metric.
     pub score: Option<f64>,
-    /// Means over the request's target tokens, nats a token.
+    /// Mean over the reference answer's tokens, nats per token.
     pub nll: f64,
+    /// Means over the target tokens, which are these and the one that ends them.
     pub kl: f64,
     pub top1: f64,
+    /// KL of every target token, nats.
+    pub token_kl: Vec<f64>,
     /// The first token of the greedy answer that differs from the no-fusion arm's, counted from 0; absent if none does.
     pub first_divergence: Option<usize>,
     pub fused_blocks: u64,
@@ -129,7 +131,6 @@ pub struct Setting {
     /// Checksum of the ids of the requests swept, if not all of the dump's.
     pub questions: Option<String>,
     pub seed: u64,
-    pub first_token: FirstToken,
     /// The longest answer any request is given, in tokens.
     pub max_new_tokens: usize,
     /// Checksum of the longest answers of single requests, if they are not all the same.
@@ -146,7 +147,6 @@ pub struct Row {
     pub data: String,
     #[serde(flatten)]
     pub arm: ArmColumns,
-    pub first_token: FirstToken,
     pub seed: u64,
     pub requests: usize,
     pub elements: u64,
@@ -167,6 +167,17 @@ pub struct Row {
     pub kl: f64,
     pub kl_low: f64,
     pub kl_high: f64,
+    /// Of the first answer token alone, and of all others.
+    pub kl_first: f64,
+    pub kl_first_low: f64,
+    pub kl_first_high: f64,
+    pub kl_later: Option<f64>,
+    pub kl_later_low: Option<f64>,
+    pub kl_later_high: Option<f64>,
+    /// Over all target tokens of all requests.
+    pub kl_p95: f64,
+    pub kl_p99: f64,
+    pub kl_max: f64,
     pub top1: f64,
     pub top1_low: f64,
     pub top1_high: f64,
@@ -217,6 +228,12 @@ pub struct Measured<'a> {
     pub cr_prefix: f64,
 }
 
+/// The number below which a share `q` of a sorted list lies (nearest rank); 0 of none.
+fn quantile(sorted: &[f64], q: f64) -> f64 {
+    let rank = (sorted.len() as f64 * q).ceil() as usize;
+    sorted.get(rank.clamp(1, sorted.len().max(1)) - 1).copied().unwrap_or(0.0)
+}
+
 impl Row {
     pub fn new(run: &str, setting: &Setting, arm: &Arm, measured: &Measured) -> Self {
         let Measured { ledger, distortion, attention, scores, baseline, cr_prefix } = measured;
@@ -234,6 +251,10 @@ impl Row {
         let (middle, low, high) = (|i: Interval| i.mean, |i: Interval| i.low, |i: Interval| i.high);
         let (kl, top1, nll) =
             (interval(&all(|s| s.kl)), interval(&all(|s| s.top1)), interval(&all(|s| s.nll)));
+        let kl_first = interval(&all(|s| s.token_kl.first().copied().unwrap_or(0.0)));
+        let kl_later = some(|s| s.token_kl.get(1..).filter(|k| !k.is_empty()).map(mean));
+        let mut tokens: Vec<f64> = scores.iter().flat_map(|s| s.token_kl.iter().copied()).collect();
+        tokens.sort_by(f64::total_cmp);
         let nll_diff = paired(|s| Some(s.nll));
         let (f1, f1_diff, em, em_diff) = (some(|s| s.f1), paired(|s| s.f1), some(|s| s.em), paired(|s| s.em));
         let (score, score_diff) = (some(|s| s.score), paired(|s| s.score));
@@ -245,7 +266,6 @@ impl Row {
             model: setting.model.clone(),
             data: setting.data.clone(),
             arm: arm.columns(),
-            first_token: setting.first_token,
             seed: setting.seed,
             requests: scores.len(),
             elements: ledger.elements,
@@ -266,6 +286,15 @@ impl Row {
             kl: must(kl, middle),
             kl_low: must(kl, low),
             kl_high: must(kl, high),
+            kl_first: must(kl_first, middle),
+            kl_first_low: must(kl_first, low),
+            kl_first_high: must(kl_first, high),
+            kl_later: of(kl_later, middle),
+            kl_later_low: of(kl_later, low),
+            kl_later_high: of(kl_later, high),
+            kl_p95: quantile(&tokens, 0.95),
+            kl_p99: quantile(&tokens, 0.99),
+            kl_max: quantile(&tokens, 1.0),
             top1: must(top1, middle),
             top1_low: must(top1, low),
             top1_high: must(top1, high),

@@ -4,6 +4,7 @@ use super::arms::Arm;
 use super::rows::{LayerScore, RequestScore, Row, Setting, Timings};
 use crate::error::{IoAt, Result};
 use crate::files;
+use crate::model::NUMERICS;
 use serde::{Deserialize, Serialize};
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -50,12 +51,13 @@ impl Runs {
 }
 
 /// Raised whenever the same settings would give another row: what older code measured is then measured again.
-const ROW_SCHEMA: u32 = 3;
+const ROW_SCHEMA: u32 = 4;
 
 /// Names a run by everything that its row depends on.
 pub fn run_id(setting: &Setting, arm: &Arm) -> Result<String> {
     let key = serde_json::json!({
         "rows": ROW_SCHEMA,
+        "numerics": NUMERICS,
         "setting": setting,
         "arm": arm.columns(),
     });

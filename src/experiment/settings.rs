@@ -5,11 +5,11 @@ use super::evaluate::FirstToken;
 use super::grid::parse_taus;
 use crate::codec::fusion::{Pairing, Positions, Representative, RopeMode, ScaleRule, Similarity, Thresholds};
 use crate::dump::Manifest;
-use crate::error::{Error, IoAt, Result};
+use crate::error::{Error, Result};
+use crate::files;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use std::collections::HashSet;
-use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -77,9 +77,10 @@ pub struct Settings {
     /// Tokens a block; a list runs the grid for each [default: 16]
     #[arg(long, value_delimiter = ',')]
     pub block_size: Option<Vec<usize>>,
-    /// Cache that the first answer token comes from: `prefill` spares it, as the paper does [default: fused]
-    #[arg(long, value_enum)]
-    pub first_token: Option<FirstToken>,
+    /// Cache that the first answer token comes from: `prefill` spares it, as the paper does; a list runs the grid for each
+    /// [default: fused]
+    #[arg(long, value_enum, value_delimiter = ',')]
+    pub first_token: Option<Vec<FirstToken>>,
     /// Requests fused and decoded together; a list runs the grid for each [default: 64]
     #[arg(long, value_delimiter = ',')]
     pub batch: Option<Vec<usize>>,
@@ -111,7 +112,7 @@ pub struct SweepOptions {
     pub model: Option<String>,
     pub grid: Grid,
     pub block_sizes: Vec<usize>,
-    pub first_token: FirstToken,
+    pub first_tokens: Vec<FirstToken>,
     /// Requests fused and decoded together.
     pub batches: Vec<usize>,
     /// Longest answer; what the data says, else 32, if not given.
@@ -131,7 +132,7 @@ const MOST: usize = 1_000_000;
 
 impl Settings {
     pub fn read(path: &Path) -> Result<Self> {
-        let text = fs::read_to_string(path).at(path)?;
+        let text = files::read_text(path)?;
         toml::from_str(&text).map_err(|e| {
             let line = e.span().map_or(1, |s| text[..s.start].matches('\n').count() + 1);
             Error::file(path, format!("line {line}: {}", e.message().replace('\n', " ")))
@@ -187,7 +188,7 @@ impl Settings {
                 fuse_chunks: self.fuse_chunks.unwrap_or_else(|| vec![4]),
             },
             block_sizes: self.block_size.unwrap_or_else(|| vec![16]),
-            first_token: self.first_token.unwrap_or(FirstToken::Fused),
+            first_tokens: self.first_token.unwrap_or_else(|| vec![FirstToken::Fused]),
             batches: self.batch.unwrap_or_else(|| vec![64]),
             max_new_tokens: self.max_new_tokens,
             resamples: self.resamples.unwrap_or(2000),
@@ -202,10 +203,16 @@ impl Settings {
 }
 
 impl SweepOptions {
-    /// Every block size with every batch.
+    /// Every block size with every batch and every cache of the first token.
     pub fn packings(&self) -> Vec<Packing> {
-        let of = |&block_size| self.batches.iter().map(move |&batch| Packing { block_size, batch });
-        self.block_sizes.iter().flat_map(of).collect()
+        let mut all = Vec::new();
+        for &block_size in &self.block_sizes {
+            for &batch in &self.batches {
+                let of = |&first_token: &FirstToken| Packing { block_size, batch, first_token };
+                all.extend(self.first_tokens.iter().map(of));
+            }
+        }
+        all
     }
 
     /// All arms, packing by packing.
@@ -240,7 +247,12 @@ impl SweepOptions {
         if sizes.len() < self.block_sizes.len() || batches.len() < self.batches.len() {
             return Err(Error::argument("--block-size or --batch lists a size twice"));
         }
-        if self.first_token == FirstToken::Prefill && self.grid.methods.contains(&Method::Cff) {
+        if matches!(self.first_tokens[..], [a, b, ..] if a == b)
+            || !(1..=2).contains(&self.first_tokens.len())
+        {
+            return Err(Error::argument("--first-token lists a cache twice"));
+        }
+        if self.first_tokens.contains(&FirstToken::Prefill) && self.grid.methods.contains(&Method::Cff) {
             let message = "--first-token prefill spares the first answer token what happens after prefill; \
                            cff fuses during prefill: sweep it with --first-token fused";
             return Err(Error::argument(message));

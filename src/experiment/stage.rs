@@ -1,7 +1,7 @@
 //! Requests loaded and ready for any arm: what all arms of one block size share, and how one is measured.
 
 use super::arms::{Arm, Encoder, Packing};
-use super::evaluate::{Base, Prompt, Reference, answer_text, answers};
+use super::evaluate::{Base, Divergence, Prompt, Reference, answer_text, answers};
 use super::rows::{LayerScore, Measured, RequestScore, Row, Setting, Timings};
 use super::runs::RunRecord;
 use super::settings::SweepOptions;
@@ -11,6 +11,7 @@ use crate::dump::{Manifest, open_request};
 use crate::error::{Error, Result};
 use crate::interrupt;
 use crate::model::Model;
+use crate::stats::rounded;
 use crate::task::{Metric, exact_match, token_f1};
 use rayon::prelude::*;
 use std::path::Path;
@@ -67,7 +68,7 @@ impl<'a> Stage<'a> {
             let answer_limits: Vec<usize> =
                 requests.iter().map(|&i| options.answer_limit(manifest, i)).collect();
             let (batch, mut prompts) = load(&options.dump, model, manifest, requests, packing.block_size)?;
-            let mut base = Base::new(model, batch, &prompts, options.first_token);
+            let mut base = Base::new(model, batch, &prompts, packing.first_token)?;
             for (within_tenant, ledger) in [false, true].into_iter().zip(&mut prefix) {
                 let codec = Prefix { within_tenant };
                 let mut shared = base.batch.clone();
@@ -86,9 +87,9 @@ impl<'a> Stage<'a> {
                 None => vec![Vec::new(); requests.len()],
             };
             for ((&i, prompt), own) in requests.iter().zip(&mut prompts).zip(&own) {
-                prompt.targets = targets(model, manifest, i, own)?;
+                (prompt.targets, prompt.answer) = targets(model, manifest, i, own)?;
             }
-            let reference = Reference::of(model, &mut base, &prompts);
+            let reference = Reference::of(model, &mut base, &prompts)?;
             done += requests.len();
             stage.lots.push(Lot {
                 base,
@@ -125,7 +126,7 @@ impl<'a> Stage<'a> {
 
             let started = Instant::now();
             let (divergences, sums) =
-                lot.reference.compare(self.model, &lot.base.spared, &mut batch, &lot.prompts);
+                lot.reference.compare(self.model, &lot.base.spared, &mut batch, &lot.prompts)?;
             timings.score_seconds += started.elapsed().as_secs_f64();
             attention = (attention.0 + sums.0, attention.1 + sums.1);
 
@@ -146,9 +147,10 @@ impl<'a> Stage<'a> {
                     em: asked.then(|| exact_match(&answer, &request.references)),
                     score: request.metric.score(&answer, &request.references, &request.classes),
                     answer: answer.trim().to_owned(),
-                    nll: divergences[i].nll,
-                    kl: divergences[i].kl,
-                    top1: divergences[i].top1,
+                    nll: mean_of(&divergences[i][..lot.prompts[i].answer.max(1)], |d| d.nll),
+                    kl: mean_of(&divergences[i], |d| d.kl),
+                    top1: mean_of(&divergences[i], |d| f64::from(u8::from(d.top1))),
+                    token_kl: divergences[i].iter().map(|d| rounded(d.kl)).collect(),
                     first_divergence: first_divergence(plain, &answer_tokens),
                     fused_blocks: drifts[i].fused_blocks,
                     worst_block_error: drifts[i].worst_block_error,
@@ -185,8 +187,8 @@ impl<'a> Stage<'a> {
             codec.encode(&mut batch, &lot.memo)?;
             ledger += &Ledger::of(&batch, &coverage);
             let (divergences, _) =
-                lot.reference.compare(self.model, &lot.base.spared, &mut batch, &lot.prompts);
-            kl.extend(divergences.iter().map(|d| d.kl));
+                lot.reference.compare(self.model, &lot.base.spared, &mut batch, &lot.prompts)?;
+            kl.extend(divergences.iter().map(|d| mean_of(d, |d| d.kl)));
         }
         Ok((ledger, crate::stats::mean(&kl)))
     }
@@ -229,6 +231,11 @@ pub fn encode_batch(model: &Model, base: &CacheBatch, memo: &Memo, encoder: &Enc
             Ok(batch)
         }
     }
+}
+
+/// Mean of a number over a request's target tokens.
+fn mean_of(tokens: &[Divergence], f: impl Fn(&Divergence) -> f64) -> f64 {
+    tokens.iter().map(f).sum::<f64>() / tokens.len() as f64
 }
 
 /// The first token in which two answers differ; none if they are equal.
@@ -282,27 +289,61 @@ pub fn load(
             cache.layers.push(table);
         }
         batch.push(cache, tokens[..cached].to_vec(), &manifest.requests[i].request.tenant);
-        prompts.push(Prompt { tokens, targets: Vec::new() });
+        let id = manifest.requests[i].request.id.clone();
+        if let Some((layer, number)) = too_large(&layers, batch.pool.most()) {
+            let problem = format!(
+                "request {id}, layer {layer}: a key or value of {number} does not fit into the cache's f16 numbers (at most {})",
+                batch.pool.most()
+            );
+            return Err(Error::file(manifest.shard_path(dump, i), problem));
+        }
+        prompts.push(Prompt { tokens, targets: Vec::new(), answer: 0, id });
     }
     Ok((batch, prompts))
 }
 
-/// The tokens a request's distributions are compared on: its first reference answer, or the no-fusion arm's own answer
-/// where there is none.
-fn targets(model: &Model, manifest: &Manifest, i: usize, answer: &[u32]) -> Result<Vec<u32>> {
+/// The first layer with a number beyond what the pool can hold, and the number.
+fn too_large(layers: &[(Vec<f32>, Vec<f32>)], most: f32) -> Option<(usize, f32)> {
+    let of = |(n, (keys, values)): (usize, &(Vec<f32>, Vec<f32>))| {
+        keys.iter().chain(values).find(|x| x.abs() > most).map(|x| (n, *x))
+    };
+    layers.iter().enumerate().find_map(of)
+}
+
+/// The tokens a request's distributions are compared on, and how many of them are an answer's own: its first reference
+/// answer as it continues the prompt, or the no-fusion arm's own answer where there is none; then what ends it, the stop text
+/// of the data or the model's own token.
+fn targets(model: &Model, manifest: &Manifest, i: usize, answer: &[u32]) -> Result<(Vec<u32>, usize)> {
     let request = &manifest.requests[i].request;
+    let tokenizer = &model.tokenizer;
+    let follow = |text: &str| match manifest.chat {
+        true => tokenizer.chat_continuation(&request.prompt, text),
+        false => tokenizer.continuation(&request.prompt, text),
+    };
     let mut targets = match request.references.first() {
         Some(reference) => {
-            let ends = request.prompt.ends_with(char::is_whitespace);
+            let before =
+                if manifest.chat { tokenizer.render(&request.prompt)? } else { request.prompt.clone() };
+            let ends = before.is_empty() || before.ends_with(char::is_whitespace);
             let space = if ends || request.metric == Metric::Likelihood { "" } else { " " };
-            model.tokenizer.encode(&format!("{space}{reference}"))?
+            follow(&format!("{space}{reference}"))?
         }
         None => answer.to_vec(),
     };
+    let whole = targets.len() <= MOST_TARGETS;
     targets.truncate(MOST_TARGETS);
-    if targets.is_empty() {
-        // The answer is that there is none.
-        targets.push(model.tokenizer.end());
+    let own = targets.len();
+    if own == 0 || whole && request.metric != Metric::Likelihood {
+        let end = match manifest.stop.as_deref().filter(|_| own > 0) {
+            Some(stop) => tokenizer.encode(stop)?.last().copied(),
+            None => tokenizer.end(manifest.chat),
+        };
+        targets.extend(end);
     }
-    Ok(targets)
+    if targets.is_empty() {
+        let message =
+            format!("request {}: the model answers nothing and names no token that ends a text", request.id);
+        return Err(Error::argument(message));
+    }
+    Ok((targets, own))
 }

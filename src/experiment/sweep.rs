@@ -9,6 +9,7 @@ use super::table::write_csv;
 use crate::dump::Manifest;
 use crate::error::{Error, IoAt, Result};
 use crate::files;
+use crate::lock::FolderLock;
 use crate::model::Model;
 use crate::progress::{Progress, Unit};
 use serde::Serialize;
@@ -29,6 +30,7 @@ pub fn sweep(options: &SweepOptions) -> Result<Vec<Row>> {
     let setting = setting(options, &manifest, &questions)?;
     let grid = options.arms();
     check_arms(options, &manifest, &questions, &grid)?;
+    let _lock = FolderLock::take(out)?;
     files::writable_folder(out)?;
     refuse_foreign(out)?;
     let runs = Runs::open(out)?;
@@ -65,7 +67,7 @@ pub fn sweep(options: &SweepOptions) -> Result<Vec<Row>> {
     Ok(records.into_iter().flatten().map(|r| r.row).collect())
 }
 
-/// The requests to sweep: those that no calibration of this sweep has seen.
+/// The requests to sweep: those about texts that no calibration of this sweep has seen.
 pub fn questions(options: &SweepOptions, manifest: &Manifest) -> Result<Vec<usize>> {
     let mut seen: HashSet<&str> = HashSet::new();
     for file in &options.grid.thresholds {
@@ -74,14 +76,14 @@ pub fn questions(options: &SweepOptions, manifest: &Manifest) -> Result<Vec<usiz
                 format!("was made with another model than the thresholds {} ({})", file.name, file.model);
             return Err(Error::file(&options.dump, problem));
         }
-        seen.extend(file.questions.iter().map(String::as_str));
+        seen.extend(file.contexts.iter().map(String::as_str));
     }
-    let unseen = |i: &usize| !seen.contains(&manifest.requests[*i].request.id[..]);
+    let unseen = |i: &usize| !manifest.requests[*i].request.contexts.iter().any(|c| seen.contains(&c[..]));
     let questions: Vec<usize> = (0..manifest.requests.len()).filter(unseen).collect();
     if questions.is_empty() {
         return Err(Error::file(
             &options.dump,
-            "the thresholds were calibrated on all of its questions; dump more",
+            "the thresholds were calibrated on the texts of all its questions; dump more",
         ));
     }
     Ok(questions)
@@ -103,7 +105,6 @@ pub fn setting(options: &SweepOptions, manifest: &Manifest, questions: &[usize])
         dump: manifest.identity()?,
         questions: (questions.len() < manifest.requests.len()).then(|| checksum(&ids.join("\n"))),
         seed: options.seed,
-        first_token: options.first_token,
         max_new_tokens: most,
         answer_limits: limits.iter().any(|l| *l != most).then(|| checksum(&format!("{limits:?}"))),
         resamples: options.resamples,
@@ -146,7 +147,8 @@ fn refuse_foreign(out: &Path) -> Result<()> {
     }
 }
 
-/// Writes the manifest, and tables of the rows there are; tables of another sweep go.
+/// Writes the manifest and tables of the rows there are. Tables of another sweep go first, so that a manifest and the tables
+/// beside it belong together at every moment.
 fn begin(
     out: &Path,
     options: &SweepOptions,
@@ -154,16 +156,16 @@ fn begin(
     setting: &Setting,
     records: &[Option<RunRecord>],
 ) -> Result<()> {
-    if records.iter().any(Option::is_some) {
-        write_tables(out, records)?;
-    } else {
-        for table in [SWEEP_CSV, TIMINGS_CSV, REQUESTS_CSV, LAYERS_CSV].map(|name| out.join(name)) {
-            if table.exists() {
-                std::fs::remove_file(&table).at(&table)?;
-            }
+    for table in [SWEEP_CSV, TIMINGS_CSV, REQUESTS_CSV, LAYERS_CSV].map(|name| out.join(name)) {
+        if table.exists() {
+            std::fs::remove_file(&table).at(&table)?;
         }
     }
-    write_manifest(out, options, manifest, setting)
+    write_manifest(out, options, manifest, setting)?;
+    if records.iter().any(Option::is_some) {
+        write_tables(out, records)?;
+    }
+    Ok(())
 }
 
 /// The model that made the dump, and no other.
@@ -226,7 +228,8 @@ fn write_tables(out: &Path, records: &[Option<RunRecord>]) -> Result<()> {
     let baseline = |r: &RunRecord| {
         let same = |b: &&&RunRecord| {
             let (a, b) = (&r.row.arm, &b.row.arm);
-            b.method == Method::None && (b.block_size, b.batch) == (a.block_size, a.batch)
+            b.method == Method::None
+                && (b.block_size, b.batch, b.first_token) == (a.block_size, a.batch, a.first_token)
         };
         done.iter().find(same).copied()
     };

@@ -149,11 +149,19 @@ fn escaped(text: &str) -> String {
 struct Spaced(CompactFormatter);
 
 impl Formatter for Spaced {
-    fn begin_array_value<W: ?Sized + std::io::Write>(&mut self, out: &mut W, first: bool) -> std::io::Result<()> {
+    fn begin_array_value<W: ?Sized + std::io::Write>(
+        &mut self,
+        out: &mut W,
+        first: bool,
+    ) -> std::io::Result<()> {
         if first { Ok(()) } else { out.write_all(b", ") }
     }
 
-    fn begin_object_key<W: ?Sized + std::io::Write>(&mut self, out: &mut W, first: bool) -> std::io::Result<()> {
+    fn begin_object_key<W: ?Sized + std::io::Write>(
+        &mut self,
+        out: &mut W,
+        first: bool,
+    ) -> std::io::Result<()> {
         if first { Ok(()) } else { out.write_all(b", ") }
     }
 
@@ -183,12 +191,20 @@ mod tests {
 
     #[test]
     fn statements_and_filters_of_current_templates() {
-        let marked = "{% for m in messages %}\n  {%- generation -%}\n{{ m.content }} {% endgeneration %}{% endfor %}!";
+        let marked =
+            "{% for m in messages %}\n  {%- generation -%}\n{{ m.content }} {% endgeneration %}{% endfor %}!";
         assert_eq!(render(marked, "a").unwrap(), "a !");
-        assert_eq!(render("{% for i in [1, 2, 3] %}{% if i == 2 %}{% break %}{% endif %}{{ i }}{% endfor %}", "").unwrap(), "1");
+        assert_eq!(
+            render("{% for i in [1, 2, 3] %}{% if i == 2 %}{% break %}{% endif %}{{ i }}{% endfor %}", "")
+                .unwrap(),
+            "1"
+        );
         let json = "{{ {'b': [1, 'x'], 'a': none} | tojson }}";
         assert_eq!(render(json, "").unwrap(), r#"{"b": [1, "x"], "a": null}"#);
-        assert_eq!(render("{{ 'é<' | tojson }}{{ 'é' | tojson(ensure_ascii=true) }}", "").unwrap(), r#""é<""\u00e9""#);
+        assert_eq!(
+            render("{{ 'é<' | tojson }}{{ 'é' | tojson(ensure_ascii=true) }}", "").unwrap(),
+            r#""é<""\u00e9""#
+        );
         assert_eq!(render("{{ {'a': 1} | tojson(indent=2) }}", "").unwrap(), "{\n  \"a\": 1\n}");
         assert_eq!(render("{% if tools %}x{% endif %}{{ eos_token }}", "").unwrap(), "</s>");
         assert_eq!(render("{{ strftime_now('%Y') | length }}", "").unwrap(), "4");

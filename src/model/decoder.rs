@@ -6,6 +6,7 @@ use super::kernels::{add, gelu_product, rms_norm, silu_product};
 use super::rope::Ropes;
 use super::weights::{LayerWeights, Weights};
 use crate::block::{BlockPool, BlockShape, RequestCache};
+use crate::error::Error;
 use rayon::prelude::*;
 use std::sync::Arc;
 
@@ -22,6 +23,31 @@ pub struct Decoder {
 pub struct Segment<'a> {
     pub cache: &'a mut RequestCache,
     pub tokens: &'a [u32],
+}
+
+/// A key, value or hidden state that cannot be used.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Fault {
+    /// Index of the segment it is of.
+    pub segment: usize,
+    /// The layer; `None` for the final hidden state.
+    pub layer: Option<usize>,
+    pub number: f32,
+}
+
+impl Fault {
+    /// As an error about a request, named by its segment.
+    pub fn of<'a>(self, id: impl FnOnce(usize) -> &'a String) -> Error {
+        let place = match self.layer {
+            Some(layer) => format!("layer {layer}: a key or value of {}", self.number),
+            None => format!("the final hidden state holds {}", self.number),
+        };
+        let reason = match self.number.is_finite() {
+            true => format!("does not fit into the cache's f16 numbers (at most {})", half::f16::MAX),
+            false => "is not a finite number; use another model".to_owned(),
+        };
+        Error::Number(format!("request {}, {place} {reason}", id(self.segment)))
+    }
 }
 
 impl Decoder {
@@ -59,6 +85,9 @@ impl Decoder {
     /// Returns the final hidden states after the last norm, `[rows, hidden]`, rows in segment order. With `tap`, the
     /// attention outputs of every layer (`[layers, rows, heads * head_dim]`) are appended to it.
     ///
+    /// # Errors
+    /// If a key or value cannot be stored in the pool, or a hidden state is not finite.
+    ///
     /// # Panics
     /// If a sequence grows beyond [`Decoder::context`]; commands check prompt lengths before they come here.
     pub fn forward(
@@ -66,7 +95,7 @@ impl Decoder {
         pool: &mut BlockPool,
         segments: &mut [Segment],
         mut tap: Option<&mut Vec<f32>>,
-    ) -> Vec<f32> {
+    ) -> std::result::Result<Vec<f32>, Fault> {
         let hidden = self.config.hidden;
         let positions: Vec<usize> =
             segments.iter().flat_map(|s| s.cache.tokens..s.cache.tokens + s.tokens.len()).collect();
@@ -82,7 +111,7 @@ impl Decoder {
         let (epsilon, wide) = (self.config.rms_epsilon, self.config.intermediate);
         let gate = if traits.gelu { gelu_product } else { silu_product };
         for (n, layer) in self.weights.layers.iter().enumerate() {
-            let attended = self.attention(n, layer, &x, &positions, pool, segments);
+            let attended = self.attention(n, layer, &x, &positions, pool, segments)?;
             if let Some(tap) = tap.as_deref_mut() {
                 tap.extend_from_slice(&attended);
             }
@@ -99,10 +128,16 @@ impl Decoder {
             }
             add(&mut x, &out);
         }
-        for segment in segments {
+        let out = rms_norm(&x, &self.weights.final_norm, self.config.rms_epsilon);
+        let mut rows = out.chunks_exact(hidden);
+        for (i, segment) in segments.iter_mut().enumerate() {
+            let own = rows.by_ref().take(segment.tokens.len()).flatten();
+            if let Some(&number) = own.into_iter().find(|x| !x.is_finite()) {
+                return Err(Fault { segment: i, layer: None, number });
+            }
             segment.cache.tokens += segment.tokens.len();
         }
-        rms_norm(&x, &self.weights.final_norm, self.config.rms_epsilon)
+        Ok(out)
     }
 
     /// Next-token logits of final hidden states: `[rows, hidden]` to `[rows, vocab]`.
@@ -119,7 +154,7 @@ impl Decoder {
         positions: &[usize],
         pool: &mut BlockPool,
         segments: &mut [Segment],
-    ) -> Vec<f32> {
+    ) -> std::result::Result<Vec<f32>, Fault> {
         let c = &self.config;
         let normed = rms_norm(x, &layer.attention_norm, c.rms_epsilon);
         let mut qkv = layer.qkv.apply(&normed);
@@ -139,8 +174,13 @@ impl Decoder {
             }
         });
         let mut rows = qkv.chunks_exact(stride);
-        for segment in segments.iter_mut() {
+        let most = pool.most();
+        for (i, segment) in segments.iter_mut().enumerate() {
             for row in rows.by_ref().take(segment.tokens.len()) {
+                // NaN is not within any bounds either.
+                if let Some(&number) = row[rotated - kv..].iter().find(|x| !(x.abs() <= most)) {
+                    return Err(Fault { segment: i, layer: Some(n), number });
+                }
                 let (key, value) = row[rotated - kv..].split_at(kv);
                 segment.cache.layers[n].append(pool, key, value);
             }
@@ -162,7 +202,7 @@ impl Decoder {
             scale: c.attention_scale(),
             window: c.window(n),
         };
-        attend(pool, rope, heads, &qkv, stride, &requests)
+        Ok(attend(pool, rope, heads, &qkv, stride, &requests))
     }
 }
 

@@ -11,6 +11,7 @@ use candle_core::Device;
 use candle_core::quantized::gguf_file::{Content, Value};
 use memchr::memmem;
 use memmap2::Mmap;
+use std::collections::BTreeSet;
 use std::io::Cursor;
 use std::path::{Path, PathBuf};
 
@@ -34,11 +35,29 @@ impl Gguf {
                 "damaged GGUF header (general.alignment is 0); fetch the file again",
             ));
         }
+        // The version, which a machine of the other byte order wrote the other way round.
+        if matches!(map.get(4..8), Some([0, 0, _, _])) {
+            return Err(Error::file(path, "is a big-endian GGUF file; convert the model to little-endian"));
+        }
         let content = Content::read(&mut Cursor::new(&map[..])).map_err(|e| {
-            let problem =
-                format!("damaged or truncated GGUF header ({}); fetch the file again", one_line(&e));
+            let words = one_line(&e);
+            let kind = words.split_once("unknown dtype for tensor ").and_then(|(_, n)| n.trim().parse().ok());
+            let problem = match kind.map(quantization) {
+                Some(name) => format!(
+                    "holds weights of quantisation {name}, which is not supported; use a file in Q4_0 to Q8_0, Q2_K to Q6_K, F16, \
+                     BF16 or F32"
+                ),
+                None => format!("damaged or truncated GGUF header ({words}); fetch the file again"),
+            };
             Error::file(path, problem)
         })?;
+        let metadata = Metadata { path, content: &content };
+        if let Some(parts) = metadata.integer("split.count")?.filter(|n| *n > 1) {
+            let problem = format!(
+                "is one of {parts} files of a split model; join them first (llama-gguf-split --merge FIRST-FILE OUT)"
+            );
+            return Err(Error::file(path, problem));
+        }
         let end = content.tensor_infos.values().map(|t| {
             let numbers = t.shape.dims().iter().fold(1u128, |n, d| n.saturating_mul(*d as u128));
             let blocks = numbers / t.ggml_dtype.block_size() as u128;
@@ -151,11 +170,6 @@ impl Metadata<'_> {
         let Some(value) = self.content.metadata.get(key) else { return Ok(None) };
         value.to_string().map(|s| Some(&s[..])).map_err(|_| wrong(self.path, key, "a text"))
     }
-
-    /// Whether a key is there.
-    fn has(&self, key: &str) -> bool {
-        self.content.metadata.contains_key(key)
-    }
 }
 
 impl TensorSource for Gguf {
@@ -163,8 +177,16 @@ impl TensorSource for Gguf {
         &self.path
     }
 
-    fn has(&self, name: &str) -> bool {
-        gguf_name(&self.config.architecture, name).is_some_and(|n| self.content.tensor_infos.contains_key(&n))
+    fn is_tied(&self) -> bool {
+        // llama.cpp ties the head where a file has none.
+        !self.content.tensor_infos.contains_key("output.weight")
+    }
+
+    fn unread(&self, read: &BTreeSet<String>) -> Vec<String> {
+        let read: BTreeSet<String> =
+            read.iter().filter_map(|n| gguf_name(&self.config.architecture, n)).collect();
+        let ours = |n: &&String| !read.contains(*n) && *n != "rope_freqs.weight";
+        self.content.tensor_infos.keys().filter(ours).cloned().collect()
     }
 
     fn tensor(&self, name: &str) -> Result<(Vec<usize>, Numbers)> {
@@ -192,6 +214,26 @@ impl TensorSource for Gguf {
         }
         Ok((shape, Numbers::F32(data)))
     }
+}
+
+/// Name of a tensor type that candle does not read (ggml.h, `enum ggml_type`).
+fn quantization(kind: u32) -> String {
+    let name = match kind {
+        16 => "IQ2_XXS",
+        17 => "IQ2_XS",
+        18 => "IQ3_XXS",
+        19 => "IQ1_S",
+        20 => "IQ4_NL",
+        21 => "IQ3_S",
+        22 => "IQ2_S",
+        23 => "IQ4_XS",
+        29 => "IQ1_M",
+        34 => "TQ1_0",
+        35 => "TQ2_0",
+        39 => "MXFP4",
+        other => return format!("number {other}"),
+    };
+    name.to_owned()
 }
 
 /// Whether the metadata align tensors to multiples of nothing, by which candle divides.
@@ -225,101 +267,166 @@ fn config(path: &Path, map: &[u8], content: &Content) -> Result<ModelConfig> {
     if !ARCHITECTURES.contains(&architecture) {
         return Err(unknown_architecture(path, architecture));
     }
+    let metadata = Metadata { path, content };
     let key = |name: &str| format!("{architecture}.{name}");
-    let size = |name: &str| integer(content, &key(name)).unwrap_or(0) as usize;
-    let float = |name: &str| content.metadata.get(&key(name)).and_then(|v| v.to_f32().ok());
-    let heads = size("attention.head_count");
-    let head_dim = match size("attention.key_length") {
-        0 => size("embedding_length") / heads.max(1),
+    let size = |name: &str| Ok::<_, Error>(metadata.integer(&key(name))?.unwrap_or(0) as usize);
+    let float = |name: &str| metadata.float(&key(name));
+    refuse_other_models(&metadata, architecture)?;
+    let heads = size("attention.head_count")?;
+    let hidden = size("embedding_length")?;
+    let head_dim = match size("attention.key_length")? {
+        0 => hidden / heads.max(1),
         n => n,
     };
-    let vocab = content
-        .tensor_infos
-        .get("token_embd.weight")
-        .and_then(|t| t.shape.dims().first())
-        .copied()
-        .unwrap_or(0);
-    let layers = size("block_count");
-    let dims = match size("rope.dimension_count") {
+    let value_dim = size("attention.value_length")?;
+    if value_dim != 0 && value_dim != head_dim {
+        let problem = format!("keys of {head_dim} and values of {value_dim} numbers are not supported");
+        return Err(Error::file(path, problem));
+    }
+    let embedding = content.tensor_infos.get("token_embd.weight");
+    let vocab = embedding.and_then(|t| t.shape.dims().first()).copied().unwrap_or(0);
+    let layers = size("block_count")?;
+    let dims = match size("rope.dimension_count")? {
         0 => head_dim,
         n => n,
     };
     check_sizes(path, &[("layers", layers), ("head size", head_dim), ("rotated numbers of a head", dims)])?;
-    let base = float("rope.freq_base").map_or(10_000.0, f64::from);
-    let rope = scaled(path, map, content, RopeConfig::plain(base, dims), &key("rope.scaling"))?;
-    let window = size("attention.sliding_window");
+    let context = size("context_length")?;
+    if context == 0 {
+        return Err(Error::file(
+            path,
+            format!("metadata {} is missing; convert the model again", key("context_length")),
+        ));
+    }
+    let epsilon = float("attention.layer_norm_rms_epsilon")?;
+    let epsilon = epsilon.ok_or_else(|| {
+        let key = key("attention.layer_norm_rms_epsilon");
+        Error::file(path, format!("metadata {key} is missing; convert the model again"))
+    })?;
+    let base = float("rope.freq_base")?.unwrap_or(10_000.0);
+    let rope = scaled(path, map, content, RopeConfig::plain(base, dims), architecture)?;
     let sliding = match architecture {
-        _ if window == 0 => None,
-        "gemma3" => {
-            let base = float("rope.freq_base_swa").map_or(GEMMA3_LOCAL_BASE, f64::from);
-            let pattern = match size("attention.sliding_window_pattern") {
-                0 => GEMMA3_PATTERN,
-                n => n,
-            };
-            let rope = Some(RopeConfig::plain(base, dims));
-            Some(Sliding { window, layers: all_but_each(pattern, layers), rope })
-        }
-        _ => Some(Sliding { window, layers: (0..layers).collect(), rope: None }),
+        "gemma3" => gemma3_sliding(&metadata, layers, dims)?,
+        // llama.cpp does not read a window of the others, and has switched that of phi3 off.
+        _ => None,
     };
     ModelConfig {
         architecture: architecture.to_owned(),
         layers,
-        hidden: size("embedding_length"),
+        hidden,
         heads,
-        kv_heads: match size("attention.head_count_kv") {
+        kv_heads: match size("attention.head_count_kv")? {
             0 => heads,
             n => n,
         },
         head_dim,
-        intermediate: size("feed_forward_length"),
+        intermediate: size("feed_forward_length")?,
         vocab,
-        context: size("context_length"),
-        rms_epsilon: float("attention.layer_norm_rms_epsilon").unwrap_or(1e-5),
+        context,
+        rms_epsilon: epsilon as f32,
         rope,
         sliding,
         // The one Gemma 3 whose queries are scaled otherwise is the 27B, of 62 layers; GGUF files do not say so.
-        query_scalar: (architecture == "gemma3" && layers == 62)
-            .then(|| size("embedding_length") as f64 / heads as f64),
+        query_scalar: (architecture == "gemma3" && layers == 62).then(|| hidden as f64 / heads as f64),
     }
     .checked(path)
 }
 
-/// RoPE with the scaling a file asks for: divisors of its own (llama 3), or one for all.
-fn scaled(path: &Path, map: &[u8], content: &Content, rope: RopeConfig, key: &str) -> Result<RopeConfig> {
-    const DIVISORS: &str = "rope_freqs.weight";
-    if content.tensor_infos.contains_key(DIVISORS) {
-        let read = || -> candle_core::Result<Vec<f32>> {
-            let tensor = content.tensor(&mut Cursor::new(map), DIVISORS, &Device::Cpu)?;
-            tensor.dequantize(&Device::Cpu)?.flatten_all()?.to_vec1()
-        };
-        let bad = |e| Error::file(path, format!("tensor {DIVISORS} cannot be read: {}", one_line(&e)));
-        let divisors = read().map_err(bad)?.into_iter().map(f64::from).collect();
-        return Ok(RopeConfig { divisors, ..rope });
+/// The windows of a Gemma 3, as llama.cpp reads them.
+fn gemma3_sliding(metadata: &Metadata, layers: usize, dims: usize) -> Result<Option<Sliding>> {
+    let Some(window) = metadata.integer("gemma3.attention.sliding_window")?.filter(|w| *w > 0) else {
+        return Ok(None);
+    };
+    let base = metadata.float("gemma3.rope.freq_base_swa")?.unwrap_or(GEMMA3_LOCAL_BASE);
+    let pattern = match metadata.integer("gemma3.attention.sliding_window_pattern")?.unwrap_or(0) {
+        0 => GEMMA3_PATTERN,
+        n => n as usize,
+    };
+    let rope = Some(RopeConfig::plain(base, dims));
+    Ok(Some(Sliding { window: window as usize, layers: all_but_each(pattern, layers), rope }))
+}
+
+/// Metadata of variants that share an architecture's name and compute something else.
+fn refuse_other_models(metadata: &Metadata, architecture: &str) -> Result<()> {
+    // (key, the value that changes nothing)
+    const NEUTRAL: [(&str, f64); 12] = [
+        ("expert_count", 0.0),
+        ("attention.scale", 0.0),
+        ("logit_scale", 0.0),
+        ("residual_scale", 0.0),
+        ("embedding_scale", 0.0),
+        ("attn_logit_softcapping", 0.0),
+        ("final_logit_softcapping", 0.0),
+        ("attention.clamp_kqv", 0.0),
+        ("rope.scaling.attn_factor", 1.0),
+        ("rope.scaling.yarn_log_multiplier", 0.0),
+        ("attention.temperature_scale", 0.0),
+        ("nextn_predict_layers", 0.0),
+    ];
+    for (name, neutral) in NEUTRAL {
+        let key = format!("{architecture}.{name}");
+        if metadata.float(&key)?.is_some_and(|x| x != neutral) {
+            return Err(Error::file(
+                metadata.path,
+                format!("metadata {key} is not supported; use another model"),
+            ));
+        }
     }
+    let causal = metadata.content.metadata.get(&format!("{architecture}.attention.causal"));
+    if causal.is_some_and(|v| v.to_bool().ok() != Some(true)) {
+        let problem =
+            format!("{architecture}.attention.causal: attention that is not causal is not supported");
+        return Err(Error::file(metadata.path, problem));
+    }
+    Ok(())
+}
+
+/// RoPE with the scaling a file asks for: divisors of its own (llama 3), or one for all. A factor without a type is linear,
+/// as is the key of 2023 (llama.cpp, src/llama-model.cpp, `load_hparams`).
+fn scaled(
+    path: &Path,
+    map: &[u8],
+    content: &Content,
+    rope: RopeConfig,
+    architecture: &str,
+) -> Result<RopeConfig> {
+    const DIVISORS: &str = "rope_freqs.weight";
+    let metadata = Metadata { path, content };
+    let key = |name: &str| format!("{architecture}.rope.{name}");
     if content.tensor_infos.contains_key("rope_factors_long.weight") {
         return Err(unknown_scaling(path, "longrope"));
     }
-    let kind = content.metadata.get(&format!("{key}.type")).and_then(|v| v.to_string().ok());
-    match kind.map(String::as_str) {
-        None | Some("none") => Ok(rope),
-        Some("linear") => {
-            let factor = content.metadata.get(&format!("{key}.factor")).and_then(|v| v.to_f32().ok());
-            Ok(rope.linear(f64::from(factor.unwrap_or(1.0))))
-        }
-        Some(other) => Err(unknown_scaling(path, other)),
+    let kind = metadata.text(&key("scaling.type"))?;
+    let factor = match metadata.float(&key("scaling.factor"))? {
+        Some(factor) => Some(factor),
+        None => metadata.float(&key("scale_linear"))?,
+    };
+    // 0 stands for none.
+    let factor = factor.filter(|f| *f != 0.0).unwrap_or(1.0);
+    let rope = match kind {
+        Some("none") => rope,
+        None | Some("linear") if factor == 1.0 => rope,
+        None | Some("linear") => rope.linear(factor),
+        Some(other) => return Err(unknown_scaling(path, other)),
+    };
+    if !content.tensor_infos.contains_key(DIVISORS) {
+        return Ok(rope);
     }
-}
-
-fn integer(content: &Content, key: &str) -> Option<u64> {
-    match content.metadata.get(key)? {
-        Value::U8(n) => Some(u64::from(*n)),
-        Value::U16(n) => Some(u64::from(*n)),
-        Value::U32(n) => Some(u64::from(*n)),
-        Value::U64(n) => Some(*n),
-        Value::I32(n) => u64::try_from(*n).ok(),
-        Value::I64(n) => u64::try_from(*n).ok(),
-        _ => None,
+    let read = || -> candle_core::Result<Vec<f32>> {
+        let tensor = content.tensor(&mut Cursor::new(map), DIVISORS, &Device::Cpu)?;
+        tensor.dequantize(&Device::Cpu)?.flatten_all()?.to_vec1()
+    };
+    let bad = |e| Error::file(path, format!("tensor {DIVISORS} cannot be read: {}", one_line(&e)));
+    let own: Vec<f64> = read().map_err(bad)?.into_iter().map(f64::from).collect();
+    if own.len() != rope.dims / 2 {
+        let problem = format!("tensor {DIVISORS} has {} numbers for {} pairs", own.len(), rope.dims / 2);
+        return Err(Error::file(path, problem));
     }
+    let divisors = match rope.divisors.is_empty() {
+        true => own,
+        false => own.iter().zip(&rope.divisors).map(|(a, b)| a * b).collect(),
+    };
+    Ok(RopeConfig { divisors, ..rope })
 }
 
 /// The GGUF name of a Hugging Face tensor of an architecture.

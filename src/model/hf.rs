@@ -7,8 +7,9 @@ use crate::error::{Error, IoAt, Result};
 use crate::files;
 use half::{bf16, f16};
 use safetensors::{Dtype, SafeTensors};
-use std::collections::HashMap;
-use std::fs::{self, File};
+use serde::Deserialize;
+use std::collections::{BTreeSet, HashMap};
+use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 
@@ -17,6 +18,8 @@ pub struct HfFolder {
     shards: Vec<PathBuf>,
     tensors: HashMap<String, Stored>,
     config: ModelConfig,
+    /// The head is the embedding.
+    tied: bool,
 }
 
 /// Where a tensor lies. Its bytes are read when they are wanted, not mapped: mapped pages would count as memory in use
@@ -29,20 +32,48 @@ struct Stored {
     bytes: usize,
 }
 
+const INDEX: &str = "model.safetensors.index.json";
+
+/// Tensor -> file, of an index.
+type Index = HashMap<String, String>;
+
+/// The files of a model's weights, as transformers chooses them: `model.safetensors`, else those of the index. Any other file
+/// is not the model's.
+fn shards(folder: &Path) -> Result<(Vec<PathBuf>, Option<Index>)> {
+    let whole = folder.join("model.safetensors");
+    if whole.exists() {
+        return Ok((vec![whole], None));
+    }
+    let path = folder.join(INDEX);
+    if !path.exists() {
+        let problem =
+            "holds neither model.safetensors nor model.safetensors.index.json; a model folder needs one";
+        return Err(Error::file(folder, problem));
+    }
+    #[derive(Deserialize)]
+    struct Raw {
+        weight_map: Index,
+    }
+    let index: Raw = serde_json::from_str(&files::read_text(&path)?)
+        .map_err(|e| Error::file(&path, format!("not an index of weights: {e}")))?;
+    let names: BTreeSet<&String> = index.weight_map.values().collect();
+    let outside = |name: &&&String| Path::new(name).components().count() != 1 || name.contains("..");
+    if let Some(name) = names.iter().find(outside) {
+        return Err(Error::file(&path, format!("names '{name}', which is not a file of its folder")));
+    }
+    let shards: Vec<PathBuf> = names.into_iter().map(|name| folder.join(name)).collect();
+    match shards.iter().find(|s| !s.exists()) {
+        Some(missing) => {
+            Err(Error::file(missing, format!("missing, though {INDEX} lists it; fetch the model again")))
+        }
+        None => Ok((shards, Some(index.weight_map))),
+    }
+}
+
 impl HfFolder {
     pub fn open(path: &Path) -> Result<Self> {
         let config = hf_config::read(&path.join("config.json"))?;
-        let mut shards: Vec<PathBuf> = Vec::new();
-        for entry in fs::read_dir(path).at(path)? {
-            let file = entry.at(path)?.path();
-            if file.extension().is_some_and(|e| e == "safetensors") {
-                shards.push(file);
-            }
-        }
-        shards.sort();
-        if shards.is_empty() {
-            return Err(Error::file(path, "no *.safetensors file in this model folder"));
-        }
+        let (shards, index) = shards(path)?;
         let mut tensors = HashMap::new();
         for (i, shard) in shards.iter().enumerate() {
             let map = files::map(shard)?;
@@ -50,6 +81,11 @@ impl HfFolder {
                 Error::file(shard, format!("damaged or truncated safetensors ({e}); fetch the file again"))
             })?;
             for (name, view) in parsed.iter() {
+                // What the index places elsewhere, or nowhere, is not the model's.
+                if index.as_ref().is_some_and(|index| index.get(name).is_none_or(|f| path.join(f) != *shard))
+                {
+                    continue;
+                }
                 let data = view.data();
                 let stored = Stored {
                     shard: i,
@@ -61,7 +97,14 @@ impl HfFolder {
                 tensors.insert(name.to_owned(), stored);
             }
         }
-        Ok(HfFolder { path: path.to_owned(), shards, tensors, config })
+        if let Some(name) = index.iter().flatten().map(|(name, _)| name).find(|n| !tensors.contains_key(*n)) {
+            let problem =
+                format!("tensor {name}, which {INDEX} lists, is in none of its files; fetch the model again");
+            return Err(Error::file(path, problem));
+        }
+        // A head of its own goes before what the configuration says, as in transformers 5.
+        let tied = hf_config::is_tied(&path.join("config.json"))? && !tensors.contains_key("lm_head.weight");
+        Ok(HfFolder { path: path.to_owned(), shards, tensors, config, tied })
     }
 
     pub fn config(&self) -> &ModelConfig {
@@ -74,8 +117,16 @@ impl HfFolder {
 
     /// The files that make up the model's identity, in a fixed order.
     pub fn files(&self) -> Vec<PathBuf> {
-        let fixed = [self.path.join("config.json"), self.tokenizer_path()];
-        fixed.into_iter().chain(self.shards.iter().cloned()).collect()
+        let names = [
+            "config.json",
+            "tokenizer.json",
+            "tokenizer_config.json",
+            "generation_config.json",
+            "chat_template.jinja",
+            INDEX,
+        ];
+        let small = names.iter().map(|name| self.path.join(name)).filter(|path| path.exists());
+        small.chain(self.shards.iter().cloned()).collect()
     }
 }
 
@@ -84,9 +135,14 @@ impl TensorSource for HfFolder {
         &self.path
     }
 
-    fn has(&self, name: &str) -> bool {
-        // A head that the configuration ties to the embedding may lie in the file all the same.
-        self.tensors.contains_key(name)
+    fn is_tied(&self) -> bool {
+        self.tied
+    }
+
+    fn unread(&self, read: &BTreeSet<String>) -> Vec<String> {
+        // Old files carry tables of RoPE that follow from config.json.
+        let follows = |n: &str| n.ends_with("rotary_emb.inv_freq");
+        self.tensors.keys().filter(|n| !read.contains(*n) && !follows(n)).cloned().collect()
     }
 
     fn tensor(&self, name: &str) -> Result<(Vec<usize>, Numbers)> {

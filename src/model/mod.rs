@@ -18,7 +18,7 @@ mod tokenizer;
 mod weights;
 
 pub use config::{ARCHITECTURES, ModelConfig, RopeConfig, Sliding, Traits, traits};
-pub use decoder::{Decoder, Segment};
+pub use decoder::{Decoder, Fault, Segment};
 pub use gguf::Gguf;
 pub use hf::{HfFolder, to_f32};
 pub use probe::{Probe, argmax, log_sum_exp, probe};
@@ -29,6 +29,10 @@ pub use weights::{Numbers, TensorSource, Weights};
 use crate::error::{Error, Result};
 use crate::files;
 use std::path::Path;
+
+/// Raised whenever the decoder, a tokenizer rule or a metric comes to give other numbers: dumps and runs of older code are then
+/// made again.
+pub const NUMERICS: u32 = 2;
 
 /// A model ready to run.
 pub struct Model {

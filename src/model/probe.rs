@@ -66,6 +66,8 @@ pub fn probe(model: &Model, prompt: &str, tokens: usize) -> Result<Probe> {
     let mut pool = BlockPool::new(decoder.block_shape(16), Storage::F32);
     let mut cache = decoder.new_cache();
     let hidden = decoder.forward(&mut pool, &mut [Segment { cache: &mut cache, tokens: &ids }], None);
+    let own = "of this prompt".to_owned();
+    let hidden = hidden.map_err(|f| f.of(|_| &own))?;
     let vocab = decoder.config().vocab;
     let logits = decoder.logits(&hidden);
     let rows: Vec<&[f32]> = logits.chunks_exact(vocab).collect();
@@ -85,6 +87,7 @@ pub fn probe(model: &Model, prompt: &str, tokens: usize) -> Result<Probe> {
         let last = [greedy_ids[greedy_ids.len() - 1]];
         let hidden =
             decoder.forward(&mut pool, &mut [Segment { cache: &mut continued, tokens: &last }], None);
+        let hidden = hidden.map_err(|f| f.of(|_| &own))?;
         greedy_ids.push(argmax(&decoder.logits(&hidden)));
     }
     continued.release(&mut pool);

@@ -89,7 +89,8 @@ impl Tokenizer {
         let missing =
             |key: &str| Error::file(path, format!("metadata {key} is missing; use a HF folder instead"));
         let bad = |e: tokenizers::Error| Error::file(path, format!("unusable tokenizer metadata: {e}"));
-        let tokens = gguf.strings("tokenizer.ggml.tokens")?.ok_or_else(|| missing("tokenizer.ggml.tokens"))?;
+        let tokens =
+            gguf.strings("tokenizer.ggml.tokens")?.ok_or_else(|| missing("tokenizer.ggml.tokens"))?;
         let kinds = gguf.integers("tokenizer.ggml.token_type")?.unwrap_or_default();
         if !kinds.is_empty() && kinds.len() != tokens.len() {
             return Err(Error::file(path, "tokenizer.ggml.token_type and tokens differ in length"));
@@ -119,7 +120,8 @@ impl Tokenizer {
             }
         };
         if gguf.boolean("tokenizer.ggml.add_eos_token")? == Some(true) {
-            let problem = "tokenizer.ggml.add_eos_token ends every prompt before its answer; use another model";
+            let problem =
+                "tokenizer.ggml.add_eos_token ends every prompt before its answer; use another model";
             return Err(Error::file(path, problem));
         }
         for key in ["tokenizer.ggml.precompiled_charsmap", "tokenizer.ggml.remove_extra_whitespaces"] {
@@ -131,7 +133,8 @@ impl Tokenizer {
         }
         let strips = StripsRight::of(gguf);
         let of_kind = |wanted: i64| tokens.iter().zip(&kinds).filter(move |(_, kind)| **kind == wanted);
-        let special = of_kind(CONTROL).map(|(t, _)| AddedToken::from(t.as_str(), true).rstrip(strips.strips(t)));
+        let special =
+            of_kind(CONTROL).map(|(t, _)| AddedToken::from(t.as_str(), true).rstrip(strips.strips(t)));
         inner.add_special_tokens(special.collect::<Vec<_>>()).map_err(bad)?;
         let own = of_kind(USER_DEFINED).map(|(t, _)| AddedToken::from(t.as_str(), false).normalized(false));
         inner.add_tokens(own.collect::<Vec<_>>()).map_err(bad)?;
@@ -149,7 +152,8 @@ impl Tokenizer {
         let eot = id("eot")?;
         let named = END_TOKENS.iter().filter_map(|t| inner.token_to_id(t));
         let all = named.chain(eos).chain(eot).chain(id("eom")?).collect();
-        let text_of = |id: Option<u32>| id.and_then(|id| tokens.get(id as usize)).cloned().unwrap_or_default();
+        let text_of =
+            |id: Option<u32>| id.and_then(|id| tokens.get(id as usize)).cloned().unwrap_or_default();
         let chat = gguf.string("tokenizer.chat_template").map(|source| Chat {
             source: source.to_owned(),
             tokens: [
@@ -289,7 +293,8 @@ impl Tokenizer {
     /// A user's message in the chat template, up to where the assistant answers.
     pub fn render(&self, message: &str) -> Result<String> {
         let chat = self.chat.as_ref();
-        let chat = chat.ok_or_else(|| Error::file(&self.path, "the model has no chat template: leave --chat out"))?;
+        let chat =
+            chat.ok_or_else(|| Error::file(&self.path, "the model has no chat template: leave --chat out"))?;
         chat.render(message, &self.path)
     }
 
@@ -373,7 +378,8 @@ fn lead(inner: &tokenizers::Tokenizer, path: &Path) -> Result<Vec<u32>> {
     let around = (0..=with.len().saturating_sub(without.len())).find(|&at| with[at..].starts_with(&without));
     let at = around.ok_or_else(|| Error::file(path, "its post_processor changes a text's own tokens"))?;
     if with.len() > at + without.len() {
-        let problem = "its post_processor appends a token, which would end every prompt before its answer; remove it";
+        let problem =
+            "its post_processor appends a token, which would end every prompt before its answer; remove it";
         return Err(Error::file(path, problem));
     }
     Ok(with[..at].to_vec())
@@ -399,7 +405,9 @@ fn eos_ids(config: &Value) -> Vec<u32> {
 }
 
 /// The same tokenizer for a text that begins in the middle of another.
-fn without_prefix(inner: &tokenizers::Tokenizer) -> std::result::Result<tokenizers::Tokenizer, tokenizers::Error> {
+fn without_prefix(
+    inner: &tokenizers::Tokenizer,
+) -> std::result::Result<tokenizers::Tokenizer, tokenizers::Error> {
     /// No step puts anything in front.
     fn strip(step: &mut Value) {
         match step {
@@ -461,7 +469,9 @@ fn byte_level(
 ) -> Result<tokenizers::Tokenizer> {
     let pre = match pre {
         // Aliases of one.
-        Some("llama3" | "llama-v3" | "falcon3" | "falcon-h1" | "pixtral" | "midm-2.0" | "lfm2") => "llama-bpe",
+        Some("llama3" | "llama-v3" | "falcon3" | "falcon-h1" | "pixtral" | "midm-2.0" | "lfm2") => {
+            "llama-bpe"
+        }
         Some("megrez" | "deepseek-r1-qwen" | "kormo") => "qwen2",
         Some("gpt2") => "gpt-2",
         Some(pre) => pre,

@@ -5,7 +5,9 @@ use super::gemm::Linear;
 use crate::error::{Error, Result};
 use half::{bf16, f16};
 use rayon::prelude::*;
+use std::collections::BTreeSet;
 use std::path::Path;
+use std::sync::{Mutex, PoisonError};
 
 /// Numbers in the precision they are stored in.
 pub enum Numbers {
@@ -15,6 +17,16 @@ pub enum Numbers {
 }
 
 impl Numbers {
+    /// The first number that is NaN or infinite, and its place.
+    fn first_not_finite(&self) -> Option<(usize, f32)> {
+        let found = match self {
+            Numbers::F32(x) => x.iter().position(|x| !x.is_finite()).map(|i| (i, x[i])),
+            Numbers::F16(x) => x.iter().position(|x| !x.is_finite()).map(|i| (i, x[i].to_f32())),
+            Numbers::Bf16(x) => x.iter().position(|x| !x.is_finite()).map(|i| (i, x[i].to_f32())),
+        };
+        found
+    }
+
     /// The numbers in f32; no copy if they are already.
     pub fn into_f32(self) -> Vec<f32> {
         match self {
@@ -30,7 +42,10 @@ impl Numbers {
 pub trait TensorSource: Sync {
     /// Where errors point.
     fn path(&self) -> &Path;
-    fn has(&self, name: &str) -> bool;
+    /// Whether the head is the embedding.
+    fn is_tied(&self) -> bool;
+    /// Tensors that change numbers and are not among those `read` (Hugging Face names); in the file's own names.
+    fn unread(&self, read: &BTreeSet<String>) -> Vec<String>;
     /// Shape (outermost first) and data of a tensor.
     fn tensor(&self, name: &str) -> Result<(Vec<usize>, Numbers)>;
 }
@@ -64,33 +79,48 @@ pub struct Weights {
 impl Weights {
     /// Reads all tensors, checking every shape against the configuration.
     pub fn load(config: &ModelConfig, source: &dyn TensorSource) -> Result<Self> {
+        let read = Mutex::new(BTreeSet::new());
         let tensor = |name: &str, shape: &[usize]| -> Result<Numbers> {
             let (found, data) = source.tensor(name)?;
+            read.lock().unwrap_or_else(PoisonError::into_inner).insert(name.to_owned());
             if found != shape {
                 let problem = format!("tensor {name} has shape {found:?}, expected {shape:?}");
                 return Err(Error::file(source.path(), problem));
             }
-            Ok(data)
+            match data.first_not_finite() {
+                None => Ok(data),
+                Some((at, number)) => {
+                    let problem =
+                        format!("tensor {name} holds {number} at element {at}; fetch the model again");
+                    Err(Error::file(source.path(), problem))
+                }
+            }
         };
         // The largest first: what it needs on the way into memory is free again before the others come.
         let embedding = "model.embed_tokens.weight";
         let matrix = |name: &str, outputs: usize, inputs: usize| -> Result<Linear> {
             Ok(Linear::stack(vec![tensor(name, &[outputs, inputs])?], inputs))
         };
-        let (head, embedding) = if source.has("lm_head.weight") {
+        let (head, embedding) = if source.is_tied() {
+            (matrix(embedding, config.vocab, config.hidden)?, None)
+        } else {
             let own = matrix(embedding, config.vocab, config.hidden)?;
             (matrix("lm_head.weight", config.vocab, config.hidden)?, Some(own))
-        } else {
-            (matrix(embedding, config.vocab, config.hidden)?, None)
         };
         let layer =
             |n: usize| layer(config, &|name, shape| tensor(&format!("model.layers.{n}.{name}"), shape));
-        Ok(Weights {
-            head,
-            embedding,
-            layers: (0..config.layers).into_par_iter().map(layer).collect::<Result<_>>()?,
-            final_norm: tensor("model.norm.weight", &[config.hidden])?.into_f32(),
-        })
+        let layers = (0..config.layers).into_par_iter().map(layer).collect::<Result<_>>()?;
+        let final_norm = tensor("model.norm.weight", &[config.hidden])?.into_f32();
+        let unread = source.unread(&read.lock().unwrap_or_else(PoisonError::into_inner));
+        if let Some(name) = unread.iter().min() {
+            let problem = format!(
+                "holds {} tensors that a {} of this version does not use ({name} ...); it is another kind of model",
+                unread.len(),
+                config.architecture
+            );
+            return Err(Error::file(source.path(), problem));
+        }
+        Ok(Weights { head, embedding, layers, final_norm })
     }
 
     /// Appends a token's embedding (`[hidden]`).

@@ -2,7 +2,7 @@
 //! words, the task's published metric and answer length.
 
 use super::metric::Metric;
-use super::{PromptSet, Request, lines};
+use super::{PromptSet, Request, context_checksum, lines};
 use crate::error::Result;
 use serde::Deserialize;
 use std::path::Path;
@@ -142,6 +142,7 @@ pub fn take(path: &Path, text: &str, counts: (usize, usize)) -> Result<PromptSet
             metric: task.metric,
             classes,
             answer_tokens: Some(task.answer_tokens),
+            contexts: vec![context_checksum(&line.context)],
             ..Request::raw(
                 line.id.unwrap_or_else(|| format!("line-{n}")),
                 format!("{before}{}{}", line.context, after.replace("{input}", &line.input)),

@@ -34,6 +34,8 @@ pub struct Request {
     pub question: String,
     pub references: Vec<String>,
     pub prompt: String,
+    /// Checksums of the passages or contexts in the prompt: what calibration and sweep must not share.
+    pub contexts: Vec<String>,
     /// Whose request it is; empty if nobody's in particular.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub tenant: String,
@@ -61,6 +63,7 @@ impl Request {
             id,
             question: String::new(),
             references: Vec::new(),
+            contexts: vec![context_checksum(&prompt)],
             prompt,
             tenant: String::new(),
             metric: Metric::F1,
@@ -68,17 +71,6 @@ impl Request {
             answer_tokens: None,
             cut_tokens: 0,
             shift_tokens: 0,
-        }
-    }
-
-    /// What the question is about: the prompt between the last blank line (worked examples come before it) and the
-    /// question; the whole prompt if there is no question.
-    pub fn text(&self) -> &str {
-        let own = self.prompt.rsplit_once("\n\n").map_or(&self.prompt[..], |(_, own)| own);
-        let end = (!self.question.is_empty()).then(|| own.rfind(&self.question)).flatten();
-        match end {
-            Some(end) if end > 0 => &own[..end],
-            _ => &self.prompt,
         }
     }
 }
@@ -197,7 +189,7 @@ pub fn load(draw: &Draw, tokens: &dyn Fn(&str) -> Result<usize>) -> Result<Promp
             niah::draw(&Draw { requests: draw.limit.unwrap_or(draw.requests), ..draw.clone() }, tokens)
         }
         (kind, _) if FILES.contains(&kind) && !rest.is_empty() => {
-            let text = fs::read_to_string(&path).at(&path)?;
+            let text = files::read_text(&path)?;
             match kind {
                 "squad" => {
                     let passages = squad::parse(&path, &text)?;
@@ -224,6 +216,11 @@ fn deal(requests: &mut [Request], draw: &Draw) {
     for (request, label) in requests.iter_mut().zip(labels) {
         request.tenant = format!("tenant-{label}");
     }
+}
+
+/// Names a passage by its content, but for the white space around it.
+fn context_checksum(text: &str) -> String {
+    files::sha256_bytes(text.trim().as_bytes())[..16].to_owned()
 }
 
 fn checksum(text: &str) -> String {

@@ -1,7 +1,7 @@
 //! Few-shot plain-text prompts over passages.
 
 use super::squad::{Passage, Question};
-use super::{Draw, PromptSet, Request, checksum};
+use super::{Draw, PromptSet, Request, checksum, context_checksum};
 use crate::error::{Error, Result};
 use rand::seq::SliceRandom;
 use rand::{RngExt, SeedableRng};
@@ -82,6 +82,7 @@ pub fn draw(
         Ok(Request {
             question: question.text.clone(),
             references: question.references.clone(),
+            contexts: texts.iter().map(|text| context_checksum(text)).collect(),
             ..Request::raw(question.id.clone(), preamble.clone() + &unanswered(&texts, &question.text))
         })
     };

@@ -1,7 +1,7 @@
 //! RULER (Hsieh et al. 2024): JSON lines with `input` and `outputs`, as its data preparation writes them, a file a task.
 
 use super::metric::Metric;
-use super::{PromptSet, Request, lines};
+use super::{PromptSet, Request, context_checksum, lines};
 use crate::error::Result;
 use serde::Deserialize;
 use std::path::Path;
@@ -40,6 +40,10 @@ pub fn take(path: &Path, text: &str, counts: (usize, usize)) -> Result<PromptSet
             references: line.outputs,
             metric,
             answer_tokens: Some(answer_tokens),
+            // The question is the input's last line.
+            contexts: vec![context_checksum(
+                line.input.trim_end().rsplit_once('\n').map_or(&line.input, |(c, _)| c),
+            )],
             ..Request::raw(
                 line.index.map_or_else(|| format!("line-{n}"), |i| i.to_string()),
                 format!("{}{}", line.input, line.answer_prefix),

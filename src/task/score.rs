@@ -1,11 +1,27 @@
 //! SQuAD v1.1 answer scores (Rajpurkar et al. 2016): token F1 and exact match, the best over the references.
 
+use regex::Regex;
 use std::collections::HashMap;
+use std::sync::LazyLock;
 
-/// Lower case, without ASCII punctuation and English articles, split at white space.
+/// Runs of what is a word to Python's `re`: letters and numbers of any script, and the underscore, but no combining marks.
+static WORDS: LazyLock<Option<Regex>> = LazyLock::new(|| Regex::new(r"[\p{L}\p{N}_]+").ok());
+
+/// Lower case, without ASCII punctuation; then articles between word boundaries become a space; split at white space. The
+/// SQuAD v1.1 script's `normalize_answer`, with Python's notions of word and white space.
 fn tokens(text: &str) -> Vec<String> {
     let plain: String = text.to_lowercase().chars().filter(|c| !c.is_ascii_punctuation()).collect();
-    plain.split_whitespace().filter(|w| !["a", "an", "the"].contains(w)).map(str::to_owned).collect()
+    let articles = |found: &regex::Captures| match &found[0] {
+        "a" | "an" | "the" => " ".to_owned(),
+        word => word.to_owned(),
+    };
+    let plain = match &*WORDS {
+        Some(words) => words.replace_all(&plain, articles).into_owned(),
+        None => plain,
+    };
+    // Python splits at the ASCII separators too.
+    let space = |c: char| c.is_whitespace() || ('\u{1c}'..='\u{1f}').contains(&c);
+    plain.split(space).filter(|w| !w.is_empty()).map(str::to_owned).collect()
 }
 
 /// Token F1 in 0..=1 of an answer against its best reference.
@@ -22,7 +38,8 @@ pub fn exact_match(answer: &str, references: &[String]) -> f64 {
 
 fn f1(answer: &[String], reference: &[String]) -> f64 {
     if answer.is_empty() || reference.is_empty() {
-        return if answer == reference { 1.0 } else { 0.0 };
+        // As the script: nothing in common.
+        return 0.0;
     }
     let mut left: HashMap<&str, usize> = HashMap::new();
     for word in reference {

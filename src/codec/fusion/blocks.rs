@@ -7,7 +7,7 @@ use crate::block::Entry;
 use crate::codec::CacheBatch;
 use crate::model::kernels::inner;
 use std::borrow::Cow;
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::ops::Range;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
@@ -54,10 +54,16 @@ pub struct Layer {
 impl Blocks {
     /// The full blocks of all requests, a leaf a request (BFF).
     pub fn of_requests(batch: &CacheBatch) -> Self {
+        Self::of_requests_without(batch, &HashSet::new())
+    }
+
+    /// [`Blocks::of_requests`] but for some, given as (request, block).
+    pub fn of_requests_without(batch: &CacheBatch, left_out: &HashSet<(usize, usize)>) -> Self {
         let size = batch.pool.shape().block_size;
         let full = |request: usize| batch.caches[request].tokens / size;
         let places = (0..batch.caches.len())
-            .flat_map(|request| (0..full(request)).map(move |block| Place { request, block, leaf: request }));
+            .flat_map(|request| (0..full(request)).map(move |block| Place { request, block, leaf: request }))
+            .filter(|p| !left_out.contains(&(p.request, p.block)));
         Self::new(batch, places.collect(), batch.caches.len())
     }
 

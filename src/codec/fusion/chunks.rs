@@ -54,7 +54,9 @@ impl ChunkFusion {
         for (n, chunk) in tokens.chunks(self.chunk_tokens).enumerate() {
             interrupt::check()?;
             let cache = &mut batch.caches[request];
-            decoder.forward(&mut batch.pool, &mut [Segment { cache, tokens: chunk }], None);
+            let number = format!("{request} of the batch");
+            let fed = decoder.forward(&mut batch.pool, &mut [Segment { cache, tokens: chunk }], None);
+            fed.map_err(|f| f.of(|_| &number))?;
             let complete = n + 1;
             if chunk.len() == self.chunk_tokens && complete.is_multiple_of(self.fuse_chunks) {
                 self.fuse(batch, request, complete - self.fuse_chunks)?;

@@ -1,14 +1,13 @@
 //! Thresholds of single layers, as `kvfuse calibrate` writes them and `kvfuse sweep --thresholds` reads them.
 
 use super::choices::Choices;
-use crate::error::{Error, IoAt, Result};
+use crate::error::{Error, Result};
 use crate::files;
 use serde::{Deserialize, Serialize};
-use std::fs;
 use std::path::Path;
 
 /// Raised when older readers would misread the file.
-const SCHEMA: u32 = 1;
+const SCHEMA: u32 = 2;
 
 /// A calibration: the choices it was made for, the thresholds, and the questions it has seen.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -30,8 +29,11 @@ pub struct Thresholds {
     /// compression ratio (measured, or predicted where the target begins with `model`).
     pub calibration_kl: Option<f64>,
     pub calibration_cr_audited: f64,
-    /// Ids of the questions seen; a sweep with this file leaves them out.
+    /// Ids of the questions seen.
     pub questions: Vec<String>,
+    /// Checksums of the texts that these are about; a sweep with this file leaves out all questions about any of them, of
+    /// whatever file and id.
+    pub contexts: Vec<String>,
     pub choices: Choices,
     pub layers: Vec<LayerThresholds>,
 }
@@ -49,7 +51,7 @@ pub struct LayerThresholds {
 
 impl Thresholds {
     pub fn read(path: &Path) -> Result<Self> {
-        let text = fs::read_to_string(path).at(path)?;
+        let text = files::read_text(path)?;
         let mut thresholds: Thresholds = toml::from_str(&text).map_err(|e| {
             let problem = format!("not a thresholds file of `kvfuse calibrate`: {}", e.message());
             Error::file(path, problem.replace('\n', " "))
