@@ -75,7 +75,7 @@ fn a_damaged_hf_folder() {
     let config = r#"{"model_type": "llama", "num_hidden_layers": 1, "hidden_size": 8, "num_attention_heads": 2,
                      "intermediate_size": 8, "vocab_size": 8}"#;
     write(&dir.path().join("config.json"), config.as_bytes());
-    refuse(&["model", "info", text(dir.path())], &["no *.safetensors"]);
+    refuse(&["model", "info", text(dir.path())], &["neither model.safetensors"]);
     write(&dir.path().join("model.safetensors"), b"\x10\x00\x00\x00\x00\x00\x00\x00{}");
     refuse(&["model", "info", text(dir.path())], &["model.safetensors", "truncated"]);
 }
@@ -92,7 +92,7 @@ fn a_hostile_config() {
         write(&dir.path().join("config.json"), config.to_string().as_bytes());
     };
     config(serde_json::json!({}));
-    refuse(&["model", "info", text(dir.path())], &["no *.safetensors"]);
+    refuse(&["model", "info", text(dir.path())], &["neither model.safetensors"]);
     let huge = 1_000_000_000_000_000_000_u64;
     for (extra, words) in [
         (serde_json::json!({"num_hidden_layers": huge, "sliding_window": 4}), ["layers", "beyond reason"]),
@@ -286,5 +286,8 @@ fn a_prompt_longer_than_the_context() {
     let file = write(&dir.path().join("long.jsonl"), prompt.as_bytes());
     let data = format!("prompts:{}", text(&file));
     let out = dir.path().join("out");
-    refuse(&["dump", "--data", &data, "--requests", "1", "-o", text(&out)], &["tokens", "line-1"]);
+    refuse(
+        &["dump", "--data", &data, "--requests", "1", "-o", text(&out)],
+        &["tokens", "line-1", "--max-tokens"],
+    );
 }

@@ -47,13 +47,15 @@ fn made_up_dump(folder: &Path, config: &ModelConfig, caches: &[Cache]) -> Manife
         let longer = |x: &[f32]| [x, &vec![0.5; width]].concat();
         let shard = format!("request-{i:05}.safetensors");
         let layers = [(longer(keys), longer(values))];
-        write_shard(&folder.join(&shard), &vec![1; tokens], &layers, config, DumpDtype::F32).unwrap();
+        let path = folder.join(&shard);
+        let sha256 = write_shard(&path, &vec![1; tokens], &layers, config, DumpDtype::F32, "test").unwrap();
         let references = vec!["y".to_owned()];
         let request = Request { references, ..Request::raw(i.to_string(), "x".to_owned()) };
-        requests.push(RequestEntry { shard, tokens, request });
+        requests.push(RequestEntry { shard, sha256, tokens, request });
     }
     let manifest = Manifest {
-        schema: 1,
+        schema: 2,
+        numerics: kvfuse::model::NUMERICS,
         kvfuse_version: "test".to_owned(),
         command: vec!["test".to_owned()],
         model: ModelEntry { name: "none".to_owned(), sha256: "0".repeat(64), config: config.clone() },

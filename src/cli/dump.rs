@@ -2,10 +2,11 @@
 
 use super::say;
 use crate::dump::{DumpDtype, DumpOptions, Sort, dump};
+use crate::files;
 use crate::model::registry::DEFAULT_MODEL;
 use crate::task::Draw;
 use anyhow::Result;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// Prefill prompts and write their KV caches: one safetensors shard a request, and manifest.json.
 ///
@@ -58,7 +59,7 @@ pub struct Args {
     /// Storage of keys and values
     #[arg(long, value_enum, default_value_t = DumpDtype::F32)]
     dtype: DumpDtype,
-    /// Folder to write [default: dumps/ and a name made of model, data, requests, shots and seed]
+    /// Folder to write [default: dumps/ and a name made of the options and a checksum of model and data]
     #[arg(short, long, value_name = "DIR")]
     out: Option<PathBuf>,
 }
@@ -88,7 +89,7 @@ impl Args {
 }
 
 pub fn run(args: Args, typed: Vec<String>) -> Result<()> {
-    let out = folder(&args);
+    let out = folder(&args)?;
     let manifest = dump(&out, &args.options(typed))?;
     let tokens: usize = manifest.requests.iter().map(|r| r.tokens).sum();
     let cut = manifest.requests.iter().filter(|r| r.request.cut_tokens > 0).count();
@@ -105,14 +106,17 @@ pub fn run(args: Args, typed: Vec<String>) -> Result<()> {
 }
 
 /// Where a dump goes.
-pub fn folder(args: &Args) -> PathBuf {
-    args.out.clone().unwrap_or_else(|| PathBuf::from("dumps").join(default_name(args)))
+pub fn folder(args: &Args) -> Result<PathBuf> {
+    match &args.out {
+        Some(out) => Ok(out.clone()),
+        None => Ok(PathBuf::from("dumps").join(default_name(args)?)),
+    }
 }
 
 /// The last part of a name, path or `kind:path`, as a file name. A file that is named for its split (RULER's all are
 /// `TASK/validation.jsonl`) has its folder's name in front.
 pub fn stem(text: &str) -> String {
-    let mut parts = text.rsplit(['/', ':']);
+    let mut parts = text.trim_end_matches('/').rsplit(['/', ':']);
     let last = parts.next().unwrap_or(text);
     let known = [".json", ".jsonl", ".gguf", ".txt"];
     let stem = known.iter().find_map(|e| last.strip_suffix(e)).unwrap_or(last);
@@ -123,22 +127,23 @@ pub fn stem(text: &str) -> String {
 
 const SPLITS: [&str; 5] = ["train", "validation", "valid", "dev", "test"];
 
-/// A folder name that two different dumps are unlikely to share.
-fn default_name(args: &Args) -> String {
+/// A folder name that no two different dumps share: it ends with a checksum of the contents of model and data.
+fn default_name(args: &Args) -> Result<String> {
     let longest = args.max_tokens.map(|m| format!("-x{m}")).unwrap_or_default();
     let requests = args.limit.unwrap_or(args.requests);
-    let flags = [
-        ("-sorted", args.sort == Sort::Length),
-        ("-chat", args.chat),
-        ("-f16", args.dtype == DumpDtype::F16),
-    ];
+    let flags = [("-sorted", args.sort == Sort::Length), ("-chat", args.chat)];
     let flags: String = flags.iter().filter(|(_, on)| *on).map(|(name, _)| *name).collect();
     let plain =
         format!("{}-{}-n{}-k{}-s{}", stem(&args.model), stem(&args.data), requests, args.shots, args.seed);
     let length = args.length.map(|l| format!("-l{l}")).unwrap_or_default();
     let optional = [("-m", args.needles - args.needles.min(1)), ("-t", args.tenants), ("-p", args.shift)];
     let optional = optional.iter().filter(|(_, n)| *n > 0).map(|(name, n)| format!("{name}{n}"));
-    plain + &length + &longest + &optional.collect::<String>() + &flags
+    let dtype = format!("-{:?}", args.dtype).to_lowercase();
+    let data = args.data.split_once(':').map(|(_, file)| Path::new(file)).filter(|file| file.is_file());
+    let data = data.map_or(Ok(String::new()), files::sha256)?;
+    let contents = files::sha256_bytes((crate::model::checksum(&args.model)? + &data).as_bytes());
+    let name = plain + &length + &longest + &optional.collect::<String>() + &flags + &dtype;
+    Ok(format!("{name}-{}", &contents[..8]))
 }
 
 #[cfg(test)]

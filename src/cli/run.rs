@@ -129,7 +129,7 @@ impl Steps<'_> {
         let Command::Dump(dump) = self.parse("dump", &[format!("--model={}", self.model)])?.1 else {
             bail!("[dump] is no dump");
         };
-        let folder = super::dump::folder(&dump);
+        let folder = super::dump::folder(&dump)?;
         let (line, command) =
             self.parse("dump", &[format!("--model={}", self.model), format!("--out={}", folder.display())])?;
         self.step(line, command)?;

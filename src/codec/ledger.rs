@@ -43,6 +43,9 @@ pub struct LayerRate {
     pub logical_blocks: u64,
     /// Physical blocks behind them.
     pub physical_blocks: u64,
+    /// Of the blocks that were offered for fusion: as the tables list them, and physical ones.
+    pub leaf_blocks: u64,
+    pub root_blocks: u64,
 }
 
 impl LayerRate {
@@ -68,12 +71,22 @@ impl Ledger {
             let mut seen: HashSet<BlockId> = HashSet::new();
             let (mut full, mut partial) = (0, 0);
             let has_table = !layer.touched || (n - touched.start).is_multiple_of(coverage.table_layers);
-            for entry in batch.caches.iter().flat_map(|c| &c.layers[n].entries) {
+            let mut roots: HashSet<BlockId> = HashSet::new();
+            let entries = batch.caches.iter().flat_map(|c| {
+                let leaves = coverage.leaf_tokens.map_or(c.tokens, |stretch| c.tokens / stretch * stretch);
+                let leaves = leaves / shape.block_size;
+                c.layers[n].entries.iter().enumerate().map(move |(i, entry)| (entry, i < leaves))
+            });
+            for (entry, leaf) in entries {
                 let tokens = batch.pool.tokens(entry.block);
                 let elements = (2 * tokens * shape.token_width()) as u64;
                 let is_full = tokens == shape.block_size;
                 layer.elements += elements;
                 layer.logical_blocks += u64::from(is_full);
+                if leaf {
+                    layer.leaf_blocks += 1;
+                    layer.root_blocks += u64::from(roots.insert(entry.block));
+                }
                 if has_table {
                     ledger.table_bits += ENTRY_BITS;
                     layer.bits += ENTRY_BITS;
@@ -122,12 +135,13 @@ impl Ledger {
         ELEMENT_BITS as f64 / self.bits_per_element()
     }
 
-    /// The paper's ratio: full blocks of the touched layers only, before over after; 1 if none is touched.
+    /// The paper's ratio: blocks that were offered for fusion in the touched layers, over those that are left of them; 1 if
+    /// there are none.
     pub fn cr_paper(&self) -> f64 {
         let touched = self.layers.iter().filter(|l| l.touched);
-        let (logical, physical) =
-            touched.fold((0, 0), |(l, p), rate| (l + rate.logical_blocks, p + rate.physical_blocks));
-        if physical == 0 { 1.0 } else { logical as f64 / physical as f64 }
+        let (leaves, roots) =
+            touched.fold((0, 0), |(l, r), rate| (l + rate.leaf_blocks, r + rate.root_blocks));
+        if roots == 0 { 1.0 } else { leaves as f64 / roots as f64 }
     }
 }
 
@@ -148,6 +162,8 @@ impl AddAssign<&Ledger> for Ledger {
             mine.touched |= theirs.touched;
             mine.logical_blocks += theirs.logical_blocks;
             mine.physical_blocks += theirs.physical_blocks;
+            mine.leaf_blocks += theirs.leaf_blocks;
+            mine.root_blocks += theirs.root_blocks;
         }
     }
 }

@@ -79,12 +79,15 @@ pub struct Coverage {
     pub layers: Range<usize>,
     /// Consecutive touched layers that share one block table and one set of scales.
     pub table_layers: usize,
+    /// Only so many first tokens of every request were offered for fusion, counted in whole stretches of this; the paper's ratio
+    /// counts these blocks alone. `None`: all full blocks.
+    pub leaf_tokens: Option<usize>,
 }
 
 impl Coverage {
     /// These layers, a table each.
     pub fn of(layers: Range<usize>) -> Self {
-        Coverage { layers, table_layers: 1 }
+        Coverage { layers, table_layers: 1, leaf_tokens: None }
     }
 }
 

@@ -63,6 +63,8 @@ pub(crate) fn open_request(folder: &Path, manifest: &Manifest, i: usize) -> Resu
         return Err(Error::file(path, problem));
     }
     if shard.sha256() != manifest.requests[i].sha256 {
+        // A number that is none says more.
+        (0..shard.layers()).try_for_each(|n| shard.layer(n).map(|_| ()))?;
         let problem = "is not the file that the manifest lists (its checksum differs): it was edited, or is of another dump; \
                        delete it and run the dump again";
         return Err(Error::file(path, problem));

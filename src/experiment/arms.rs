@@ -83,7 +83,7 @@ impl Encoder {
     pub fn coverage(&self, layers: usize) -> Coverage {
         match self {
             Encoder::Codec(codec) => codec.coverage(layers),
-            Encoder::Chunks(chunks) => chunks.fusion().coverage(layers),
+            Encoder::Chunks(chunks) => chunks.coverage(layers),
         }
     }
 }

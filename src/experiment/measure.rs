@@ -4,6 +4,7 @@ use super::table::{Columns, write_csv};
 use crate::dump::Manifest;
 use crate::error::{Error, Result};
 use crate::files;
+use crate::lock::FolderLock;
 use crate::stats::{SimilarityOptions, StatRow, similarities};
 use std::path::{Path, PathBuf};
 
@@ -22,6 +23,7 @@ pub struct StatsOptions {
 /// Measures all requests of a dump; writes stats.csv and stats.manifest.json.
 pub fn measure(options: &StatsOptions) -> Result<Vec<StatRow>> {
     let manifest = Manifest::read(&options.dump)?;
+    let _lock = FolderLock::take(&options.out)?;
     files::writable_folder(&options.out)?;
     let requests: Vec<usize> = (0..manifest.requests.len()).collect();
     let rows = similarities(&options.dump, &manifest, &requests, &options.similarity)?;

@@ -6,6 +6,7 @@ use super::table::write_csv;
 use crate::codec::fusion::Pairing;
 use crate::error::{Error, Result};
 use crate::files;
+use crate::lock::FolderLock;
 use crate::stats::rounded;
 use crate::theory::{
     Draws, Extent, LayerLaw, Model, MonteCarloRow, Prediction, Verdict, layer_cr, monte_carlo,
@@ -99,6 +100,7 @@ pub fn simulate(options: &SimulateOptions) -> Result<Simulation> {
     }
     let laws = LayerLaw::of_rows(&rows, size);
     let taus = thresholds(options, &laws)?;
+    let _lock = FolderLock::take(&options.out)?;
     files::writable_folder(&options.out)?;
     let measured = match &options.against {
         Some(path) => Some(measured_layers(path, &laws, &rows[0])?),

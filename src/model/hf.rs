@@ -115,8 +115,14 @@ impl HfFolder {
         self.path.join("tokenizer.json")
     }
 
+    /// Checksum of the model's files.
+    pub fn sha256(&self) -> Result<String> {
+        let sums: Vec<String> = self.files().iter().map(|f| files::sha256(f)).collect::<Result<_>>()?;
+        Ok(files::sha256_bytes(sums.concat().as_bytes()))
+    }
+
     /// The files that make up the model's identity, in a fixed order.
-    pub fn files(&self) -> Vec<PathBuf> {
+    fn files(&self) -> Vec<PathBuf> {
         let names = [
             "config.json",
             "tokenizer.json",

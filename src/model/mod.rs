@@ -42,6 +42,15 @@ pub struct Model {
     pub sha256: String,
 }
 
+/// Checksum of what `--model` means, as [`Model::sha256`] has it, without loading its weights.
+pub fn checksum(spec: &str) -> Result<String> {
+    if let Some(builtin) = registry::builtin(spec) {
+        return Ok(builtin.sha256.to_owned());
+    }
+    let path = registry::resolve(spec)?;
+    if path.is_dir() { HfFolder::open(&path)?.sha256() } else { files::sha256(&path) }
+}
+
 impl Model {
     /// Opens what `--model` means: a built-in name (fetched on first use), a GGUF file or a HF folder.
     pub fn load(spec: &str) -> Result<Self> {
@@ -64,9 +73,7 @@ impl Model {
         if path.is_dir() {
             let folder = HfFolder::open(path)?;
             let tokenizer = Tokenizer::from_file(&folder.tokenizer_path())?;
-            let sums: Vec<String> = folder.files().iter().map(|f| files::sha256(f)).collect::<Result<_>>()?;
-            let sha256 = files::sha256_bytes(sums.concat().as_bytes());
-            Self::assemble(folder.config().clone(), &folder, tokenizer, sha256)
+            Self::assemble(folder.config().clone(), &folder, tokenizer, folder.sha256()?)
         } else {
             let gguf = Gguf::open(path)?;
             let tokenizer = Tokenizer::from_gguf(&gguf, path)?;

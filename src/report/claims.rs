@@ -17,8 +17,21 @@ const WITHIN: f64 = 0.1;
 pub enum Verdict {
     Holds,
     Fails,
-    /// The tables do not tell.
-    Open,
+    /// The interval reaches both sides of the margin, or there is nothing to judge by.
+    Undecided,
+}
+
+/// Loss of the task's score that counts as none: one point.
+const MARGIN: f64 = 0.01;
+
+/// Whether a quantity that should stay below `most` does, by its 95 % interval. An interval wholly below it passes the two
+/// one-sided tests at 2.5 %; one wholly above it fails.
+fn below(low: f64, high: f64, most: f64) -> Verdict {
+    match (high <= most, low > most) {
+        (true, _) => Verdict::Holds,
+        (_, true) => Verdict::Fails,
+        _ => Verdict::Undecided,
+    }
 }
 
 /// A claim and what the tables say of it.
@@ -51,6 +64,7 @@ struct Arm {
     beyond_prefix: f64,
     kl: f64,
     kl_low: f64,
+    kl_high: f64,
     score_diff: f64,
     score_diff_low: f64,
     score_diff_high: f64,
@@ -62,7 +76,7 @@ fn of_sweep(table: &Columns) -> Result<Vec<Claim>> {
     let column = |name: &str| table.floats(name);
     let method = table.strings("method")?;
     let (audited, paper, beyond) = (column("cr_audited")?, column("cr_paper")?, column("cr_beyond_prefix")?);
-    let (kl, kl_low) = (column("kl")?, column("kl_low")?);
+    let (kl, kl_low, kl_high) = (column("kl")?, column("kl_low")?, column("kl_high")?);
     let diff = [column("score_diff")?, column("score_diff_low")?, column("score_diff_high")?];
     let (key, value) = (column("key_error")?, column("value_error")?);
     let arms: Vec<Arm> = (0..table.rows())
@@ -73,6 +87,7 @@ fn of_sweep(table: &Columns) -> Result<Vec<Claim>> {
             beyond_prefix: beyond[i],
             kl: kl[i],
             kl_low: kl_low[i],
+            kl_high: kl_high[i],
             score_diff: diff[0][i],
             score_diff_low: diff[1][i],
             score_diff_high: diff[2][i],
@@ -83,36 +98,68 @@ fn of_sweep(table: &Columns) -> Result<Vec<Claim>> {
     if arms.is_empty() {
         return Ok(Vec::new());
     }
-    let harmless: Vec<&Arm> = arms.iter().filter(|a| a.kl <= NEGLIGIBLE_KL).collect();
-    let most = |f: fn(&Arm) -> f64, of: &[&Arm]| of.iter().map(|a| f(a)).fold(f64::NAN, f64::max);
     let metric = table.strings("metric")?[0].clone();
-    let no_harmless = || format!("no arm has a KL of {NEGLIGIBLE_KL} nats a token or less");
+    let requests = column("requests")?[0];
+    let most = |f: fn(&Arm) -> f64, of: &[&Arm]| of.iter().map(|a| f(a)).fold(f64::NAN, f64::max);
     let verdict = |holds: bool| if holds { Verdict::Holds } else { Verdict::Fails };
-
-    let ratio = most(|a| a.cr_audited, &harmless);
+    // An arm is harmless if its KL and its loss of score are; it is harmful if either is above its margin.
+    let loss = |a: &Arm| match a.score_diff_low.is_finite() {
+        true => below(-a.score_diff_high, -a.score_diff_low, MARGIN),
+        false => Verdict::Undecided,
+    };
+    let harm = |a: &Arm| match (below(a.kl_low, a.kl_high, NEGLIGIBLE_KL), loss(a)) {
+        (Verdict::Holds, Verdict::Holds) => Verdict::Holds,
+        (Verdict::Fails, _) | (_, Verdict::Fails) => Verdict::Fails,
+        _ => Verdict::Undecided,
+    };
+    let margins = format!(
+        "margins: KL {NEGLIGIBLE_KL} nats per token, {metric} {MARGIN}; 95 % intervals of {requests} requests, two one-sided tests"
+    );
+    // The claim holds if some arm that reaches the ratio is harmless, and fails if none reaches it or all that do are harmful.
+    let reached =
+        |ratio: fn(&Arm) -> f64, least: f64| -> (Verdict, String) {
+            let there: Vec<&Arm> = arms.iter().filter(|a| ratio(a) >= least).collect();
+            let of = |wanted: Verdict| there.iter().filter(|a| harm(a) == wanted).count();
+            let (harmless, undecided) = (of(Verdict::Holds), of(Verdict::Undecided));
+            let judged = match (harmless, undecided) {
+                (1.., _) => Verdict::Holds,
+                (0, 1..) => Verdict::Undecided,
+                _ => Verdict::Fails,
+            };
+            let mildest = there.iter().min_by(|a, b| a.kl.total_cmp(&b.kl));
+            let mildest = mildest.map_or("none reaches it".to_owned(), |a| {
+            format!(
+                "the mildest has KL {:.4} [{:.4}, {:.4}] and {metric} {:+.3} [{:+.3}, {:+.3}] at ratio {:.2}",
+                a.kl, a.kl_low, a.kl_high, a.score_diff, a.score_diff_low, a.score_diff_high, ratio(a)
+            )
+        });
+            let reason = format!(
+                "{} of {} arms reach it, {harmless} harmless, {undecided} undecided; {mildest}; {margins}",
+                there.len(),
+                arms.len()
+            );
+            (judged, reason)
+        };
+    let (judged, mut reason) = reached(|a| a.cr_audited, HEADLINE_CR);
+    let counted =
+        most(|a| a.cr_paper, &arms.iter().filter(|a| harm(a) != Verdict::Fails).collect::<Vec<_>>());
+    if counted.is_finite() {
+        reason += &format!(
+            "; as the paper counts (fused layers, full blocks only), {counted:.2} without proven harm"
+        );
+    }
     let headline = Claim {
         claim: format!("Fusion compresses {HEADLINE_CR} times with negligible loss (abstract)"),
-        verdict: verdict(ratio >= HEADLINE_CR),
-        reason: if harmless.is_empty() {
-            no_harmless()
-        } else {
-            let paper = most(|a| a.cr_paper, &harmless);
-            format!(
-                "most at KL <= {NEGLIGIBLE_KL}: {ratio:.2} of the whole cache, {paper:.2} as the paper counts (fused layers, \
-                 full blocks only)"
-            )
-        },
+        verdict: judged,
+        reason,
     };
-    let over = most(|a| a.beyond_prefix, &harmless);
+    // More than prefix sharing, not as much.
+    let (judged, reason) = reached(|a| a.beyond_prefix, 1.0 + 1e-9);
     let prefix = Claim {
         claim: "Fusion stores less than exact prefix sharing, which is lossless, at negligible loss"
             .to_owned(),
-        verdict: verdict(over > 1.0),
-        reason: if harmless.is_empty() {
-            no_harmless()
-        } else {
-            format!("most at KL <= {NEGLIGIBLE_KL}: {over:.2} times")
-        },
+        verdict: judged,
+        reason,
     };
     let scored: Vec<&Arm> = arms.iter().filter(|a| a.score_diff_low.is_finite()).collect();
     // Arms whose score shows no loss although the KL's whole interval lies well above what is negligible.
@@ -121,7 +168,7 @@ fn of_sweep(table: &Columns) -> Result<Vec<Claim>> {
     let unseen = most(|a| a.kl, &blind.iter().map(|a| **a).collect::<Vec<_>>());
     let score = Claim {
         claim: format!("{metric} alone tells when fusion begins to hurt"),
-        verdict: if scored.is_empty() { Verdict::Open } else { verdict(blind.is_empty()) },
+        verdict: if scored.is_empty() { Verdict::Undecided } else { verdict(blind.is_empty()) },
         reason: match blind.first() {
             None if scored.is_empty() => "no request has a reference to score".to_owned(),
             None => format!(
@@ -144,7 +191,7 @@ fn of_sweep(table: &Columns) -> Result<Vec<Claim>> {
     let worse = fused.iter().filter(|a| a.value_error > a.key_error).count();
     let values = Claim {
         claim: "Values err no more than the keys that blocks are matched on".to_owned(),
-        verdict: if fused.is_empty() { Verdict::Open } else { verdict(worse * 2 < fused.len()) },
+        verdict: if fused.is_empty() { Verdict::Undecided } else { verdict(worse * 2 < fused.len()) },
         reason: format!(
             "values err more than keys in {worse} of {} arms that fuse more than duplicates",
             fused.len()
@@ -172,7 +219,7 @@ fn of_predictions(table: &Columns) -> Result<Vec<Claim>> {
             )
         });
         let verdict = match own.len() {
-            0 => Verdict::Open,
+            0 => Verdict::Undecided,
             n if holds == n => Verdict::Holds,
             _ => Verdict::Fails,
         };
@@ -188,15 +235,22 @@ fn of_predictions(table: &Columns) -> Result<Vec<Claim>> {
 mod tests {
     use super::*;
 
+    #[test]
+    fn verdicts_have_three_values() {
+        assert_eq!(below(0.001, 0.01, 0.02), Verdict::Holds);
+        assert_eq!(below(0.001, 0.03, 0.02), Verdict::Undecided);
+        assert_eq!(below(0.021, 0.03, 0.02), Verdict::Fails);
+    }
+
     /// Whether the score alone tells: only an arm whose KL's interval lies above 0.1 and whose score's reaches 0 denies it.
     #[test]
     fn a_score_is_blind_where_kl_is_sure() {
         let verdict = |kl_low: f64, score_high: f64| {
             let dir = tempfile::tempdir().unwrap();
-            let columns = "method,metric,cr_audited,cr_paper,cr_beyond_prefix,kl,kl_low,score_diff,score_diff_low,\
+            let columns = "method,metric,requests,cr_audited,cr_paper,cr_beyond_prefix,kl,kl_low,kl_high,score_diff,score_diff_low,\
                            score_diff_high,key_error,value_error";
-            let none = "none,F1,1,1,0.5,0,0,0,0,0,0,0";
-            let arm = format!("bff,F1,3,5,1.2,0.3,{kl_low},-0.05,-0.1,{score_high},0.01,0.02");
+            let none = "none,F1,64,1,1,0.5,0,0,0,0,0,0,0,0";
+            let arm = format!("bff,F1,64,3,5,1.2,0.3,{kl_low},0.4,-0.05,-0.1,{score_high},0.01,0.02");
             std::fs::write(dir.path().join(SWEEP_CSV), format!("{columns}\n{none}\n{arm}\n")).unwrap();
             let found = claims(dir.path()).unwrap();
             let words = |c: &&Claim| c.claim.starts_with("F1 alone");

@@ -1,7 +1,7 @@
 //! Chunks fast-fusion: similar blocks of one prompt's chunks fuse while the prompt is prefilled.
 
 use super::{Blocks, Fusion};
-use crate::codec::CacheBatch;
+use crate::codec::{CacheBatch, Codec, Coverage};
 use crate::error::{Error, Result};
 use crate::interrupt;
 use crate::model::{Decoder, Segment};
@@ -30,8 +30,9 @@ impl ChunkFusion {
         Ok(ChunkFusion { fusion, chunk_tokens, fuse_chunks })
     }
 
-    pub fn fusion(&self) -> &Fusion {
-        &self.fusion
+    /// What fusion touches; the leaves are the blocks of complete groups of chunks.
+    pub fn coverage(&self, layers: usize) -> Coverage {
+        Coverage { leaf_tokens: Some(self.least_tokens()), ..self.fusion.coverage(layers) }
     }
 
     /// Fewest tokens that a cache must have for anything to fuse.

@@ -151,7 +151,11 @@ impl Fusion {
 impl Codec for Fusion {
     fn coverage(&self, layers: usize) -> Coverage {
         let touched = self.choices.touched(layers);
-        Coverage { layers: self.only.clone().unwrap_or(touched), table_layers: self.choices.group_layers }
+        Coverage {
+            layers: self.only.clone().unwrap_or(touched),
+            table_layers: self.choices.group_layers,
+            leaf_tokens: None,
+        }
     }
 
     fn encode(&self, batch: &mut CacheBatch, memo: &Memo) -> Result<()> {
