@@ -389,7 +389,7 @@ fn every_architecture_equals_its_definition() {
         let (together, single) = tokens.split_at(13);
         for part in [together].into_iter().chain(single.chunks(1)) {
             let segment = Segment { cache: &mut cache, tokens: part };
-            hidden.extend(decoder.forward(&mut pool, &mut [segment], None));
+            hidden.extend(decoder.forward(&mut pool, &mut [segment], None).unwrap());
         }
         let logits = decoder.logits(&hidden);
         let (expected, keys) = case.reference(&tensors, &tokens);

@@ -146,10 +146,12 @@ fn cff_equals_the_reference() {
         let codec = ChunkFusion::new(Fusion::paper(tau).unwrap(), 16, 4, 4).unwrap();
         codec.fuse(&mut batch, 0, 4).unwrap();
         // The reference counts the fused chunks only: half of the request's blocks.
-        let mut ledger = Ledger::of(&batch, &codec.fusion().coverage(GOLDEN_LAYERS));
+        let mut ledger = Ledger::of(&batch, &codec.coverage(GOLDEN_LAYERS));
         for layer in &mut ledger.layers {
             layer.logical_blocks -= 16;
             layer.physical_blocks -= 16;
+            layer.leaf_blocks -= 16;
+            layer.root_blocks -= 16;
         }
         assert_counts(&ledger, result);
         let (k, v) = (golden.floats(&format!("cff.tau{tau}.k")), golden.floats(&format!("cff.tau{tau}.v")));

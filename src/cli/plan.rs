@@ -259,6 +259,8 @@ fn text(value: &DeValue) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::error::IoAt;
+    use std::fs;
 
     const GOOD: &str = "title = \"t\"\nmodels = [\"a\", \"b\"]\n[dump]\ndata = \"squad:{xquad}\"\nrequests = 64\n\n\
         [sweep]\ntau = [0.9, \"0.8\"]\nwithin_tenant = [false, true]\n[quick]\nmodels = [\"a\"]\n[quick.dump]\nrequests = 8\n";
