@@ -2,10 +2,8 @@
 
 mod common;
 
-use common::kvfuse;
+use common::{kvfuse, tiny};
 use kvfuse::files;
-use safetensors::Dtype;
-use safetensors::tensor::TensorView;
 use serde_json::json;
 use std::collections::BTreeMap;
 use std::fs;
@@ -15,68 +13,8 @@ use std::path::Path;
 use std::process::Output;
 use std::sync::{Arc, Mutex};
 use std::thread;
-use tokenizers::AddedToken;
-use tokenizers::models::bpe::{BPE, Vocab};
-use tokenizers::pre_tokenizers::byte_level::ByteLevel;
-use tokenizers::processors::template::TemplateProcessing;
 
 const CONTEXT: u64 = 64;
-
-/// A model of one layer whose tokens are bytes and a BOS, in two files of weights. It has embeddings for the first
-/// `vocab` of the 257 tokens.
-fn tiny(folder: &Path, vocab: usize, context: u64) {
-    let (hidden, wide) = (16, 24);
-    let config = json!({"model_type": "llama", "hidden_size": hidden, "num_hidden_layers": 1,
-        "num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": wide, "vocab_size": vocab,
-        "max_position_embeddings": context});
-    fs::write(folder.join("config.json"), config.to_string()).unwrap();
-    let mut alphabet: Vec<char> = ByteLevel::alphabet().into_iter().collect();
-    alphabet.sort_unstable();
-    let vocab_map: Vocab =
-        ["<s>".to_owned()].into_iter().chain(alphabet.iter().map(char::to_string)).zip(0..).collect();
-    let mut tokenizer =
-        tokenizers::Tokenizer::new(BPE::builder().vocab_and_merges(vocab_map, vec![]).build().unwrap());
-    tokenizer.with_pre_tokenizer(Some(ByteLevel::new(false, true, true)));
-    tokenizer.with_decoder(Some(ByteLevel::default()));
-    tokenizer.add_special_tokens([AddedToken::from("<s>", true)]).unwrap();
-    let mut bos = TemplateProcessing::builder();
-    let bos = bos.try_single("<s> $A").unwrap().special_tokens(vec![("<s>", 0)]);
-    tokenizer.with_post_processor(Some(bos.build().unwrap()));
-    tokenizer.save(folder.join("tokenizer.json"), false).unwrap();
-    let shapes = [
-        ("model.embed_tokens.weight", vec![vocab, hidden]),
-        ("model.norm.weight", vec![hidden]),
-        ("model.layers.0.input_layernorm.weight", vec![hidden]),
-        ("model.layers.0.post_attention_layernorm.weight", vec![hidden]),
-        ("model.layers.0.self_attn.q_proj.weight", vec![hidden, hidden]),
-        ("model.layers.0.self_attn.k_proj.weight", vec![8, hidden]),
-        ("model.layers.0.self_attn.v_proj.weight", vec![8, hidden]),
-        ("model.layers.0.self_attn.o_proj.weight", vec![hidden, hidden]),
-        ("model.layers.0.mlp.gate_proj.weight", vec![wide, hidden]),
-        ("model.layers.0.mlp.up_proj.weight", vec![wide, hidden]),
-        ("model.layers.0.mlp.down_proj.weight", vec![hidden, wide]),
-    ];
-    let bytes: Vec<(&str, Vec<usize>, Vec<u8>)> = shapes
-        .into_iter()
-        .map(|(name, shape)| {
-            let n: usize = shape.iter().product();
-            let data = (0..n).flat_map(|i| (((i * 37 + name.len()) % 19) as f32 / 19.0 - 0.4).to_le_bytes());
-            (name, shape, data.collect())
-        })
-        .collect();
-    let mut map = serde_json::Map::new();
-    for (shard, file) in
-        ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"].iter().enumerate()
-    {
-        let part: Vec<_> = bytes.iter().skip(shard).step_by(2).collect();
-        map.extend(part.iter().map(|(name, ..)| ((*name).to_owned(), json!(file))));
-        let views = part.iter().map(|(n, s, b)| (*n, TensorView::new(Dtype::F32, s.clone(), b).unwrap()));
-        safetensors::serialize_to_file(views, None, &folder.join(file)).unwrap();
-    }
-    let index = json!({"metadata": {}, "weight_map": map});
-    fs::write(folder.join("model.safetensors.index.json"), index.to_string()).unwrap();
-    fs::write(folder.join("README.md"), "not asked for").unwrap();
-}
 
 /// What a request looked like: path and Authorization header.
 type Log = Arc<Mutex<Vec<(String, Option<String>)>>>;

@@ -174,7 +174,7 @@ fn thresholds_are_calibrated_on_questions_that_the_sweep_leaves_out() {
     };
     let good = fs::read_to_string(&file).unwrap();
     refused("tau = 0.9", &["t.toml", "kvfuse calibrate"]);
-    refused(&good.replace("schema = 1", "schema = 9"), &["t.toml", "schema 9"]);
+    refused(&good.replace("schema = 2", "schema = 9"), &["t.toml", "schema 9"]);
     refused(&good.replacen("key = ", "key = 7", 1), &["t.toml", "layer 13"]);
     refused(&good.replace("block_size = 16", "block_size = 8"), &["--block-size 8"]);
     let other = good.lines().map(|l| if l.starts_with("model_sha256") { "model_sha256 = \"0\"" } else { l });

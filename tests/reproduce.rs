@@ -144,25 +144,25 @@ fn report(dir: &Path, out: &Path) {
     let rows = fs::read_to_string(out.join("sweep.csv")).unwrap().lines().count() - 1;
     assert!(html.contains(&format!("({rows} rows)")), "{rows}");
     // The verdict on the headline is the table's.
-    let harmless = csv_rows(&out.join("sweep.csv")).into_iter().filter(|r| r.0 == "bff" && r.2 <= 0.02);
-    let best = harmless.map(|r| r.1).fold(f64::NAN, f64::max);
-    let expected = if best >= 4.38 { "verdict holds" } else { "verdict fails" };
+    let most = csv_rows(&out.join("sweep.csv"))
+        .into_iter()
+        .filter(|r| r.0 == "bff")
+        .map(|r| r.1)
+        .fold(0.0, f64::max);
+    assert!(most < 4.38, "so few requests do not reach it");
     let headline = html.split("<tr>").find(|row| row.contains("4.38")).unwrap();
-    assert!(headline.contains(expected), "{headline}");
-    if best.is_finite() {
-        assert!(headline.contains(&format!("{best:.2} of the whole cache")), "{headline}");
-    }
+    assert!(headline.contains("verdict fails") && headline.contains("none reaches it"), "{headline}");
+    assert!(headline.contains("4 requests, two one-sided tests"), "{headline}");
     let nothing = tempfile::tempdir().unwrap();
     let output = in_folder(nothing.path(), &["report", "."]);
     assert_eq!((output.status.code(), said(&output).1.contains("no results")), (Some(2), true));
 }
 
-/// Method, audited ratio and KL of each row.
-fn csv_rows(path: &Path) -> Vec<(String, f64, f64)> {
+/// Method and audited ratio of each row.
+fn csv_rows(path: &Path) -> Vec<(String, f64)> {
     let table = kvfuse::experiment::Columns::read(path).unwrap();
-    let (method, cr, kl) = (table.strings("method"), table.floats("cr_audited"), table.floats("kl"));
-    let numbers = cr.unwrap().into_iter().zip(kl.unwrap());
-    method.unwrap().into_iter().zip(numbers).map(|(m, (cr, kl))| (m, cr, kl)).collect()
+    let (method, cr) = (table.strings("method").unwrap(), table.floats("cr_audited").unwrap());
+    method.into_iter().zip(cr).collect()
 }
 
 #[test]

@@ -65,8 +65,7 @@ pub fn write_shard(
     let mut tensors: Vec<(String, Dtype, Vec<usize>, Vec<u8>)> = Vec::new();
     for (n, (keys, values)) in layers.iter().enumerate() {
         for (name, numbers) in [("key", keys), ("value", values)] {
-            // NaN is not within any bounds either.
-            if let Some(number) = numbers.iter().find(|x| !(x.abs() <= dtype.most())) {
+            if let Some(number) = numbers.iter().find(|x| x.is_nan() || x.abs() > dtype.most()) {
                 let problem = format!(
                     "layer {n}: a {name} of {number} does not fit into {}; dump with --dtype bf16 or f32",
                     format!("{dtype:?}").to_lowercase()

@@ -80,6 +80,15 @@ pub struct Divergence {
     pub top1: bool,
 }
 
+/// An arm beside the no-fusion arm.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Comparison {
+    /// Each target of each request.
+    pub targets: Vec<Vec<Divergence>>,
+    /// Sums over attention outputs: squared error, and energy of the no-fusion arm's.
+    pub attention: (f64, f64),
+}
+
 /// Target rows whose logits are held at a time: enough for an efficient product, little enough to stay small.
 const LOGIT_ROWS: usize = 128;
 
@@ -154,8 +163,7 @@ impl Reference {
         Ok(Reference { logits, attention })
     }
 
-    /// How far an encoded batch strays: each target of each request, and the sums (squared error, energy) of attention
-    /// outputs.
+    /// How far an encoded batch strays.
     ///
     /// # Errors
     /// If a number on the way is not finite; the message names the request.
@@ -165,9 +173,9 @@ impl Reference {
         spared: &Spared,
         batch: &mut CacheBatch,
         prompts: &[Prompt],
-    ) -> Result<(Vec<Vec<Divergence>>, (f64, f64))> {
+    ) -> Result<Comparison> {
         let vocab = model.decoder.config().vocab;
-        let mut out = Vec::with_capacity(prompts.len());
+        let mut targets = Vec::with_capacity(prompts.len());
         let attention = teacher_force(model, spared, batch, prompts, |i, logits| {
             let rows: Vec<(&[f32], &[f32], u32)> = self.logits[i]
                 .chunks_exact(vocab)
@@ -177,7 +185,7 @@ impl Reference {
                 .collect();
             let tokens: Option<Vec<Divergence>> =
                 rows.par_iter().map(|&(p, q, t)| divergence(p, q, t)).collect();
-            out.push(tokens.ok_or_else(|| {
+            targets.push(tokens.ok_or_else(|| {
                 let id = &prompts[i].id;
                 Error::Number(format!(
                     "request {id}: its next-token logits are not finite; use another model"
@@ -187,7 +195,7 @@ impl Reference {
         })?;
         let error = self.attention.iter().zip(&attention).map(|(a, b)| f64::from(a - b).powi(2)).sum();
         let energy = self.attention.iter().map(|&a| f64::from(a).powi(2)).sum();
-        Ok((out, (error, energy)))
+        Ok(Comparison { targets, attention: (error, energy) })
     }
 }
 

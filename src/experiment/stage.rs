@@ -125,10 +125,10 @@ impl<'a> Stage<'a> {
             errors.iter_mut().zip(sums).for_each(|(error, sum)| *error += sum);
 
             let started = Instant::now();
-            let (divergences, sums) =
-                lot.reference.compare(self.model, &lot.base.spared, &mut batch, &lot.prompts)?;
+            let compared = lot.reference.compare(self.model, &lot.base.spared, &mut batch, &lot.prompts)?;
+            let divergences = compared.targets;
             timings.score_seconds += started.elapsed().as_secs_f64();
-            attention = (attention.0 + sums.0, attention.1 + sums.1);
+            attention = (attention.0 + compared.attention.0, attention.1 + compared.attention.1);
 
             let started = Instant::now();
             let tokens =
@@ -186,9 +186,8 @@ impl<'a> Stage<'a> {
             let mut batch = lot.base.batch.clone();
             codec.encode(&mut batch, &lot.memo)?;
             ledger += &Ledger::of(&batch, &coverage);
-            let (divergences, _) =
-                lot.reference.compare(self.model, &lot.base.spared, &mut batch, &lot.prompts)?;
-            kl.extend(divergences.iter().map(|d| mean_of(d, |d| d.kl)));
+            let compared = lot.reference.compare(self.model, &lot.base.spared, &mut batch, &lot.prompts)?;
+            kl.extend(compared.targets.iter().map(|d| mean_of(d, |d| d.kl)));
         }
         Ok((ledger, crate::stats::mean(&kl)))
     }

@@ -177,8 +177,7 @@ impl Decoder {
         let most = pool.most();
         for (i, segment) in segments.iter_mut().enumerate() {
             for row in rows.by_ref().take(segment.tokens.len()) {
-                // NaN is not within any bounds either.
-                if let Some(&number) = row[rotated - kv..].iter().find(|x| !(x.abs() <= most)) {
+                if let Some(&number) = row[rotated - kv..].iter().find(|x| x.is_nan() || x.abs() > most) {
                     return Err(Fault { segment: i, layer: Some(n), number });
                 }
                 let (key, value) = row[rotated - kv..].split_at(kv);

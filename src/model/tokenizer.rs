@@ -318,12 +318,19 @@ impl Tokenizer {
 
     /// A rendered template piece by piece: what is the user's is text, whatever it spells.
     fn encode_around(&self, text: &str, rendered: &str) -> Result<Vec<u32>> {
-        let own = if rendered.contains(text) { text } else { text.trim() };
-        let mut pieces = rendered.split(own);
+        // Where the template puts a text that it cannot have by itself is where it puts any.
+        const MARK: &str = "kvfuse-user-text";
+        let marked = self.render(MARK)?;
+        let pieces: Vec<&str> = marked.split(MARK).collect();
+        let own = [text, text.trim()].into_iter().find(|own| pieces.join(own) == rendered);
+        let own = own.ok_or_else(|| {
+            let problem = "the chat template changes a prompt that spells a special token; leave --chat out";
+            Error::file(&self.path, problem)
+        })?;
         let mut parsing = self.bare()?.clone();
         parsing.set_encode_special_tokens(false);
-        let mut ids = self.encode_with(self.parsing(), pieces.next().unwrap_or_default())?;
-        for piece in pieces {
+        let mut ids = self.encode_with(self.parsing(), pieces[0])?;
+        for piece in &pieces[1..] {
             ids.extend(self.encode_with(self.bare()?, own)?);
             ids.extend(self.encode_with(&parsing, piece)?);
         }

@@ -19,12 +19,11 @@ pub enum Numbers {
 impl Numbers {
     /// The first number that is NaN or infinite, and its place.
     fn first_not_finite(&self) -> Option<(usize, f32)> {
-        let found = match self {
+        match self {
             Numbers::F32(x) => x.iter().position(|x| !x.is_finite()).map(|i| (i, x[i])),
             Numbers::F16(x) => x.iter().position(|x| !x.is_finite()).map(|i| (i, x[i].to_f32())),
             Numbers::Bf16(x) => x.iter().position(|x| !x.is_finite()).map(|i| (i, x[i].to_f32())),
-        };
-        found
+        }
     }
 
     /// The numbers in f32; no copy if they are already.
