@@ -230,7 +230,7 @@ pub fn answers(
         let mut open: Vec<bool> = vec![true; prompts.len()];
         if let Some(first) = &spared.0 {
             for i in 0..prompts.len() {
-                next[i] = argmax(&first[i]);
+                next[i] = model.generation.next(&first[i], &prompts[i].tokens, &[]);
                 open[i] = extend(model, &mut answers[i], next[i], stop, max_tokens[i])?;
             }
         }
@@ -249,7 +249,7 @@ pub fn answers(
             let hidden = hidden.map_err(|f| f.of(|i| &prompts[active[i]].id))?;
             let logits = model.decoder.logits(&hidden);
             for (&i, row) in active.iter().zip(logits.chunks_exact(model.decoder.config().vocab)) {
-                next[i] = argmax(row);
+                next[i] = model.generation.next(row, &prompts[i].tokens, &answers[i]);
                 open[i] = extend(model, &mut answers[i], next[i], stop, max_tokens[i])?;
             }
         }

@@ -157,7 +157,20 @@ struct Metadata<'a> {
 impl Metadata<'_> {
     fn integer(&self, key: &str) -> Result<Option<u64>> {
         let Some(value) = self.content.metadata.get(key) else { return Ok(None) };
-        let found = signed(value).and_then(|n| u64::try_from(n).ok());
+        // Per layer in some files: one number if all layers have the same.
+        let one = match value {
+            Value::Array(layers) => {
+                let numbers: Vec<Option<i64>> = layers.iter().map(signed).collect();
+                if numbers.windows(2).any(|w| w[0] != w[1]) {
+                    let problem =
+                        format!("{key} differs between layers, which is not supported; use another model");
+                    return Err(Error::file(self.path, problem));
+                }
+                numbers.first().copied().flatten()
+            }
+            other => signed(other),
+        };
+        let found = one.and_then(|n| u64::try_from(n).ok());
         found.map(Some).ok_or_else(|| wrong(self.path, key, "a whole number"))
     }
 
@@ -338,12 +351,23 @@ fn gemma3_sliding(metadata: &Metadata, layers: usize, dims: usize) -> Result<Opt
         return Ok(None);
     };
     let base = metadata.float("gemma3.rope.freq_base_swa")?.unwrap_or(GEMMA3_LOCAL_BASE);
-    let pattern = match metadata.integer("gemma3.attention.sliding_window_pattern")?.unwrap_or(0) {
-        0 => GEMMA3_PATTERN,
-        n => n as usize,
+    const PATTERN: &str = "gemma3.attention.sliding_window_pattern";
+    let layers = match metadata.content.metadata.get(PATTERN) {
+        // Which layers slide, one by one.
+        Some(Value::Array(flags)) => {
+            let slides = |v: &Value| v.to_bool().ok().or_else(|| signed(v).map(|n| n != 0));
+            let slides: Option<Vec<bool>> = flags.iter().map(slides).collect();
+            let slides = slides.filter(|s| s.len() == layers);
+            let slides = slides.ok_or_else(|| wrong(metadata.path, PATTERN, "one flag per layer"))?;
+            (0..layers).filter(|&n| slides[n]).collect()
+        }
+        _ => match metadata.integer(PATTERN)?.unwrap_or(0) {
+            0 => all_but_each(GEMMA3_PATTERN, layers),
+            n => all_but_each(n as usize, layers),
+        },
     };
     let rope = Some(RopeConfig::plain(base, dims));
-    Ok(Some(Sliding { window: window as usize, layers: all_but_each(pattern, layers), rope }))
+    Ok(Some(Sliding { window: window as usize, layers, rope }))
 }
 
 /// Metadata of variants that share an architecture's name and compute something else.

@@ -1,6 +1,7 @@
 //! Hugging Face folders: `config.json`, `tokenizer.json` and one or more `*.safetensors`.
 
 use super::config::ModelConfig;
+use super::generation::Generation;
 use super::hf_config;
 use super::weights::{Numbers, TensorSource};
 use crate::error::{Error, IoAt, Result};
@@ -113,6 +114,17 @@ impl HfFolder {
 
     pub fn tokenizer_path(&self) -> PathBuf {
         self.path.join("tokenizer.json")
+    }
+
+    /// What `generation_config.json` says of greedy answers; nothing where there is none.
+    pub fn generation(&self) -> Result<Generation> {
+        let path = self.path.join("generation_config.json");
+        let value = match path.exists() {
+            true => serde_json::from_str(&files::read_text(&path)?)
+                .map_err(|e| Error::file(&path, format!("not JSON: {e}")))?,
+            false => serde_json::Value::Null,
+        };
+        Generation::read(&value, &path)
     }
 
     /// Checksum of the model's files.

@@ -42,6 +42,8 @@ struct RawConfig {
     hidden_act: Option<String>,
     hidden_activation: Option<String>,
     use_bidirectional_attention: Option<bool>,
+    /// Of llama 3 scaling, where it stands outside; transformers 5 then takes it before the one inside.
+    original_max_position_embeddings: Option<usize>,
 }
 
 /// `max_window_layers` where a qwen's file names none.
@@ -193,6 +195,16 @@ pub fn read(path: &Path) -> Result<ModelConfig> {
     let default = if gemma { 1_000_000.0 } else { 10_000.0 };
     // What stands inside goes before what stands beside it (transformers, modeling_rope_utils.py).
     let plain = RopeConfig::plain(base(general).or(raw.rope_theta).unwrap_or(default), head_dim);
+    // transformers 5 passes over the old spelling in a Gemma 3, where others honour it.
+    if gemma && general.is_some_and(|p| p.get("type").is_some() && p.get("rope_type").is_none()) {
+        return Err(Error::file(path, "rope_scaling of a Gemma 3 names a type; write it as rope_type"));
+    }
+    let inside = general.and_then(|p| p.get("original_max_position_embeddings")).and_then(Value::as_u64);
+    let outside = raw.original_max_position_embeddings.map(|n| n as u64);
+    if inside.is_some() && outside.is_some() && inside != outside {
+        let problem = "original_max_position_embeddings differs from that of rope_scaling; leave one out";
+        return Err(Error::file(path, problem));
+    }
     let rope = scaled(path, plain, general)?;
     let sliding = sliding(&raw, &architecture, || {
         let own = given.and_then(|p| p.get("sliding_attention"));

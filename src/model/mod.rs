@@ -6,6 +6,7 @@ mod config;
 mod decoder;
 mod fetch;
 pub mod gemm;
+mod generation;
 mod gguf;
 mod hf;
 mod hf_config;
@@ -19,6 +20,7 @@ mod weights;
 
 pub use config::{ARCHITECTURES, ModelConfig, RopeConfig, Sliding, Traits, traits};
 pub use decoder::{Decoder, Fault, Segment};
+pub use generation::Generation;
 pub use gguf::Gguf;
 pub use hf::{HfFolder, to_f32};
 pub use probe::{Probe, argmax, log_sum_exp, probe};
@@ -38,6 +40,8 @@ pub const NUMERICS: u32 = 2;
 pub struct Model {
     pub decoder: Decoder,
     pub tokenizer: Tokenizer,
+    /// How answers are decoded, greedily.
+    pub generation: Generation,
     /// SHA-256 of the GGUF file; for a folder, of its files' checksums in order.
     pub sha256: String,
 }
@@ -73,11 +77,18 @@ impl Model {
         if path.is_dir() {
             let folder = HfFolder::open(path)?;
             let tokenizer = Tokenizer::from_file(&folder.tokenizer_path())?;
-            Self::assemble(folder.config().clone(), &folder, tokenizer, folder.sha256()?)
+            let generation = folder.generation()?;
+            Self::assemble(folder.config().clone(), &folder, tokenizer, generation, folder.sha256()?)
         } else {
             let gguf = Gguf::open(path)?;
             let tokenizer = Tokenizer::from_gguf(&gguf, path)?;
-            Self::assemble(gguf.config().clone(), &gguf, tokenizer, files::sha256(path)?)
+            Self::assemble(
+                gguf.config().clone(),
+                &gguf,
+                tokenizer,
+                Generation::default(),
+                files::sha256(path)?,
+            )
         }
     }
 
@@ -85,10 +96,11 @@ impl Model {
         config: ModelConfig,
         source: &dyn TensorSource,
         tokenizer: Tokenizer,
+        generation: Generation,
         sha256: String,
     ) -> Result<Self> {
         let tokenizer = tokenizer.of_model(config.vocab)?;
         let weights = Weights::load(&config, source)?;
-        Ok(Model { decoder: Decoder::new(config, weights), tokenizer, sha256 })
+        Ok(Model { decoder: Decoder::new(config, weights), tokenizer, generation, sha256 })
     }
 }

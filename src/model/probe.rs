@@ -81,14 +81,15 @@ pub fn probe(model: &Model, prompt: &str, tokens: usize) -> Result<Probe> {
         |&id: &u32| Ok(Candidate { id, text: model.tokenizer.decode(&[id])?, logit: last[id as usize] });
     let top10 = order[..10.min(vocab)].iter().map(candidate).collect::<Result<_>>()?;
 
-    let mut greedy_ids = vec![argmax(last)];
+    let mut greedy_ids = vec![model.generation.next(last, &ids, &[])];
     let mut continued = cache.fork(&mut pool);
     while greedy_ids.len() < tokens {
         let last = [greedy_ids[greedy_ids.len() - 1]];
         let hidden =
             decoder.forward(&mut pool, &mut [Segment { cache: &mut continued, tokens: &last }], None);
         let hidden = hidden.map_err(|f| f.of(|_| &own))?;
-        greedy_ids.push(argmax(&decoder.logits(&hidden)));
+        let next = model.generation.next(&decoder.logits(&hidden), &ids, &greedy_ids);
+        greedy_ids.push(next);
     }
     continued.release(&mut pool);
     greedy_ids.truncate(tokens);

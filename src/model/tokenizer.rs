@@ -24,7 +24,7 @@ use tokenizers::{
 
 /// Tokens that end a generation wherever a vocabulary has them, as llama.cpp has it (`llama_vocab`, src/llama-vocab.cpp):
 /// GGUF files name one or two of them only.
-const END_TOKENS: [&str; 23] = [
+const END_TOKENS: [&str; 27] = [
     "<|endoftext|>",
     "<|im_end|>",
     "<|end_of_text|>",
@@ -47,6 +47,10 @@ const END_TOKENS: [&str; 23] = [
     "<|fim_repo|>",
     "<|repo_name|>",
     "<|file_sep|>",
+    "<|flush|>",
+    "<turn|>",
+    "<|tool_response>",
+    "[e~[",
     "<|calls|>",
 ];
 /// `tokenizer.ggml.token_type` of control tokens, of words that are always tokens, and of single bytes.
@@ -188,6 +192,11 @@ impl Tokenizer {
                 .map_err(|e| Error::file(&path, format!("not JSON: {e}")))
         };
         let config = beside("tokenizer_config.json")?;
+        if config["split_special_tokens"] == true {
+            let problem = "split_special_tokens is not supported; remove it";
+            return Err(Error::file(path.with_file_name("tokenizer_config.json"), problem));
+        }
+        add_tokens(&mut inner, &config, path)?;
         let tokens = special_tokens(&config);
         let lead = lead(&inner, path)?;
         let eos = tokens.get("eos_token").and_then(|t| inner.token_to_id(t));
@@ -390,6 +399,41 @@ fn lead(inner: &tokenizers::Tokenizer, path: &Path) -> Result<Vec<u32>> {
         return Err(Error::file(path, problem));
     }
     Ok(with[..at].to_vec())
+}
+
+/// Tokens of `tokenizer_config.json`: those that `tokenizer.json` lacks are added at its end, and of those that it has the
+/// flags count (transformers 5).
+fn add_tokens(inner: &mut tokenizers::Tokenizer, config: &Value, path: &Path) -> Result<()> {
+    let path = path.with_file_name("tokenizer_config.json");
+    let Some(named) = config["added_tokens_decoder"].as_object() else { return Ok(()) };
+    let mut named: Vec<(u32, AddedToken)> = named
+        .iter()
+        .map(|(id, token)| {
+            let flag = |name: &str| token[name].as_bool().unwrap_or(false);
+            let content = token["content"].as_str()?;
+            let added = AddedToken::from(content, flag("special"))
+                .single_word(flag("single_word"))
+                .lstrip(flag("lstrip"))
+                .rstrip(flag("rstrip"))
+                .normalized(token["normalized"].as_bool().unwrap_or(!flag("special")));
+            Some((id.parse().ok()?, added))
+        })
+        .collect::<Option<_>>()
+        .ok_or_else(|| Error::file(&path, "damaged added_tokens_decoder"))?;
+    named.sort_unstable_by_key(|(id, _)| *id);
+    for (id, token) in named {
+        let content = token.content.clone();
+        let known = inner.token_to_id(&content).is_some();
+        inner.add_tokens([token]).map_err(|e| Error::file(&path, e.to_string()))?;
+        if !known && inner.token_to_id(&content) != Some(id) {
+            let problem = format!(
+                "added_tokens_decoder gives token {id} ('{content}') that tokenizer.json lacks and would number otherwise; \
+                 save the tokenizer again"
+            );
+            return Err(Error::file(&path, problem));
+        }
+    }
+    Ok(())
 }
 
 /// Names and texts of the special tokens of a `tokenizer_config.json`, each a string or an object with `content`.
