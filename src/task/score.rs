@@ -108,4 +108,37 @@ mod tests {
         assert_eq!(token_f1("dog", &refs(&["cat"])), 0.0);
         assert_eq!(token_f1("", &refs(&["cat"])), 0.0);
     }
+
+    /// tests/reference/squad.py made these with Python's notions of word, space and lower case.
+    #[test]
+    fn scores_are_pythons_on_any_text() {
+        let rows = include_str!("../../tests/fixtures/squad.json");
+        let rows: Vec<(String, Vec<String>, f64, f64)> = serde_json::from_str(rows).unwrap();
+        for (answer, references, f1, exact) in rows {
+            assert!((token_f1(&answer, &references) - f1).abs() < 1e-12, "{answer:?} {references:?} {f1}");
+            assert_eq!(exact_match(&answer, &references), exact, "{answer:?} {references:?}");
+        }
+    }
+
+    /// The metric's rules one after another, by regular expressions alone.
+    fn plainly(text: &str) -> Vec<String> {
+        let step = |pattern: &str, text: &str, to: &str| {
+            Regex::new(pattern).unwrap().replace_all(text, to).into_owned()
+        };
+        let text = step(r"[!-/:-@\[-`{-~]", &text.to_lowercase(), "");
+        // An article twice in a row shares the space between, which a match cannot.
+        let edge = r"(?P<before>^|[^\p{L}\p{N}_])(?:a|an|the)(?P<after>$|[^\p{L}\p{N}_])";
+        let text = step(edge, &step(edge, &text, "$before $after"), "$before $after");
+        let text = step(r"[\s\x1c-\x1f]+", &text, " ");
+        text.split(' ').filter(|w| !w.is_empty()).map(str::to_owned).collect()
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn tokens_follow_the_rules(
+            text in "((a|an|the|The|[a-z]{1,3}|\\PC)( |\t|\u{a0}|[.,'_-])?){0,8}"
+        ) {
+            proptest::prop_assert_eq!(tokens(&text), plainly(&text));
+        }
+    }
 }
