@@ -58,11 +58,14 @@ pub struct Share {
     pub cosine: f64,
     /// Pairs above each threshold, and the sum of their cosines.
     pub above: Vec<(u64, f64)>,
+    /// Blocks, and over these the sum of squared numbers of pairs above each threshold.
+    pub blocks: u64,
+    pub squares: Vec<u64>,
 }
 
 impl Share {
     fn empty(taus: usize) -> Self {
-        Share { above: vec![(0, 0.0); taus], ..Share::default() }
+        Share { above: vec![(0, 0.0); taus], squares: vec![0; taus], ..Share::default() }
     }
 }
 
@@ -73,6 +76,8 @@ impl AddAssign<&Share> for Share {
         for (a, b) in self.above.iter_mut().zip(&other.above) {
             *a = (a.0 + b.0, a.1 + b.1);
         }
+        self.blocks += other.blocks;
+        self.squares.iter_mut().zip(&other.squares).for_each(|(a, b)| *a += b);
     }
 }
 
@@ -106,7 +111,7 @@ impl PairSums {
         self.wedge_squares += (m - 1) as f64 * row.powers[1];
         self.powers.iter_mut().zip(row.powers).for_each(|(sum, x)| *sum += x);
         let taus = self.above.len();
-        let mut share = Share { pairs: m, cosine: row.powers[0], ..Share::empty(taus) };
+        let mut share = Share { pairs: m, cosine: row.powers[0], blocks: 1, ..Share::empty(taus) };
         let mut gone = Share { pairs: 0, cosine: 0.0, ..Share::empty(taus) };
         row.gone.iter().for_each(|g| (gone.pairs, gone.cosine) = (gone.pairs + g.0, gone.cosine + g.1));
         let (mut gone_pairs, mut gone_cosine) = (0, 0.0);
@@ -121,7 +126,7 @@ impl PairSums {
             above.neighbours += k * (m - 1);
             above.cosine += cosine;
             above.other += other;
-            share.above[t] = (k, cosine);
+            (share.above[t], share.squares[t]) = ((k, cosine), k * k);
             let level = &row.gone[t + 1];
             (gone_pairs, gone_cosine) = (gone_pairs + level.0, gone_cosine + level.1);
             gone.above[t] = (gone_pairs, gone_cosine);

@@ -186,12 +186,16 @@ impl Sheet {
             put("common", None, here().filter(|h| is_common(h, requests)).count() as f64);
             put("pairs", None, share.pairs as f64 / 2.0);
             let exceeded = share.above.iter().take_while(|a| a.0 > 0).count();
-            for (&tau, &(above, cosine)) in taus.iter().zip(&share.above).take(exceeded + 1) {
+            for (t, (&tau, &(above, cosine))) in taus.iter().zip(&share.above).enumerate().take(exceeded + 1)
+            {
                 if share.pairs > 0 {
                     put("exceedance", Some(tau), above as f64 / share.pairs as f64);
                 }
                 if above > 0 {
                     put("mean_above", Some(tau), cosine / above as f64);
+                    // Variance over mean of a block's number of exceedances, here alone.
+                    let (k, blocks) = (above as f64, share.blocks as f64);
+                    put("dispersion", Some(tau), (share.squares[t] as f64 - k * k / blocks) / k);
                 }
             }
         }

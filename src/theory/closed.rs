@@ -2,17 +2,30 @@
 //!
 //! `q` is the probability that a pair of distinct blocks lies above the threshold; all pairs are taken as independent.
 
-/// Upper bound on the total-variation distance between the number of exceedances among `pairs` pairs and a Poisson law of the
-/// same mean (Arratia, Goldstein and Gordon 1989). `neighbours`: pairs that share a block with a given one; `rho1`:
-/// probability that a pair is above the threshold if a neighbour is. (docs/theory.md, 2)
-pub fn poisson_error(pairs: f64, neighbours: f64, q: f64, rho1: f64) -> f64 {
-    let lambda = pairs * q;
+/// Upper bound on the total-variation distance between the number of exceedances and a Poisson law of the same mean `lambda`
+/// (Arratia, Goldstein and Gordon 1989). `b1`: sum of p_i p_j over pairs i and their neighbours j, themselves included; `b2`:
+/// expected exceedances of both of two neighbours, over ordered such pairs of pairs. (docs/theory.md, 2)
+pub fn poisson_error(lambda: f64, b1: f64, b2: f64) -> f64 {
     if lambda <= 0.0 {
         return 0.0;
     }
-    let independent = lambda * (neighbours + 1.0) * q;
-    let dependent = lambda * neighbours * rho1;
-    ((1.0f64).min(1.0 / lambda) * (independent + dependent)).min(1.0)
+    ((1.0f64).min(1.0 / lambda) * (b1 + b2)).min(1.0)
+}
+
+/// Blocks in groups, by position: their number, and the probability that two of one group are above the threshold.
+/// `elsewhere`: that of two of different groups.
+///
+/// b1 = sum over blocks of r^2 - sum over pairs of p^2, r being the exceedances that a block expects: a pair is a neighbour of
+/// itself and of those that share either of its blocks. (docs/theory.md, 2)
+pub fn b1_of_groups(groups: &[(f64, f64)], elsewhere: f64) -> f64 {
+    let all: f64 = groups.iter().map(|g| g.0).sum();
+    let within: f64 = groups.iter().map(|g| g.0 * (g.0 - 1.0).max(0.0) / 2.0).sum();
+    let between = all * (all - 1.0).max(0.0) / 2.0 - within;
+    let own = groups.iter().map(|&(n, p)| {
+        let expected = (n - 1.0).max(0.0) * p + (all - n) * elsewhere;
+        n * expected * expected - n * (n - 1.0).max(0.0) / 2.0 * p * p
+    });
+    own.sum::<f64>() - between * elsewhere * elsewhere
 }
 
 /// Blocks expected at the root of the paper's tree over `blocks` blocks of `requests` requests: a right block stays if none of
@@ -159,12 +172,29 @@ mod tests {
             let apart: f64 = (0..200u64)
                 .map(|k| (if k <= n { binomial.pmf(k) } else { 0.0 } - poisson.pmf(k)).abs())
                 .sum();
-            let bound = poisson_error(n as f64, 0.0, q, 0.0);
+            let bound = poisson_error(n as f64 * q, n as f64 * q * q, 0.0);
             assert!(0.5 * apart <= bound && bound < 10.0 * apart, "{n} {q}: {apart} {bound}");
         }
         // All pairs above together or not at all: the count is no Poisson variable, and the bound says nothing.
-        assert_eq!(poisson_error(100.0, 99.0, 0.1, 1.0), 1.0);
-        assert_eq!(poisson_error(10.0, 9.0, 0.0, 0.0), 0.0);
+        assert_eq!(poisson_error(10.0, 100.0, 990.0), 1.0);
+        assert_eq!(poisson_error(0.0, 0.0, 0.0), 0.0);
+    }
+
+    /// Against the sum over pairs of pairs that share a block, one by one.
+    #[test]
+    fn b1_counts_every_neighbour() {
+        let groups = [(3.0, 0.5), (1.0, 0.9), (4.0, 0.125)];
+        let of: Vec<usize> = vec![0, 0, 0, 1, 2, 2, 2, 2];
+        let pairs: Vec<(usize, usize)> = (0..8).flat_map(|a| (0..a).map(move |b| (b, a))).collect();
+        let p = |&(a, b): &(usize, usize)| if of[a] == of[b] { groups[of[a]].1 } else { 0.25 };
+        let touch =
+            |x: &(usize, usize), y: &(usize, usize)| x.0 == y.0 || x.0 == y.1 || x.1 == y.0 || x.1 == y.1;
+        let expected: f64 =
+            pairs.iter().flat_map(|x| pairs.iter().filter(|y| touch(x, y)).map(|y| p(x) * p(y))).sum();
+        assert!((b1_of_groups(&groups, 0.25) - expected).abs() < 1e-12);
+        // One probability for all: N (M + 1) q^2.
+        let uniform = 28.0 * (2.0 * 6.0 + 1.0) * 0.25 * 0.25;
+        assert!((b1_of_groups(&[(8.0, 0.25)], 0.25) - uniform).abs() < 1e-12);
     }
 
     #[test]

@@ -9,8 +9,8 @@ mod verdict;
 mod worlds;
 
 pub use closed::{
-    component_count, giant_share, leader_count, mean_cosine, poisson_error, second_hand_cosine, star_error,
-    tree_blocks, verbatim_error,
+    b1_of_groups, component_count, giant_share, leader_count, mean_cosine, poisson_error, second_hand_cosine,
+    star_error, tree_blocks, verbatim_error,
 };
 pub use law::{ClassLaw, Exceedance, Extent, LayerLaw, PositionLaw};
 pub use monte_carlo::{Draws, MonteCarloRow, monte_carlo};

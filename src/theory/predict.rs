@@ -1,8 +1,8 @@
 //! Rate and distortion of one layer by the closed forms, from its measured statistics.
 
 use super::closed::{
-    component_count, giant_share, leader_count, poisson_error, second_hand_cosine, star_error, tree_blocks,
-    verbatim_error,
+    b1_of_groups, component_count, giant_share, leader_count, poisson_error, second_hand_cosine, star_error,
+    tree_blocks, verbatim_error,
 };
 use super::law::{Exceedance, Extent, LayerLaw};
 use crate::codec::fusion::{Pairing, Representative};
@@ -129,8 +129,11 @@ pub fn predict(
         distinct: law.distinct_of(extent),
         q: e.q,
         lambda: all.map(|e| pairs * e.q),
-        poisson_error: all
-            .and_then(|e| Some(poisson_error(pairs, 2.0 * (law.distinct - 2.0).max(0.0), e.q, e.rho1?))),
+        poisson_error: all.and_then(|e| {
+            let lambda = pairs * e.q;
+            let b2 = lambda * 2.0 * (law.distinct - 2.0).max(0.0) * e.rho1?;
+            Some(poisson_error(lambda, b1(law, model, &e), b2))
+        }),
         blocks: outcome.blocks,
         blocks_low: outcome.blocks_low,
         blocks_high: outcome.blocks_high,
@@ -139,6 +142,20 @@ pub fn predict(
         key_error: outcome.key_error.map(|error| error * places * share),
         value_error: outcome.value_error.map(|error| error * places * share),
     })
+}
+
+/// The part of the Chen-Stein bound that pairs would have if they were independent.
+fn b1(law: &LayerLaw, model: Model, all: &Exceedance) -> f64 {
+    match model {
+        Model::Uniform => b1_of_groups(&[(law.distinct, all.q)], all.q),
+        Model::ByPosition => {
+            let usual = law.class(Class::SamePosition).at(all.tau).map_or(0.0, |e| e.q);
+            let group = |p: &super::law::PositionLaw| (p.distinct, p.at(all.tau).map_or(usual, |(q, _)| q));
+            let groups: Vec<(f64, f64)> = law.positions.iter().map(group).collect();
+            let elsewhere = law.exceedance(all.tau, Extent::MEASURED, &[Class::SameRequest, Class::Other]);
+            b1_of_groups(&groups, elsewhere.map_or(0.0, |e| e.q))
+        }
+    }
 }
 
 /// What becomes of the distinct blocks. Errors are squared ones summed over blocks of unit norm.
