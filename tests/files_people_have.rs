@@ -308,3 +308,102 @@ fn kl_has_a_tail() {
         serde_json::from_slice(&fs::read(runs.into_iter().next().unwrap().unwrap().path()).unwrap()).unwrap();
     assert_eq!(record["requests"][0]["token_kl"].as_array().unwrap().len(), " Mara Quill".len());
 }
+
+/// gz and BOM are read; what is not UTF-8 text is named.
+#[test]
+fn texts_may_be_packed_or_marked() {
+    let (dir, model) = place();
+    let line = "{\"prompt\": \"Who keeps the l\u{e2}mp?\", \"answers\": [\"Mara\"]}\n";
+    let mut packed = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::default());
+    std::io::Write::write_all(&mut packed, line.as_bytes()).unwrap();
+    let utf16: Vec<u8> = [0xfeff].into_iter().chain(line.encode_utf16()).flat_map(u16::to_le_bytes).collect();
+    let files = [
+        ("plain.jsonl", line.as_bytes().to_vec()),
+        ("marked.jsonl", format!("\u{feff}{line}").into_bytes()),
+        ("packed.jsonl.gz", packed.finish().unwrap()),
+        ("wide.jsonl", utf16),
+        (
+            "latin.jsonl",
+            line.replace('\u{e2}', "?")
+                .into_bytes()
+                .iter()
+                .map(|b| if *b == b'?' { 0xe2 } else { *b })
+                .collect(),
+        ),
+    ];
+    let dump = |name: &str| {
+        let data = format!("prompts:{}", text(&dir.path().join(name)));
+        let out = dir.path().join(format!("{name}-dump"));
+        vec!["dump", "--model", text(&model), "--requests", "1", "--data"]
+            .into_iter()
+            .map(str::to_owned)
+            .chain([data, "-o".to_owned(), text(&out).to_owned()])
+            .collect::<Vec<String>>()
+    };
+    for (name, bytes) in &files {
+        fs::write(dir.path().join(name), bytes).unwrap();
+    }
+    let tokens = |name: &str| {
+        let arguments = dump(name);
+        succeed(&arguments.iter().map(String::as_str).collect::<Vec<_>>());
+        let manifest = dir.path().join(format!("{name}-dump/manifest.json"));
+        let manifest: Value = serde_json::from_slice(&fs::read(manifest).unwrap()).unwrap();
+        manifest["requests"][0]["prompt"].clone()
+    };
+    let plain = tokens("plain.jsonl");
+    assert_eq!(tokens("marked.jsonl"), plain);
+    assert_eq!(tokens("packed.jsonl.gz"), plain);
+    for (name, words) in [("wide.jsonl", ["wide.jsonl", "UTF-16"]), ("latin.jsonl", ["latin.jsonl", "UTF-8"])]
+    {
+        let arguments = dump(name);
+        refuse(&arguments.iter().map(String::as_str).collect::<Vec<_>>(), &words);
+    }
+}
+
+/// Questions that share an id and nothing else are others; those that share a passage are not.
+#[test]
+fn calibration_and_sweep_share_no_passage_whatever_the_ids() {
+    let (dir, model) = place();
+    let paragraph = |i: usize| {
+        let question =
+            |q: &str| json!({"id": "same", "question": q, "answers": [{"text": "lamp", "answer_start": 0}]});
+        json!({"context": format!("The lamp {i} of Port Vale."), "qas": [question("What is it?"), question("Which?")]})
+    };
+    let data = json!({"data": [{"title": "t", "paragraphs": (0..6).map(paragraph).collect::<Vec<_>>()}]});
+    let path = dir.path().join("squad.json");
+    fs::write(&path, data.to_string()).unwrap();
+    let (dump, thresholds, out) =
+        (dir.path().join("dump"), dir.path().join("t.toml"), dir.path().join("out"));
+    let spec = format!("squad:{}", text(&path));
+    let dumping =
+        ["dump", "--model", text(&model), "--data", &spec, "--requests", "12", "--shots", "0", "-q"];
+    succeed(&[&dumping[..], &["-o", text(&dump)]].concat());
+    let sizes = ["--block-size", "4", "--spare-layers", "0"];
+    let calibrating = ["calibrate", text(&dump), "--target-kl", "0.5", "-o", text(&thresholds)];
+    succeed(&[&calibrating[..], &sizes].concat());
+    succeed(&[
+        "sweep",
+        text(&dump),
+        "--thresholds",
+        text(&thresholds),
+        "-o",
+        text(&out),
+        "--block-size",
+        "4",
+    ]);
+    let read = |path: &Path| -> Value { serde_json::from_slice(&fs::read(path).unwrap()).unwrap() };
+    let swept = read(&out.join("manifest.json"))["contexts"].as_array().unwrap().clone();
+    let table: toml::Value = toml::from_str(&fs::read_to_string(&thresholds).unwrap()).unwrap();
+    let seen: Vec<String> =
+        table["contexts"].as_array().unwrap().iter().map(|c| c.as_str().unwrap().to_owned()).collect();
+    assert_eq!((seen.len(), swept.len()), (3, 3), "half of the passages each");
+    assert!(swept.iter().all(|c| !seen.iter().any(|s| c == s)));
+    let halves = ["first", "second"].map(|half| {
+        let out = dir.path().join(half);
+        let arguments = ["sweep", text(&dump), "--half", half, "--tau", "0.9", "-o", text(&out)];
+        succeed(&[&arguments[..], &sizes].concat());
+        read(&out.join("manifest.json"))["contexts"].as_array().unwrap().clone()
+    });
+    assert_eq!(halves[0].len() + halves[1].len(), 6);
+    assert!(halves[0].iter().all(|c| !halves[1].contains(c)));
+}

@@ -3,6 +3,7 @@
 use super::table::table;
 use super::{say, say_rows};
 use crate::codec::fusion::RopeMode;
+use crate::dump::Half;
 use crate::experiment::{STATS_CSV, StatsOptions, measure, parse_taus};
 use crate::plot::plot_stats;
 use crate::stats::{SimilarityOptions, StatRow};
@@ -27,6 +28,9 @@ pub struct Args {
     /// Look at so many blocks of a layer only, drawn by seed
     #[arg(long, value_name = "BLOCKS")]
     sample: Option<usize>,
+    /// Only one half of the requests; the halves share no passage (`kvfuse sweep --half`)
+    #[arg(long, value_enum)]
+    half: Option<Half>,
     /// Compare keys as cached, or without their positions
     #[arg(long, value_enum, default_value_t = RopeMode::Keep)]
     rope: RopeMode,
@@ -61,6 +65,7 @@ impl Args {
         Ok(StatsOptions {
             dump: self.dump,
             out: self.out,
+            half: self.half,
             similarity: SimilarityOptions {
                 block_sizes: sizes,
                 rope: self.rope,

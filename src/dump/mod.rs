@@ -1,10 +1,12 @@
 //! KV caches on disk: one safetensors shard a request and a manifest. The schema is docs/dump-format.md.
 
+mod halves;
 mod inspect;
 mod manifest;
 mod prefill;
 mod shard;
 
+pub use halves::Half;
 pub(crate) use inspect::open_request;
 pub use inspect::{Summary, inspect};
 pub use manifest::{DataEntry, MANIFEST, Manifest, ModelEntry, RequestEntry};

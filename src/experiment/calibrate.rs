@@ -17,7 +17,7 @@ use crate::progress::{Progress, Unit};
 use rand::SeedableRng;
 use rand::seq::SliceRandom;
 use rand_chacha::ChaCha8Rng;
-use std::collections::{BTreeSet, HashMap, HashSet};
+use std::collections::{BTreeSet, HashSet};
 use std::sync::Arc;
 
 /// What the thresholds must keep to on the calibration questions.
@@ -209,7 +209,7 @@ fn thresholds_of(chosen: &[Candidate]) -> Vec<LayerThresholds> {
 pub(super) fn draw(options: &CalibrateOptions, manifest: &Manifest) -> Result<Vec<usize>> {
     let all = manifest.requests.len();
     let wanted = options.questions.unwrap_or(all / 2);
-    let mut groups = by_context(manifest);
+    let mut groups = manifest.by_context();
     let count = groups.len();
     groups.shuffle(&mut ChaCha8Rng::seed_from_u64(options.seed));
     let mut drawn = Vec::new();
@@ -227,34 +227,6 @@ pub(super) fn draw(options: &CalibrateOptions, manifest: &Manifest) -> Result<Ve
     }
     drawn.sort_unstable();
     Ok(drawn)
-}
-
-/// Requests in groups of which no two share a context, in the order of their first requests.
-fn by_context(manifest: &Manifest) -> Vec<Vec<usize>> {
-    let mut groups: Vec<Vec<usize>> = Vec::new();
-    let mut of: HashMap<&str, usize> = HashMap::new();
-    for (i, entry) in manifest.requests.iter().enumerate() {
-        let contexts = &entry.request.contexts;
-        let mut known: Vec<usize> = contexts.iter().filter_map(|c| of.get(&c[..]).copied()).collect();
-        known.sort_unstable();
-        known.dedup();
-        let home = known.first().copied().unwrap_or(groups.len());
-        if home == groups.len() {
-            groups.push(Vec::new());
-        }
-        groups[home].push(i);
-        // A request with contexts of several groups joins them.
-        for &other in known.iter().skip(1) {
-            let moved = std::mem::take(&mut groups[other]);
-            groups[home].extend(moved);
-            of.values_mut().filter(|g| **g == other).for_each(|g| *g = home);
-        }
-        contexts.iter().for_each(|c| {
-            of.insert(c, home);
-        });
-    }
-    groups.retain(|g| !g.is_empty());
-    groups
 }
 
 /// Rates and errors of a layer at all thresholds of the grid; of several that fuse alike, the strictest.

@@ -1,16 +1,19 @@
 //! The model's predictions against the layers of a sweep.
 
+use super::measure::STATS_MANIFEST;
 use super::simulate::{MODELS, models_and_pairings};
 use super::sweep::LAYERS_CSV;
 use super::table::Columns;
 use crate::codec::fusion::{Choices, Pairing};
 use crate::error::{Error, Result};
-use crate::stats::{StatRow, rounded};
+use crate::files;
+use crate::stats::{Interval, StatRow, bootstrap_mean, rounded};
 use crate::theory::{
     Comparison, Extent, LayerLaw, Model, Verdict, layer_cr, predict, representative, verdict,
 };
 use clap::ValueEnum;
 use serde::Serialize;
+use std::collections::HashSet;
 use std::path::Path;
 
 /// One row of predictions.csv.
@@ -34,6 +37,13 @@ pub(super) struct PredictionRow {
     cr_error_low: f64,
     cr_error_high: f64,
     cr_duplicates: f64,
+    /// Share of the full blocks that is removed: 1 - 1 / ratio.
+    removed_predicted: f64,
+    removed_measured: f64,
+    /// By exact duplicates alone: what the null says that nothing but these fuses.
+    removed_duplicates: f64,
+    /// Whether the sweep's requests share no text with those that were measured.
+    held_out: bool,
     cr_audited_predicted: Option<f64>,
     cr_audited_measured: f64,
     key_error_predicted: Option<f64>,
@@ -59,6 +69,13 @@ pub struct SummaryRow {
     /// Of all layers together.
     pub cr_predicted: f64,
     pub cr_measured: f64,
+    /// Mean over layers of the removed share predicted less that measured, with its 95 % interval over layers.
+    pub removed_bias: f64,
+    pub removed_bias_low: f64,
+    pub removed_bias_high: f64,
+    /// 1 - squared error of the removed share over that of the null (nothing but duplicates fuses); absent where the null is right.
+    pub removed_skill: Option<f64>,
+    pub held_out: bool,
 }
 
 /// One layer of one arm of a sweep.
@@ -73,8 +90,27 @@ pub(super) struct MeasuredLayer {
     value_error: f64,
 }
 
-/// The arms of a sweep that the model speaks of: bff on keys at one threshold, over one batch of all requests.
-pub(super) fn measured_layers(sweep: &Path, laws: &[LayerLaw], of: &StatRow) -> Result<Vec<MeasuredLayer>> {
+/// What a sweep measured of the model's arms.
+pub(super) struct Measured {
+    layers: Vec<MeasuredLayer>,
+    requests: f64,
+    held_out: bool,
+}
+
+/// Checksums of the texts that a manifest's requests are about; `None` without a manifest that lists them.
+fn contexts(manifest: &Path) -> Option<HashSet<String>> {
+    let value: serde_json::Value = serde_json::from_str(&files::read_text(manifest).ok()?).ok()?;
+    serde_json::from_value(value.get("contexts")?.clone()).ok()
+}
+
+/// The arms of a sweep that the model speaks of: bff on keys at one threshold, over one batch of all requests. These are
+/// the requests that were measured, or others that share no text with them.
+pub(super) fn measured_layers(
+    sweep: &Path,
+    stats: &Path,
+    laws: &[LayerLaw],
+    of: &StatRow,
+) -> Result<Measured> {
     let path = sweep.with_file_name(LAYERS_CSV);
     if !path.exists() {
         let problem = format!("has no {LAYERS_CSV} beside it; run the same sweep again");
@@ -87,6 +123,18 @@ pub(super) fn measured_layers(sweep: &Path, laws: &[LayerLaw], of: &StatRow) -> 
             "fused its requests in several batches, the statistics are of one; sweep with a larger --batch";
         return Err(Error::file(sweep, problem));
     }
+    let requests = whole.floats("requests")?.into_iter().fold(0.0, f64::max);
+    let texts =
+        (contexts(&sweep.with_file_name("manifest.json")), contexts(&stats.with_file_name(STATS_MANIFEST)));
+    let held_out = match &texts {
+        (Some(swept), Some(measured)) if swept.is_disjoint(measured) => true,
+        (Some(swept), Some(measured)) if swept != measured => {
+            let problem = "shares some of its texts with the statistics and not others: it must be of the same requests, or of \
+                           requests about other texts (--half)";
+            return Err(Error::file(sweep, problem));
+        }
+        _ => false,
+    };
     let table = Columns::read(&path)?;
     let numbers = |name: &str| table.floats(name);
     let texts = |name: &str| table.strings(name);
@@ -131,6 +179,7 @@ pub(super) fn measured_layers(sweep: &Path, laws: &[LayerLaw], of: &StatRow) -> 
             continue;
         }
         if let Some(law) = laws.iter().find(|l| l.layer == layer)
+            && !held_out
             && law.blocks != full[i]
         {
             let problem = format!(
@@ -158,16 +207,21 @@ pub(super) fn measured_layers(sweep: &Path, laws: &[LayerLaw], of: &StatRow) -> 
         );
         return Err(Error::file(&path, problem));
     }
-    Ok(found)
+    Ok(Measured { layers: found, requests, held_out })
 }
 
-pub(super) fn predictions(laws: &[LayerLaw], measured: &[MeasuredLayer]) -> Vec<PredictionRow> {
+pub(super) fn predictions(laws: &[LayerLaw], measured: &Measured) -> Vec<PredictionRow> {
     let row = |model: Model, m: &MeasuredLayer| {
         let law = laws.iter().find(|l| l.layer == m.layer)?;
-        let p = predict(law, model, m.pairing, m.tau, Extent::MEASURED)?;
+        let factor = measured.requests / law.requests.max(1.0);
+        // The batch measured, or one of as many requests about other texts.
+        let extent = if measured.held_out { Extent { factor, own: 1.0 } } else { Extent::MEASURED };
+        let p = predict(law, model, m.pairing, m.tau, extent)?;
         let e = law.all_pairs(m.tau);
         let cr = m.full_blocks / m.physical_blocks;
-        let of = |blocks: f64| m.full_blocks / blocks;
+        let of = |blocks: f64| law.blocks_of(extent) / blocks;
+        let duplicates = law.blocks_of(extent) / law.distinct_of(extent);
+        let removed = |cr: f64| rounded(1.0 - 1.0 / cr);
         let error = |blocks: f64| rounded(of(blocks) / cr - 1.0);
         Some(PredictionRow {
             model,
@@ -185,7 +239,11 @@ pub(super) fn predictions(laws: &[LayerLaw], measured: &[MeasuredLayer]) -> Vec<
             cr_error: error(p.blocks),
             cr_error_low: error(p.blocks_high),
             cr_error_high: error(p.blocks_low),
-            cr_duplicates: rounded(law.blocks / law.distinct),
+            cr_duplicates: rounded(duplicates),
+            removed_predicted: removed(of(p.blocks)),
+            removed_measured: removed(cr),
+            removed_duplicates: removed(duplicates),
+            held_out: measured.held_out,
             cr_audited_predicted: layer_cr(law, p.blocks).map(rounded),
             cr_audited_measured: m.cr_audited,
             key_error_predicted: p.key_error.map(rounded),
@@ -194,7 +252,7 @@ pub(super) fn predictions(laws: &[LayerLaw], measured: &[MeasuredLayer]) -> Vec<
             value_error_measured: m.value_error,
         })
     };
-    MODELS.into_iter().flat_map(|model| measured.iter().filter_map(move |m| row(model, m))).collect()
+    MODELS.into_iter().flat_map(|model| measured.layers.iter().filter_map(move |m| row(model, m))).collect()
 }
 
 pub(super) fn summary(predictions: &[PredictionRow]) -> Vec<SummaryRow> {
@@ -222,6 +280,10 @@ pub(super) fn summary(predictions: &[PredictionRow]) -> Vec<SummaryRow> {
         let together = |f: fn(&PredictionRow) -> f64| {
             rounded(rows.len() as f64 / rows.iter().map(|r| 1.0 / f(r)).sum::<f64>())
         };
+        let errors = all(&|r| r.removed_predicted - r.removed_measured);
+        let bias = bootstrap_mean(&errors, 2000, 0).unwrap_or(Interval { mean: 0.0, low: 0.0, high: 0.0 });
+        let own: f64 = errors.iter().map(|e| e * e).sum();
+        let null: f64 = rows.iter().map(|r| (r.removed_duplicates - r.removed_measured).powi(2)).sum();
         SummaryRow {
             model,
             pairing,
@@ -235,6 +297,11 @@ pub(super) fn summary(predictions: &[PredictionRow]) -> Vec<SummaryRow> {
             value_error_over: ratio(|r| r.value_error_predicted, |r| r.value_error_measured),
             cr_predicted: together(|r| r.cr_predicted),
             cr_measured: together(|r| r.cr_measured),
+            removed_bias: rounded(bias.mean),
+            removed_bias_low: rounded(bias.low),
+            removed_bias_high: rounded(bias.high),
+            removed_skill: (null > 1e-12).then(|| rounded(1.0 - own / null)),
+            held_out: rows.iter().all(|r| r.held_out),
         }
     };
     groups.iter().map(of).collect()

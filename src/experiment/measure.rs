@@ -1,7 +1,7 @@
 //! `kvfuse stats`: the similarity table of a dump, with where it came from.
 
 use super::table::{Columns, write_csv};
-use crate::dump::Manifest;
+use crate::dump::{Half, Manifest};
 use crate::error::{Error, Result};
 use crate::files;
 use crate::lock::FolderLock;
@@ -15,23 +15,26 @@ pub const STATS_MANIFEST: &str = "stats.manifest.json";
 pub struct StatsOptions {
     pub dump: PathBuf,
     pub out: PathBuf,
+    /// Requests to measure: a half of them, or all.
+    pub half: Option<Half>,
     pub similarity: SimilarityOptions,
     /// Arguments to record in the manifest.
     pub command: Vec<String>,
 }
 
-/// Measures all requests of a dump; writes stats.csv and stats.manifest.json.
+/// Measures the requests of a dump; writes stats.csv and stats.manifest.json.
 pub fn measure(options: &StatsOptions) -> Result<Vec<StatRow>> {
     let manifest = Manifest::read(&options.dump)?;
     let _lock = FolderLock::take(&options.out)?;
     files::writable_folder(&options.out)?;
-    let requests: Vec<usize> = (0..manifest.requests.len()).collect();
+    let requests = manifest.half(options.half, &options.dump)?;
     let rows = similarities(&options.dump, &manifest, &requests, &options.similarity)?;
     write_csv(&options.out.join(STATS_CSV), &rows)?;
     let value = serde_json::json!({
         "kvfuse_version": env!("CARGO_PKG_VERSION"),
         "command": options.command,
         "options": options.similarity,
+        "contexts": manifest.contexts(&requests),
         "dump": manifest.origin()?,
     });
     files::write_json(&options.out.join(STATS_MANIFEST), &value)?;

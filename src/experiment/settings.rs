@@ -4,7 +4,7 @@ use super::arms::{Arm, Grid, Method, Packing};
 use super::evaluate::FirstToken;
 use super::grid::parse_taus;
 use crate::codec::fusion::{Pairing, Positions, Representative, RopeMode, ScaleRule, Similarity, Thresholds};
-use crate::dump::Manifest;
+use crate::dump::{Half, Manifest};
 use crate::error::{Error, Result};
 use crate::files;
 use serde::{Deserialize, Serialize};
@@ -84,6 +84,9 @@ pub struct Settings {
     /// Requests fused and decoded together; a list runs the grid for each [default: 64]
     #[arg(long, value_delimiter = ',')]
     pub batch: Option<Vec<usize>>,
+    /// Only one half of the requests; the halves share no passage, so that what is measured on one can be tested on the other
+    #[arg(long, value_enum)]
+    pub half: Option<Half>,
     /// Longest answer in tokens [default: what the data's authors allow, else 32]
     #[arg(long)]
     pub max_new_tokens: Option<usize>,
@@ -113,6 +116,8 @@ pub struct SweepOptions {
     pub grid: Grid,
     pub block_sizes: Vec<usize>,
     pub first_tokens: Vec<FirstToken>,
+    /// Requests to sweep: a half of them, or all.
+    pub half: Option<Half>,
     /// Requests fused and decoded together.
     pub batches: Vec<usize>,
     /// Longest answer; what the data says, else 32, if not given.
@@ -189,6 +194,7 @@ impl Settings {
             },
             block_sizes: self.block_size.unwrap_or_else(|| vec![16]),
             first_tokens: self.first_token.unwrap_or_else(|| vec![FirstToken::Fused]),
+            half: self.half,
             batches: self.batch.unwrap_or_else(|| vec![64]),
             max_new_tokens: self.max_new_tokens,
             resamples: self.resamples.unwrap_or(2000),

@@ -103,7 +103,7 @@ pub fn simulate(options: &SimulateOptions) -> Result<Simulation> {
     let _lock = FolderLock::take(&options.out)?;
     files::writable_folder(&options.out)?;
     let measured = match &options.against {
-        Some(path) => Some(measured_layers(path, &laws, &rows[0])?),
+        Some(path) => Some(measured_layers(path, &options.stats, &laws, &rows[0])?),
         None => None,
     };
 

@@ -49,7 +49,7 @@ pub fn sweep(options: &SweepOptions) -> Result<Vec<Row>> {
             let baseline = records[here[0]].as_ref();
             let mut stage = Stage::new(&model, options, &manifest, &questions, packing, baseline)?;
             // Only now is it certain that this sweep can run; until then an older one's files stay as they are.
-            begin(out, options, &manifest, &setting, &records)?;
+            begin(out, options, &manifest, &questions, &setting, &records)?;
             for i in here {
                 if records[i].is_none() {
                     let record = stage.run(&ids[i], &setting, &grid[i])?;
@@ -61,7 +61,7 @@ pub fn sweep(options: &SweepOptions) -> Result<Vec<Row>> {
             }
         }
     } else {
-        begin(out, options, &manifest, &setting, &records)?;
+        begin(out, options, &manifest, &questions, &setting, &records)?;
     }
     progress.finish();
     Ok(records.into_iter().flatten().map(|r| r.row).collect())
@@ -79,7 +79,8 @@ pub fn questions(options: &SweepOptions, manifest: &Manifest) -> Result<Vec<usiz
         seen.extend(file.contexts.iter().map(String::as_str));
     }
     let unseen = |i: &usize| !manifest.requests[*i].request.contexts.iter().any(|c| seen.contains(&c[..]));
-    let questions: Vec<usize> = (0..manifest.requests.len()).filter(unseen).collect();
+    let questions: Vec<usize> =
+        manifest.half(options.half, &options.dump)?.into_iter().filter(unseen).collect();
     if questions.is_empty() {
         return Err(Error::file(
             &options.dump,
@@ -153,6 +154,7 @@ fn begin(
     out: &Path,
     options: &SweepOptions,
     manifest: &Manifest,
+    questions: &[usize],
     setting: &Setting,
     records: &[Option<RunRecord>],
 ) -> Result<()> {
@@ -161,7 +163,7 @@ fn begin(
             std::fs::remove_file(&table).at(&table)?;
         }
     }
-    write_manifest(out, options, manifest, setting)?;
+    write_manifest(out, options, manifest, questions, setting)?;
     if records.iter().any(Option::is_some) {
         write_tables(out, records)?;
     }
@@ -184,12 +186,19 @@ pub fn open_model(dump: &Path, name: Option<&str>, manifest: &Manifest) -> Resul
     Ok(model)
 }
 
-fn write_manifest(out: &Path, options: &SweepOptions, manifest: &Manifest, setting: &Setting) -> Result<()> {
+fn write_manifest(
+    out: &Path,
+    options: &SweepOptions,
+    manifest: &Manifest,
+    questions: &[usize],
+    setting: &Setting,
+) -> Result<()> {
     let value = serde_json::json!({
         "kvfuse_version": env!("CARGO_PKG_VERSION"),
         "command": options.command,
         "options": options.given,
         "questions": setting.questions,
+        "contexts": manifest.contexts(questions),
         "dump": manifest.origin()?,
     });
     files::write_json(&out.join("manifest.json"), &value)

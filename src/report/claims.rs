@@ -9,8 +9,8 @@ use std::path::Path;
 const NEGLIGIBLE_KL: f64 = 0.02;
 /// The paper's headline ratio (arXiv 2601.03067, abstract).
 const HEADLINE_CR: f64 = 4.38;
-/// A model predicts where its ratio is within this share of what is measured.
-const WITHIN: f64 = 0.1;
+/// How far the share of blocks that a model says fusion removes may be from what it removes.
+const REMOVED: f64 = 0.05;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
@@ -201,27 +201,55 @@ fn of_sweep(table: &Columns) -> Result<Vec<Claim>> {
 }
 
 fn of_predictions(table: &Columns) -> Result<Vec<Claim>> {
-    let (model, over) = (table.strings("model")?, table.floats("cr_over")?);
-    let (pairing, tau) = (table.strings("pairing")?, table.floats("tau")?);
+    let model = table.strings("model")?;
+    let (bias, low, high) = (
+        table.floats("removed_bias")?,
+        table.floats("removed_bias_low")?,
+        table.floats("removed_bias_high")?,
+    );
+    let (skill, layers) = (table.floats("removed_skill")?, table.floats("layers")?);
+    let (pairing, tau, held_out) =
+        (table.strings("pairing")?, table.floats("tau")?, table.strings("held_out")?);
     let claim = |kind: &str, words: &str| {
-        let own: Vec<usize> =
-            (0..table.rows()).filter(|&i| model[i] == kind && over[i].is_finite()).collect();
-        let holds = own.iter().filter(|&&i| (over[i] - 1.0).abs() <= WITHIN).count();
-        let worst = own.iter().max_by(|&&a, &&b| over[a].ln().abs().total_cmp(&over[b].ln().abs()));
+        let own: Vec<usize> = (0..table.rows()).filter(|&i| model[i] == kind).collect();
+        let verdict_of = |&i: &usize| match (
+            -REMOVED <= low[i] && high[i] <= REMOVED,
+            low[i] > REMOVED || high[i] < -REMOVED,
+        ) {
+            (true, _) => Verdict::Holds,
+            (_, true) => Verdict::Fails,
+            _ => Verdict::Undecided,
+        };
+        let of = |wanted: Verdict| own.iter().filter(|i| verdict_of(i) == wanted).count();
+        let (holds, fails) = (of(Verdict::Holds), of(Verdict::Fails));
+        let worst = own.iter().max_by(|&&a, &&b| bias[a].abs().total_cmp(&bias[b].abs()));
+        let mut skills: Vec<f64> = own.iter().map(|&i| skill[i]).filter(|s| s.is_finite()).collect();
+        skills.sort_by(f64::total_cmp);
         let reason = worst.map_or("no prediction".to_owned(), |&i| {
+            let whose = if own.iter().all(|&i| held_out[i] == "true") {
+                "on requests about other texts than those measured"
+            } else {
+                "on the requests that were measured, which says less"
+            };
             format!(
-                "within {:.0} % of the measured ratio (median layer) in {holds} of {} arms; the worst: {} times at tau {} ({})",
-                100.0 * WITHIN,
+                "share of blocks removed {whose}: within {REMOVED} (95 % interval of the mean over {} layers, two one-sided tests) in {holds} of \
+                 {} arms, outside in {fails}; the worst: {:+.3} [{:+.3}, {:+.3}] at tau {} ({}); median skill {} over the null that \
+                 nothing but duplicates fuses",
+                layers[i],
                 own.len(),
-                over[i],
+                bias[i],
+                low[i],
+                high[i],
                 tau[i],
-                pairing[i]
+                pairing[i],
+                skills.get(skills.len() / 2).map_or("unknown".to_owned(), |s| format!("{s:.2}")),
             )
         });
         let verdict = match own.len() {
             0 => Verdict::Undecided,
             n if holds == n => Verdict::Holds,
-            _ => Verdict::Fails,
+            _ if fails > 0 => Verdict::Fails,
+            _ => Verdict::Undecided,
         };
         Claim { claim: words.to_owned(), verdict, reason }
     };
