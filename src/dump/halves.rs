@@ -16,22 +16,21 @@ pub enum Half {
 }
 
 impl Manifest {
-    /// The requests of a half, or all, in the order of the dump. The first half are the first groups of requests that share
-    /// texts, until they are half of all requests.
+    /// The requests of a half, or all, in the order of the dump. Groups of requests that share texts go to the half that has
+    /// fewer requests yet, largest first: both halves then have about as many duplicates.
     ///
     /// # Errors
     /// If all requests share texts; `dump` is named.
     pub fn half(&self, half: Option<Half>, dump: &Path) -> Result<Vec<usize>> {
         let all = self.requests.len();
         let Some(half) = half else { return Ok((0..all).collect()) };
-        let mut taken = 0;
-        let mut parts = [Vec::new(), Vec::new()];
-        for group in self.by_context() {
-            let second = usize::from(2 * taken >= all);
-            taken += group.len();
-            parts[second].extend(group);
+        let (mut first, mut second) = (Vec::new(), Vec::new());
+        let mut groups = self.by_context();
+        groups.sort_by_key(|group| std::cmp::Reverse(group.len()));
+        for group in groups {
+            let smaller = if first.len() <= second.len() { &mut first } else { &mut second };
+            smaller.extend(group);
         }
-        let [first, second] = parts;
         if second.is_empty() {
             return Err(Error::file(dump, "has no two halves that share no text; dump more requests"));
         }
