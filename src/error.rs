@@ -1,4 +1,5 @@
-//! The library's one error type. Every message names the thing at fault and what to do about it, in one line.
+//! The library's one error type. Every message names the thing at fault and what to do about it, in one line; only what is wrong
+//! with a chain of methods takes three.
 
 use std::path::{Path, PathBuf};
 
@@ -14,6 +15,9 @@ pub enum Error {
     /// An option or a combination of options makes no sense.
     #[error("{0}")]
     Argument(String),
+    /// A chain of methods that means nothing; `text` is shown with a caret under its byte `at`.
+    #[error("{problem}\n  {text}\n  {:at$}^", "", at = text.get(..*at).map_or(0, |t| t.chars().count()))]
+    Method { problem: String, text: String, at: usize },
     /// A model could not be fetched from any source.
     #[error("{0}")]
     Fetch(String),

@@ -93,7 +93,14 @@ fn main() -> ExitCode {
     };
     match cli.run() {
         Ok(()) => ExitCode::SUCCESS,
-        Err(error) => failed(&format!("{error:#}")),
+        Err(error) => match error.downcast_ref() {
+            // Its caret stands under a place.
+            Some(shown @ kvfuse::error::Error::Method { .. }) => {
+                eprintln!("error: {shown}");
+                ExitCode::from(2)
+            }
+            _ => failed(&format!("{error:#}")),
+        },
     }
 }
 

@@ -143,7 +143,7 @@ fn cff_equals_the_reference() {
         let cache = cache(&mut batch.pool, &layers);
         assert_eq!(cache.tokens, 8 * 16);
         batch.push(cache, Vec::new(), "");
-        let codec = ChunkFusion::new(Fusion::paper(tau).unwrap(), 16, 4, 4).unwrap();
+        let codec = ChunkFusion::new(Fusion::paper(tau).unwrap(), 16, 4).unwrap();
         codec.fuse(&mut batch, 0, 4).unwrap();
         // The reference counts the fused chunks only: half of the request's blocks.
         let mut ledger = Ledger::of(&batch, &codec.coverage(GOLDEN_LAYERS));
@@ -251,7 +251,7 @@ proptest! {
         seed in 0u64..1000, requests in 1usize..9, tau in -0.9f64..1.0, choices in any_choices(), budget in 0.01f64..1.0
     ) {
         let codecs: Vec<Box<dyn Codec>> = vec![
-            Box::new(Unfused),
+            Box::new(Unfused {}),
             Box::new(Prefix::default()),
             Box::new(Prefix { within_tenant: true }),
             Box::new(Fusion::paper(tau).unwrap()),

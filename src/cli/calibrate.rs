@@ -2,7 +2,8 @@
 
 use super::say;
 use super::table::table;
-use crate::codec::fusion::{Choices, Pairing, Positions, Representative, RopeMode, ScaleRule, Similarity};
+use crate::codec::Chain;
+use crate::codec::fusion::{Choices, Similarity};
 use crate::experiment::{CalibrateOptions, LayerReport, Settings, Target, calibrate, calibrate_from_model};
 use crate::files;
 use anyhow::{Result, bail};
@@ -15,7 +16,7 @@ use std::path::{Path, PathBuf};
 /// relative squared error does. With --model-based nothing is fused: rate and error are predicted from pair statistics.
 #[derive(Debug, clap::Args)]
 #[command(
-    after_help = "Example:\n  kvfuse calibrate dumps/qa --target-kl 0.02 -o qa.toml\n  kvfuse sweep dumps/qa --thresholds qa.toml\n  \
+    after_help = "Example:\n  kvfuse calibrate dumps/qa --target-kl 0.02 -o qa.toml\n  kvfuse sweep dumps/qa --method bff:thresholds=qa.toml\n  \
     kvfuse calibrate dumps/qa --model-based --target-cr 4 -o qa-model.toml"
 )]
 pub struct Args {
@@ -44,24 +45,9 @@ pub struct Args {
     /// Let no threshold lie below this quantile of the similarity of unrelated blocks, as 0.99
     #[arg(long, value_name = "QUANTILE")]
     floor: Option<f64>,
-    /// Which blocks fuse with which
-    #[arg(long, value_enum, default_value_t = Pairing::Best)]
-    pairing: Pairing,
-    /// What a cluster stores [default: the pairing's usual one]
-    #[arg(long, value_enum)]
-    representative: Option<Representative>,
-    /// Factors that restore a block from its representative
-    #[arg(long, value_enum, default_value_t = ScaleRule::Norm)]
-    scale: ScaleRule,
-    /// Compare and share keys as cached, or without their positions
-    #[arg(long, value_enum, default_value_t = RopeMode::Keep)]
-    rope: RopeMode,
-    /// Positions that two blocks may have
-    #[arg(long, value_enum, default_value_t = Positions::Any)]
-    positions: Positions,
-    /// Layers left alone at either end of the model; a calibration can do without
-    #[arg(long, value_name = "N", default_value_t = 0)]
-    spare_layers: usize,
+    /// How blocks fuse, but for the thresholds; a calibration can do without spared layers
+    #[arg(long, value_name = "CHAIN", default_value = "bff:pairing=best,spare-layers=0")]
+    method: String,
     /// Tokens a block
     #[arg(long, default_value_t = 16)]
     block_size: usize,
@@ -93,6 +79,8 @@ impl Args {
         if let Some(floor) = self.floor.filter(|f| !(*f > 0.0 && *f < 1.0)) {
             bail!("--floor {floor}: must lie between 0 and 1");
         }
+        let chain = Chain::undialled(&self.method)?;
+        let choices = chain.fusion().map(|f| *f.choices()).unwrap_or_default();
         let settings = Settings {
             dump: Some(self.dump),
             block_size: Some(vec![self.block_size]),
@@ -102,16 +90,7 @@ impl Args {
         };
         Ok(CalibrateOptions {
             sweep: settings.options(typed)?,
-            choices: Choices {
-                pairing: self.pairing,
-                similarity: Similarity::Lower,
-                rope: self.rope,
-                positions: self.positions,
-                spare_layers: self.spare_layers,
-                representative: self.representative.unwrap_or(self.pairing.usual_representative()),
-                scale: self.scale,
-                ..Choices::default()
-            },
+            choices: Choices { similarity: Similarity::Lower, ..choices },
             targets: targets.iter().map(|(.., target)| *target).collect(),
             questions: self.questions,
             floor: self.floor,

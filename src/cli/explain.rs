@@ -11,24 +11,21 @@ use std::path::PathBuf;
 ///
 /// The batch is encoded again from the dump, exactly as the sweep did.
 #[derive(Debug, clap::Args)]
-#[command(after_help = "Examples:\n  kvfuse explain results/qa --request 3 --tau 0.85\n  \
-    kvfuse explain results/pairings --request 3 --tau 0.85 --only pairing=best --layer 12")]
+#[command(after_help = "Examples:\n  kvfuse explain results/qa --request 3 --method bff:tau=0.85\n  \
+    kvfuse explain results/pairings --request 3 --method bff:tau=0.85,pairing=best --layer 12")]
 pub struct Args {
     /// Folder that `kvfuse sweep` wrote
     out: PathBuf,
     /// Number of the request in the sweep, from 0, or its id
     #[arg(long)]
     request: String,
-    /// Threshold of the arm
-    #[arg(long)]
-    tau: Option<f64>,
-    /// Error budget of the arm
-    #[arg(long, value_name = "E")]
-    max_error: Option<f64>,
+    /// Chain of the arm, as `kvfuse sweep --method` has it
+    #[arg(long, value_name = "CHAIN")]
+    method: Option<String>,
     /// Run of the arm, as sweep.csv names it
     #[arg(long)]
     run: Option<String>,
-    /// Other columns of sweep.csv that tell the arm, as pairing=best
+    /// Other columns of sweep.csv that tell the arm, as block_size=16
     #[arg(long, value_name = "COLUMN=VALUE", value_parser = pair)]
     only: Vec<(String, String)>,
     /// List the blocks of one layer instead of a line a block over all layers
@@ -37,7 +34,7 @@ pub struct Args {
 }
 
 fn pair(text: &str) -> Result<(String, String), String> {
-    let (name, value) = text.split_once('=').ok_or("write COLUMN=VALUE, as pairing=best")?;
+    let (name, value) = text.split_once('=').ok_or("write COLUMN=VALUE, as block_size=16")?;
     Ok((name.to_owned(), value.to_owned()))
 }
 
@@ -46,8 +43,7 @@ pub fn run(args: Args) -> Result<()> {
         out: args.out,
         request: args.request,
         run: args.run,
-        tau: args.tau,
-        max_error: args.max_error,
+        method: args.method,
         only: args.only,
     };
     let e = explain(&options)?;
@@ -55,8 +51,7 @@ pub fn run(args: Args) -> Result<()> {
         anyhow::bail!("--layer {layer}: the model has layers 0 to {}", e.layers - 1);
     }
     let arm = &e.record.row.arm;
-    let rule = arm.tau.map(|t| format!(", tau {t}")).or(arm.max_error.map(|t| format!(", max error {t}")));
-    say(format!("run        {} ({}{})", e.record.row.run, arm.method.name(), rule.unwrap_or_default()))?;
+    say(format!("run        {} ({})", e.record.row.run, arm.method))?;
     say(format!("request    {}", e.score.id))?;
     say(format!("question   {}", e.question))?;
     say(format!("reference  {}", e.references.join(" | ")))?;

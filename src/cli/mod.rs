@@ -8,6 +8,7 @@ mod demo;
 mod dump;
 mod explain;
 mod inspect;
+mod methods;
 mod model;
 mod plan;
 mod plot;
@@ -55,6 +56,7 @@ enum Command {
     // The others say themselves what they are for.
     Dump(dump::Args),
     Inspect(inspect::Args),
+    Methods(methods::Args),
     Sweep(Box<sweep::Args>),
     Calibrate(calibrate::Args),
     Explain(explain::Args),
@@ -92,6 +94,7 @@ impl Command {
             Command::Model(command) => model::run(command),
             Command::Dump(args) => dump::run(args, typed),
             Command::Inspect(args) => inspect::run(args),
+            Command::Methods(args) => methods::run(args),
             Command::Sweep(args) => sweep::run(*args, typed),
             Command::Calibrate(args) => calibrate::run(args, typed),
             Command::Explain(args) => explain::run(args),

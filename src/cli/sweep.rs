@@ -2,7 +2,8 @@
 
 use super::table::table;
 use super::{say, say_rows};
-use crate::experiment::{Row, Settings, label_columns, series_labels, sweep};
+use crate::codec::Chain;
+use crate::experiment::{Labelled, PACKING, Row, Settings, series_labels, sweep};
 use anyhow::Result;
 use std::path::PathBuf;
 
@@ -12,8 +13,8 @@ use std::path::PathBuf;
 /// manifest.json and runs/. The controls `none` and `prefix` always run. Finished arms are skipped when run again.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Examples:\n  \
-    kvfuse sweep dumps/qa --method bff --tau 0.95:0.60:0.05 -o results/qa\n  \
-    kvfuse sweep dumps/qa --pairing tree,best,components --tau 0.99,0.95:0.80:0.05 -o results/pairings")]
+    kvfuse sweep dumps/qa --method bff:tau=0.95:0.60:0.05 -o results/qa\n  \
+    kvfuse sweep dumps/qa --method 'prefix+bff:tau=0.99|0.95:0.80:0.05,pairing=tree|best' -o results/pairings")]
 pub struct Args {
     #[command(flatten)]
     settings: Settings,
@@ -28,8 +29,10 @@ pub struct Args {
 impl Args {
     /// What can be checked of the options before there are a dump and thresholds.
     pub fn check(self) -> Result<()> {
-        let (dump, thresholds) = (Some(PathBuf::new()), None);
-        Settings { dump, thresholds, ..self.settings }.options(Vec::new())?;
+        if let Some(method) = &self.settings.method {
+            Chain::check_text(method)?;
+        }
+        Settings { dump: Some(PathBuf::new()), method: None, ..self.settings }.options(Vec::new())?;
         Ok(())
     }
 }
@@ -46,18 +49,19 @@ pub fn run(args: Args, typed: Vec<String>) -> Result<()> {
     Ok(())
 }
 
-/// Series labels of rows.
-fn labels(rows: &[Row]) -> Vec<String> {
-    let cells = |row: &Row| {
-        let arm = serde_json::to_value(&row.arm).unwrap_or_default();
-        let cell = |name: &str| match &arm[name] {
-            serde_json::Value::Null => String::new(),
-            serde_json::Value::String(text) => text.clone(),
-            other => other.to_string(),
-        };
-        label_columns().map(cell).collect::<Vec<_>>()
+/// Rows as labels see them.
+fn labelled(rows: &[Row]) -> Vec<Labelled> {
+    let text = |value: &serde_json::Value| match value {
+        serde_json::Value::String(text) => text.clone(),
+        other => other.to_string(),
     };
-    series_labels(&rows.iter().map(cells).collect::<Vec<_>>())
+    let row = |row: &Row| {
+        let arm = serde_json::to_value(&row.arm).unwrap_or_default();
+        let packing = PACKING.iter().map(|(name, _)| ((*name).to_owned(), text(&arm[*name])));
+        let options = row.arm.options.iter().map(|(name, value)| (name.clone(), text(value)));
+        Labelled { method: row.arm.method.clone(), cells: packing.chain(options).collect() }
+    };
+    rows.iter().map(row).collect()
 }
 
 /// The rows in short, for people.
@@ -66,18 +70,16 @@ pub fn summary(rows: &[Row]) -> String {
         (Some(mid), Some(low), Some(high)) => format!("{mid:.3} [{low:.3}, {high:.3}]"),
         _ => "-".to_owned(),
     };
+    let known = labelled(rows);
+    let dials = known.iter().map(|k| Some(k.name()).filter(|name| !name.is_empty()));
     let lines: Vec<Vec<String>> = rows
         .iter()
-        .zip(labels(rows))
-        .map(|(r, label)| {
+        .zip(series_labels(&known))
+        .zip(dials)
+        .map(|((r, label), dial)| {
             vec![
                 label,
-                r.arm
-                    .tau
-                    .or(r.arm.max_error)
-                    .map(|t| t.to_string())
-                    .or(r.arm.thresholds.clone())
-                    .unwrap_or("-".to_owned()),
+                dial.unwrap_or("-".to_owned()),
                 r.arm.block_size.to_string(),
                 format!("{:.2}", r.cr_audited),
                 format!("{:.2}", r.cr_paper),
@@ -93,7 +95,7 @@ pub fn summary(rows: &[Row]) -> String {
         .collect();
     let header = [
         "method",
-        "tau / E",
+        "dial",
         "block",
         "CR audited",
         "CR paper",

@@ -1,24 +1,30 @@
 //! Ways of shrinking a KV cache, and the ledger of what they really store.
 
+mod chain;
 mod distortion;
 pub mod fusion;
 mod ledger;
 mod prefix;
-mod prefix_fusion;
+pub mod registry;
+mod sharing;
+pub mod spec;
 
+pub use chain::{Chain, Stage};
 pub use distortion::{
     Distortion, Drift, distortion, distortion_by_layer, distortion_in, relative, relative_error,
 };
 pub use ledger::{LayerRate, Ledger};
 pub use prefix::Prefix;
-pub use prefix_fusion::PrefixFusion;
+pub use registry::Method;
 
 use crate::block::{BlockPool, BlockShape, RequestCache, Storage};
 use crate::error::Result;
 use crate::model::Ropes;
-use fusion::Blocks;
+use fusion::{Blocks, ChunkFusion, Fusion};
+use serde::Serialize;
+use std::collections::HashMap;
 use std::ops::Range;
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 /// The caches of a batch of requests, and the tokens they hold.
 #[derive(Clone)]
@@ -91,28 +97,59 @@ impl Coverage {
     }
 }
 
-/// What arms over the same unfused batch have in common and compute only once: its blocks and their similarities.
+/// What arms over the same batch have in common and compute only once: its blocks and their similarities.
 #[derive(Default)]
 pub struct Memo {
     blocks: OnceLock<Blocks>,
-    /// Of the blocks that exact prefix sharing leaves: between all requests, and within tenants.
-    unshared: [OnceLock<Blocks>; 2],
+    /// Of what stages of chains leave of the batch, by the stage.
+    next: Mutex<HashMap<String, Arc<Memo>>>,
 }
 
 impl Memo {
-    /// The blocks of the batch this memo is for.
+    /// The blocks of the batch this memo is for, each once.
     pub fn blocks(&self, batch: &CacheBatch) -> &Blocks {
         self.blocks.get_or_init(|| Blocks::of_requests(batch))
     }
 
-    /// The blocks that are left after exact prefix sharing, listed by `list` the first time.
-    pub fn unshared(&self, within_tenant: bool, list: impl FnOnce() -> Blocks) -> &Blocks {
-        self.unshared[usize::from(within_tenant)].get_or_init(list)
+    /// The memo of the batch after a stage of this name.
+    pub fn after(&self, stage: &str) -> Arc<Memo> {
+        // A panic elsewhere leaves the map as it was.
+        let mut next = self.next.lock().unwrap_or_else(PoisonError::into_inner);
+        Arc::clone(next.entry(stage.to_owned()).or_default())
     }
 }
 
+/// What a codec does to caches. In a chain, roles rise.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Role {
+    Nothing,
+    /// Points equal blocks at one.
+    Share,
+    /// Points similar blocks at one.
+    Fuse,
+    /// Stores the blocks that are left in fewer bits.
+    Code,
+}
+
 /// A way of shrinking the caches of a batch: it changes block tables and scales, and frees blocks of the pool.
-pub trait Codec: Sync {
+pub trait Codec: Send + Sync {
+    fn role(&self) -> Role;
+
+    /// Whether it shares within tenants only; `None` if it shares nothing.
+    fn within_tenant(&self) -> Option<bool> {
+        None
+    }
+
+    /// The fusion it is, if it is one of finished caches.
+    fn fusion(&self) -> Option<&Fusion> {
+        None
+    }
+
+    /// If it prefills anew instead of encoding finished caches: how.
+    fn chunks(&self) -> Option<&ChunkFusion> {
+        None
+    }
+
     /// What it touches of a model of so many layers.
     fn coverage(&self, layers: usize) -> Coverage;
 
@@ -122,9 +159,26 @@ pub trait Codec: Sync {
 }
 
 /// Leaves everything as it is: the control.
-pub struct Unfused;
+#[derive(Debug, Clone, Copy, Serialize, clap::Args)]
+pub struct Unfused {}
+
+impl Method for Unfused {
+    const NAME: &'static str = "none";
+    const ABOUT: &'static str =
+        "The caches as they are, in 16 bits a number: the control that every arm is compared with.";
+    const PAPER: &'static str = "";
+    const LOSSLESS: bool = true;
+
+    fn codec(&self) -> Result<Arc<dyn Codec>> {
+        Ok(Arc::new(*self))
+    }
+}
 
 impl Codec for Unfused {
+    fn role(&self) -> Role {
+        Role::Nothing
+    }
+
     fn coverage(&self, _layers: usize) -> Coverage {
         Coverage::of(0..0)
     }

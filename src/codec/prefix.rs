@@ -1,19 +1,45 @@
 //! Exact prefix sharing, as prefix caching does it: the control that costs no quality.
 
-use super::{CacheBatch, Codec, Coverage, Memo};
-use crate::block::Entry;
+use super::registry::Method;
+use super::sharing::{Shared, share};
+use super::{CacheBatch, Codec, Coverage, Memo, Role};
 use crate::error::Result;
+use serde::Serialize;
 use std::collections::HashMap;
-use std::ops::Range;
+use std::sync::Arc;
 
 /// Full blocks whose tokens, and all tokens before them, are equal share one physical block in every layer.
-#[derive(Debug, Clone, Copy, Default)]
+#[derive(Debug, Clone, Copy, Default, Serialize, clap::Args)]
+#[serde(rename_all = "kebab-case")]
 pub struct Prefix {
-    /// Whether requests of different tenants must not share.
+    /// Never share a block between tenants
+    #[arg(long, action = clap::ArgAction::Set, default_value_t = false, value_name = "BOOL")]
     pub within_tenant: bool,
 }
 
+impl Method for Prefix {
+    const NAME: &'static str = "prefix";
+    const ABOUT: &'static str = "Exact prefix sharing: full blocks whose tokens, and all tokens before them, are equal are stored once, in all layers. Lossless; \
+                                 what a server with prefix caching has anyway.";
+    const PAPER: &'static str =
+        "Kwon et al. 2023 (vLLM, arXiv 2309.06180); Zheng et al. 2024 (SGLang, arXiv 2312.07104)";
+
+    const LOSSLESS: bool = true;
+
+    fn codec(&self) -> Result<Arc<dyn Codec>> {
+        Ok(Arc::new(*self))
+    }
+}
+
 impl Codec for Prefix {
+    fn role(&self) -> Role {
+        Role::Share
+    }
+
+    fn within_tenant(&self) -> Option<bool> {
+        Some(self.within_tenant)
+    }
+
     fn coverage(&self, layers: usize) -> Coverage {
         Coverage::of(0..layers)
     }
@@ -25,28 +51,9 @@ impl Codec for Prefix {
     }
 }
 
-/// A block of a request whose numbers are another request's.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Shared {
-    pub request: usize,
-    pub block: usize,
-    /// The earliest request that has it.
-    pub owner: usize,
-}
-
-/// Points blocks at what their owners point at, in some layers.
-pub(super) fn share(batch: &mut CacheBatch, shared: &[Shared], layers: Range<usize>) {
-    for &Shared { request, block, owner } in shared {
-        for layer in layers.clone() {
-            let entry: Entry = batch.caches[owner].layers[layer].entries[block];
-            batch.caches[request].layers[layer].replace(&mut batch.pool, block, entry);
-        }
-    }
-}
-
 impl Prefix {
     /// All blocks that an earlier request has, in request and token order.
-    pub(super) fn shared(&self, batch: &CacheBatch) -> Vec<Shared> {
+    fn shared(&self, batch: &CacheBatch) -> Vec<Shared> {
         let CacheBatch { pool, caches, tokens, tenants, .. } = batch;
         let size = pool.shape().block_size;
         let mut shared = Vec::new();
@@ -58,7 +65,7 @@ impl Prefix {
                 let chain = &tokens[request][..(block + 1) * size];
                 let owner = *first.entry((tenant, chain)).or_insert(request);
                 if owner != request {
-                    shared.push(Shared { request, block, owner });
+                    shared.push(Shared { request, block, owner: (owner, block) });
                 }
             }
         }

@@ -4,16 +4,16 @@ use super::measure::STATS_MANIFEST;
 use super::simulate::{MODELS, models_and_pairings};
 use super::sweep::LAYERS_CSV;
 use super::table::Columns;
-use crate::codec::fusion::{Choices, Pairing};
+use crate::codec::Chain;
+use crate::codec::fusion::{Choices, Pairing, RopeMode, Rule};
 use crate::error::{Error, Result};
 use crate::files;
 use crate::stats::{Interval, StatRow, bootstrap_mean, rounded};
 use crate::theory::{
     Comparison, Extent, LayerLaw, Model, Verdict, layer_cr, predict, representative, verdict,
 };
-use clap::ValueEnum;
 use serde::Serialize;
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::path::Path;
 
 /// One row of predictions.csv.
@@ -138,44 +138,26 @@ pub(super) fn measured_layers(
     let table = Columns::read(&path)?;
     let numbers = |name: &str| table.floats(name);
     let texts = |name: &str| table.strings(name);
-    let rope = of.rope.to_possible_value().map_or(String::new(), |v| v.get_name().to_owned());
-    let wanted = [
-        ("method", "bff".to_owned()),
-        ("similarity", "keys".to_owned()),
-        ("positions", "any".to_owned()),
-        ("rope", rope),
-        ("group_layers", "1".to_owned()),
-        ("within_tenant", "false".to_owned()),
-        ("scale", "norm".to_owned()),
-        ("block_size", laws[0].block_size.to_string()),
-    ];
-    let mut keep = vec![true; table.rows()];
-    for (name, value) in &wanted {
-        // Counts may be read as numbers with a point.
-        let same = |x: &str| x == value || x.parse::<f64>().ok().is_some_and(|x| value.parse() == Ok(x));
-        keep.iter_mut().zip(texts(name)?).for_each(|(keep, x)| *keep &= same(&x));
+    let methods = texts("method")?;
+    let block_sizes = numbers("block_size")?;
+    // The chains the model speaks of, by the row's method.
+    let mut chains: HashMap<&str, Option<(Choices, f64)>> = HashMap::new();
+    for method in &methods {
+        chains.entry(method).or_insert_with(|| spoken_of(method, of.rope));
     }
-    let pairings = texts("pairing")?;
-    let representatives = texts("representative")?;
-    let (tau, layer) = (numbers("tau")?, numbers("layer")?);
+    let layer = numbers("layer")?;
     let (full, physical) = (numbers("full_blocks")?, numbers("physical_blocks")?);
     let (cr, key, value) = (numbers("cr_audited")?, numbers("key_error")?, numbers("value_error")?);
-    let spare = numbers("spare_layers")?;
     let layers = laws.iter().map(|l| l.layer + 1).max().unwrap_or(0);
     let mut found: Vec<MeasuredLayer> = Vec::new();
-    for i in (0..table.rows()).filter(|&i| keep[i] && tau[i].is_finite()) {
-        let Ok(pairing) = Pairing::from_str(&pairings[i], false) else { continue };
-        let usual = representative(pairing).to_possible_value();
-        if usual.is_none_or(|v| v.get_name() != representatives[i]) || pairing == Pairing::Lsh {
-            continue;
-        }
-        let layer = layer[i] as usize;
-        let choices = Choices { spare_layers: spare[i] as usize, ..Choices::default() };
+    for i in (0..table.rows()).filter(|&i| block_sizes[i] as usize == laws[0].block_size) {
+        let Some((choices, tau)) = chains[&methods[i][..]] else { continue };
+        let (pairing, layer) = (choices.pairing, layer[i] as usize);
         if !choices.touched(layers).contains(&layer) {
             continue;
         }
         // Two settings may differ in layers that both touch alike.
-        if found.iter().any(|f| (f.pairing, f.tau, f.layer) == (pairing, tau[i], layer)) {
+        if found.iter().any(|f| (f.pairing, f.tau, f.layer) == (pairing, tau, layer)) {
             continue;
         }
         if let Some(law) = laws.iter().find(|l| l.layer == layer)
@@ -190,7 +172,7 @@ pub(super) fn measured_layers(
         }
         found.push(MeasuredLayer {
             pairing,
-            tau: tau[i],
+            tau,
             layer,
             full_blocks: full[i],
             physical_blocks: physical[i],
@@ -201,13 +183,30 @@ pub(super) fn measured_layers(
     }
     if found.is_empty() {
         let problem = format!(
-            "has no arm the model speaks of: bff with --tau, --similarity keys, --positions any, blocks of {} tokens, \
+            "has no arm the model speaks of: fusion alone at a threshold tau on keys, any positions, blocks of {} tokens, \
              and means for tree and components or first blocks for best",
             laws[0].block_size
         );
         return Err(Error::file(&path, problem));
     }
     Ok(Measured { layers: found, requests, held_out })
+}
+
+/// Choices and threshold of a chain that the model speaks of: fusion alone, of keys at one threshold.
+fn spoken_of(method: &str, rope: RopeMode) -> Option<(Choices, f64)> {
+    // A calibration's file need not be there any more; the model does not speak of it anyway.
+    let chain = Chain::parse(method).ok()?.pop()?;
+    let (fusion, alone) = (chain.fusion()?, chain.stages().len() == 1);
+    let Rule::Tau(tau) = *fusion.rule() else { return None };
+    let choices = *fusion.choices();
+    let plain = Choices {
+        pairing: choices.pairing,
+        representative: representative(choices.pairing),
+        spare_layers: choices.spare_layers,
+        rope,
+        ..Choices::default()
+    };
+    (alone && choices == plain && choices.pairing != Pairing::Lsh).then_some((choices, tau))
 }
 
 pub(super) fn predictions(laws: &[LayerLaw], measured: &Measured) -> Vec<PredictionRow> {

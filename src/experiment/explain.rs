@@ -1,13 +1,14 @@
 //! `kvfuse explain`: what an arm did to one request, block by block.
 
-use super::arms::{Arm, Method, Packing};
+use super::arms::{Arm, Packing};
 use super::evaluate::Base;
 use super::rows::RequestScore;
 use super::runs::{RunRecord, Runs, run_id};
 use super::settings::Settings;
 use super::stage::{encode_batch, load};
 use super::sweep::{open_model, questions, setting};
-use crate::codec::{CacheBatch, Memo, relative_error};
+use crate::codec::registry::is_control;
+use crate::codec::{CacheBatch, Chain, Memo, relative_error};
 use crate::dump::Manifest;
 use crate::error::{Error, IoAt, Result};
 use crate::model::kernels::cosine;
@@ -24,8 +25,8 @@ pub struct ExplainOptions {
     pub request: String,
     /// The arm, by whatever is given.
     pub run: Option<String>,
-    pub tau: Option<f64>,
-    pub max_error: Option<f64>,
+    /// Its chain, as `--method` has it.
+    pub method: Option<String>,
     /// `column=value` pairs, as in sweep.csv.
     pub only: Vec<(String, String)>,
 }
@@ -109,13 +110,13 @@ pub fn explain(options: &ExplainOptions) -> Result<Explanation> {
     let setting = setting(&sweep, &manifest, &questions)?;
     let runs = Runs::at(&options.out);
     let mut finished: Vec<(Arm, RunRecord)> = Vec::new();
-    for arm in sweep.arms() {
+    for arm in sweep.arms()? {
         if let Some(record) = runs.load(&run_id(&setting, &arm)?).filter(|r| r.requests.len() == ids.len()) {
             finished.push((arm, record));
         }
     }
     let (arm, record) = choose(&finished, options)?.clone();
-    let none = |(a, _): &&(Arm, RunRecord)| a.method == Method::None && a.packing == arm.packing;
+    let none = |(a, _): &&(Arm, RunRecord)| a.chain.is_unfused() && a.packing == arm.packing;
     let plain = finished
         .iter()
         .find(none)
@@ -130,7 +131,7 @@ pub fn explain(options: &ExplainOptions) -> Result<Explanation> {
     let (batch, prompts) = load(&sweep.dump, &model, &manifest, lot, block_size)?;
     // With a spared first token, the sweep's caches hold the last prompt token too.
     let original = Base::new(&model, batch, &prompts, first_token)?.batch;
-    let encoded = encode_batch(&model, &original, &Memo::default(), &arm.encoder()?)?;
+    let encoded = encode_batch(&model, &original, &Memo::default(), &arm.chain)?;
     let tokens = &original.tokens[at - first];
     let texts = tokens.chunks_exact(block_size).map(|t| model.tokenizer.decode(t)).collect::<Result<_>>()?;
     let mut fused = fused_blocks(&original, &encoded, at - first);
@@ -164,31 +165,29 @@ fn choose<'a>(finished: &'a [(Arm, RunRecord)], options: &ExplainOptions) -> Res
     {
         return Err(Error::argument(format!("--only {name}: sweep.csv has no such column")));
     }
-    let fits = |(arm, record): &&(Arm, RunRecord)| {
+    let named: Option<Vec<String>> = match &options.method {
+        Some(text) => Some(Chain::parse(text)?.iter().map(Chain::name).collect()),
+        None => None,
+    };
+    let fits = |(_, record): &&(Arm, RunRecord)| {
+        let own = &record.row.arm.method;
         let columns = cells(record);
         options.run.as_ref().is_none_or(|run| *run == record.row.run)
-            && options.tau.is_none_or(|tau| record.row.arm.tau == Some(tau))
-            && options.max_error.is_none_or(|e| record.row.arm.max_error == Some(e))
+            && named.as_ref().is_none_or(|names| names.contains(own))
             && options.only.iter().all(|(name, value)| cell(&columns, name) == *value)
-            && (options.run.is_some() || arm.rule.is_some())
+            && (options.run.is_some() || !is_control(own))
     };
     let found: Vec<&(Arm, RunRecord)> = finished.iter().filter(fits).collect();
     match found[..] {
         [one] => Ok(one),
         [] => Err(Error::file(&options.out, "has no finished run that fits; its sweep.csv lists them")),
         _ => {
-            let describe = |(_, record): &&(Arm, RunRecord)| {
-                let columns = cells(record);
-                let words =
-                    ["method", "pairing", "representative", "similarity", "tau", "max_error", "thresholds"];
-                let words: Vec<String> =
-                    words.iter().map(|name| cell(&columns, name)).filter(|c| !c.is_empty()).collect();
-                format!("{} ({})", record.row.run, words.join(" "))
-            };
+            let describe =
+                |(_, record): &&(Arm, RunRecord)| format!("{} ({})", record.row.run, record.row.arm.method);
             let list: Vec<String> = found.iter().take(6).map(describe).collect();
             let more = if found.len() > 6 { ", ..." } else { "" };
             let message = format!(
-                "{} runs fit: name one by --run, or narrow it down by --tau and --only pairing=best: {}{more}",
+                "{} runs fit: name one by --run, or narrow it down by --method and --only bff.pairing=best: {}{more}",
                 found.len(),
                 list.join(", ")
             );

@@ -1,61 +1,97 @@
-//! Names for the series of a table: the method and those choices in which its rows differ.
+//! Names for the series of a table: the chain's methods and those options in which its rows differ.
 
-/// Columns before those of [`CHOICES`]: the method and what kind of rule it follows.
-const KINDS: usize = 3;
+use crate::codec::registry::method;
+use crate::codec::spec::names;
+use std::collections::BTreeMap;
 
-/// Columns that tell series apart, and how a cell of theirs reads.
-const CHOICES: [(&str, &str, &str); 14] = [
-    ("pairing", "", ""),
-    ("representative", "", ""),
-    ("similarity", "on ", ""),
-    ("rope", "RoPE ", ""),
-    ("positions", "", " position"),
-    ("spare_layers", "sparing ", ""),
-    ("group_layers", "", " layers a table"),
-    ("scale", "scale ", ""),
-    ("within_tenant", "within tenant: ", ""),
-    ("chunk_tokens", "chunk ", ""),
-    ("fuse_chunks", "", " chunks"),
-    ("block_size", "block ", ""),
-    ("batch", "batch ", ""),
-    ("first_token", "first token ", ""),
-];
-
-/// The columns that [`series_labels`] wants, in order.
-pub fn label_columns() -> impl Iterator<Item = &'static str> {
-    ["method", "max_error", "thresholds"].into_iter().chain(CHOICES.iter().map(|(name, ..)| *name))
+/// A row as labels see it.
+#[derive(Debug, Clone, Default)]
+pub struct Labelled {
+    /// The chain in normal form.
+    pub method: String,
+    /// `stage.option` and columns of the packing -> cell; empty cells left out.
+    pub cells: BTreeMap<String, String>,
 }
 
-/// A label for each row; `rows` hold the cells of [`label_columns`], empty where a column means nothing to a row. Rows of
-/// a series have the same label: a threshold or an error budget is no part of it, but its kind is.
-pub fn series_labels(rows: &[Vec<String>]) -> Vec<String> {
-    // A budget and a calibration look at keys and values in any case.
-    let known =
-        |row: &[String], name: &str| name == "similarity" && !(row[1].is_empty() && row[2].is_empty());
-    let varies = |column: usize| {
-        let named = rows.iter().filter(|r| !known(r, CHOICES[column - KINDS].0));
-        let mut cells = named.map(|r| &r[column]).filter(|c| !c.is_empty());
-        let first = cells.next();
-        cells.any(|c| Some(c) != first)
-    };
-    let varying: Vec<bool> = (0..CHOICES.len()).map(|i| varies(i + KINDS)).collect();
-    let label = |row: &Vec<String>| {
-        let (budget, calibrated) = (!row[1].is_empty(), !row[2].is_empty());
-        let is_control = row[KINDS].is_empty();
-        let mut words = vec![row[0].clone()];
-        for ((&(name, before, after), cell), varies) in CHOICES.iter().zip(&row[KINDS..]).zip(&varying) {
-            if is_control && name == "within_tenant" && cell == "true" {
-                words.push("within tenant".to_owned());
-            } else if !is_control && *varies && !known(row, name) {
-                words.push(format!("{before}{cell}{after}"));
+/// Columns that tell how caches are packed, and how a cell of theirs reads.
+pub const PACKING: [(&str, &str); 3] =
+    [("block_size", "block "), ("batch", "batch "), ("first_token", "first token ")];
+
+impl Labelled {
+    /// Names of the chain's methods.
+    pub fn stages(&self) -> Vec<&str> {
+        names(&self.method)
+    }
+
+    /// The dial that a stage has turned, and where it stands.
+    pub fn dials(&self) -> Vec<(&str, &str, &str)> {
+        let of = |stage: &'_ str| method(stage).map_or(&[][..], |m| m.dials).iter().copied();
+        let mut found = Vec::new();
+        for stage in self.stages() {
+            for dial in of(stage) {
+                if let Some(value) = self.cells.get(&format!("{stage}.{dial}")) {
+                    found.push((stage, dial, &value[..]));
+                }
             }
         }
-        if budget {
-            words.push("max error".to_owned());
+        found
+    }
+
+    /// What tells the row from others of its series: where its dials stand.
+    pub fn name(&self) -> String {
+        let name = |&(stage, _, value): &(&str, &str, &str)| {
+            // A calibration is known by what it was made for.
+            self.cells.get(&format!("{stage}.target")).cloned().unwrap_or_else(|| value.to_owned())
+        };
+        self.dials().iter().map(name).collect::<Vec<_>>().join(", ")
+    }
+}
+
+/// A label for each row. Rows of a series have the same label: where a dial stands is no part of it, but which one is turned is.
+pub fn series_labels(rows: &[Labelled]) -> Vec<String> {
+    let label = |row: &Labelled| {
+        let stages = row.stages();
+        let mut words = vec![stages.join("+")];
+        // With a budget or a calibration, what is compared follows.
+        let turned: Vec<(&str, &str)> = row.dials().iter().map(|d| (d.0, d.1)).collect();
+        let of_a_dial = |column: &str| {
+            let dial =
+                |(stage, option): (&str, &str)| method(stage).is_some_and(|m| m.dials.contains(&option));
+            column.split_once('.').is_some_and(|c| dial(c) || c.1 == "target")
+        };
+        let alike = |other: &&Labelled| {
+            other.stages() == stages && other.dials().iter().map(|d| (d.0, d.1)).eq(turned.iter().copied())
+        };
+        for (column, cell) in &row.cells {
+            let differs =
+                rows.iter().filter(alike).any(|other| other.cells.get(column).is_some_and(|c| c != cell));
+            let Some((_, option)) = column.split_once('.') else { continue };
+            if differs && !of_a_dial(column) {
+                words.push(match (&cell[..], option) {
+                    ("true", _) => option.replace('-', " "),
+                    ("false", _) => continue,
+                    (_, "pairing" | "representative" | "similarity") => cell.clone(),
+                    _ => format!("{} {cell}", option.replace('-', " ")),
+                });
+            }
         }
-        if calibrated {
-            let predicted = row[2].contains("-model-");
-            words.push(if predicted { "calibrated by model" } else { "calibrated" }.to_owned());
+        for (column, before) in PACKING {
+            let cell = row.cells.get(column);
+            if rows.iter().any(|other| other.cells.get(column) != cell) {
+                words.extend(cell.map(|cell| format!("{before}{cell}")));
+            }
+        }
+        for (stage, dial) in &turned {
+            let usual = method(stage).and_then(|m| m.grid).map(|(name, _)| name);
+            if usual.is_some_and(|usual| usual != *dial) {
+                let target = row.cells.get(&format!("{stage}.target"));
+                let predicted = target.is_some_and(|t| t.starts_with("model "));
+                words.push(match *dial {
+                    "thresholds" if predicted => "calibrated by model".to_owned(),
+                    "thresholds" => "calibrated".to_owned(),
+                    other => other.replace('-', " "),
+                });
+            }
         }
         words.join(" ")
     };
@@ -68,20 +104,33 @@ mod tests {
 
     #[test]
     fn only_what_differs_is_named() {
-        let row = |method: &str, error: &str, pairing: &str, similarity: &str| {
-            let mut row: Vec<String> =
-                [method, error, "", pairing, "first"].iter().map(|s| s.to_string()).collect();
-            row.push(similarity.to_owned());
-            row.resize(label_columns().count(), String::new());
-            row
+        let row = |method: &str, cells: &[(&str, &str)]| Labelled {
+            method: method.to_owned(),
+            cells: cells.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect(),
         };
         let rows = [
-            row("bff", "", "tree", "keys"),
-            row("bff", "", "best", "keys"),
-            row("bff", "0.1", "best", "lower"),
+            row("none", &[]),
+            row("bff:tau=0.9", &[("bff.tau", "0.9"), ("bff.pairing", "tree"), ("bff.similarity", "keys")]),
+            row("bff:tau=0.8", &[("bff.tau", "0.8"), ("bff.pairing", "tree"), ("bff.similarity", "keys")]),
+            row(
+                "bff:tau=0.9,pairing=best",
+                &[("bff.tau", "0.9"), ("bff.pairing", "best"), ("bff.similarity", "keys")],
+            ),
+            row(
+                "bff:max-error=0.1",
+                &[("bff.max-error", "0.1"), ("bff.pairing", "tree"), ("bff.similarity", "lower")],
+            ),
+            row(
+                "bff:thresholds=qa-1",
+                &[("bff.thresholds", "qa-1"), ("bff.target", "kl 0.02"), ("bff.pairing", "best")],
+            ),
         ];
-        assert_eq!(series_labels(&rows), ["bff tree", "bff best", "bff best max error"]);
-        assert_eq!(series_labels(&rows[..1]), ["bff"]);
-        assert_eq!(series_labels(&[row("prefix", "", "", ""), rows[0].clone()]), ["prefix", "bff"]);
+        assert_eq!(
+            series_labels(&rows),
+            ["none", "bff tree", "bff tree", "bff best", "bff max error", "bff calibrated"]
+        );
+        assert_eq!(series_labels(&rows[1..3]), ["bff", "bff"]);
+        assert_eq!(rows[2].name(), "0.8");
+        assert_eq!(rows[5].name(), "kl 0.02");
     }
 }

@@ -19,14 +19,14 @@ mod stage;
 mod sweep;
 mod table;
 
-pub use arms::{Arm, ArmColumns, Chunking, Encoder, Grid, Method, Packing};
+pub use arms::{Arm, ArmColumns, Packing};
 pub use calibrate::{CalibrateOptions, LayerReport, Target, calibrate};
 pub use calibrate_model::calibrate_from_model;
 pub use differ::{Difference, Tolerance, compare_folders};
 pub use evaluate::FirstToken;
 pub use explain::{ExplainOptions, Explanation, FusedBlock, Partner, explain};
 pub use grid::parse_taus;
-pub use labels::{label_columns, series_labels};
+pub use labels::{Labelled, PACKING, series_labels};
 pub use measure::{STATS_CSV, STATS_MANIFEST, StatsOptions, measure, read_stats};
 pub use rows::{LayerRow, LayerScore, RequestRow, RequestScore, Row, Timings};
 pub use runs::RunRecord;

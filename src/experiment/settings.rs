@@ -1,9 +1,9 @@
 //! The settings of a sweep: the command line and TOML files share one list of them.
 
-use super::arms::{Arm, Grid, Method, Packing};
+use super::arms::{Arm, Packing, arms};
 use super::evaluate::FirstToken;
-use super::grid::parse_taus;
-use crate::codec::fusion::{Pairing, Positions, Representative, RopeMode, ScaleRule, Similarity, Thresholds};
+use crate::codec::Chain;
+use crate::codec::fusion::Thresholds;
 use crate::dump::{Half, Manifest};
 use crate::error::{Error, Result};
 use crate::files;
@@ -11,10 +11,9 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
-/// Thresholds of a sweep that names none.
-const DEFAULT_TAUS: &str = "0.95:0.60:0.05";
+/// Chains of a sweep that names none.
+const DEFAULT_METHOD: &str = "bff";
 
 /// Every field is optional; where a list is taken, the sweep runs every combination.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, clap::Args)]
@@ -25,55 +24,10 @@ pub struct Settings {
     /// Folder to write [default: sweep/ inside of the dump]
     #[arg(short, long, value_name = "DIR")]
     pub out: Option<PathBuf>,
-    /// Methods to run besides the controls `none` and `prefix` [default: bff]
-    #[arg(long, value_enum, value_delimiter = ',')]
-    pub method: Option<Vec<Method>>,
-    /// Thresholds on similarity in (-1, 1]: numbers and high:low:step ranges [default: 0.95:0.60:0.05]
-    #[arg(long, allow_hyphen_values = true, help_heading = "When blocks fuse")]
-    pub tau: Option<String>,
-    /// Instead of --tau: fuse a block only if its relative squared error, of keys and of values, stays below this
-    #[arg(long, value_name = "E", value_delimiter = ',', value_parser = finite, help_heading = "When blocks fuse")]
-    pub max_error: Option<Vec<f64>>,
-    /// Instead of --tau: thresholds of single layers from `kvfuse calibrate`, with the choices they were made for; the
-    /// questions it saw are left out of the sweep
-    #[arg(long, value_name = "FILE", value_delimiter = ',', help_heading = "When blocks fuse")]
-    pub thresholds: Option<Vec<PathBuf>>,
-    /// Which blocks fuse with which [default: tree]
-    #[arg(long, value_enum, value_delimiter = ',', help_heading = "How blocks fuse")]
-    pub pairing: Option<Vec<Pairing>>,
-    /// What is compared [default: keys]
-    #[arg(long, value_enum, value_delimiter = ',', help_heading = "How blocks fuse")]
-    pub similarity: Option<Vec<Similarity>>,
-    /// Compare and share keys as cached, or without their positions [default: keep]
-    #[arg(long, value_enum, value_delimiter = ',', help_heading = "How blocks fuse")]
-    pub rope: Option<Vec<RopeMode>>,
-    /// Positions that two blocks may have [default: any]
-    #[arg(long, value_enum, value_delimiter = ',', help_heading = "How blocks fuse")]
-    pub positions: Option<Vec<Positions>>,
-    /// Layers left alone at either end of the model [default: 2]
-    #[arg(long, value_name = "N", value_delimiter = ',', help_heading = "How blocks fuse")]
-    pub spare_layers: Option<Vec<usize>>,
-    /// Layers that are compared as one and share one block table [default: 1]
-    #[arg(long, value_name = "G", value_delimiter = ',', help_heading = "How blocks fuse")]
-    pub group_layers: Option<Vec<usize>>,
-    /// What a cluster stores [default: mean for tree, first for best and lsh, medoid for components]
-    #[arg(long, value_enum, value_delimiter = ',', help_heading = "How blocks fuse")]
-    pub representative: Option<Vec<Representative>>,
-    /// Factors that restore a block from its representative [default: norm]
-    #[arg(long, value_enum, value_delimiter = ',', help_heading = "How blocks fuse")]
-    pub scale: Option<Vec<ScaleRule>>,
-    /// Never share a block between tenants; `=false,true` runs both
-    #[arg(
-        long, value_delimiter = ',', num_args = 0..=1, require_equals = true, default_missing_value = "true",
-        value_name = "BOOL", help_heading = "How blocks fuse"
-    )]
-    pub within_tenant: Option<Vec<bool>>,
-    /// Tokens of a chunk of cff [default: 512]
-    #[arg(long, value_name = "TOKENS", help_heading = "How blocks fuse")]
-    pub chunk: Option<usize>,
-    /// Chunks that cff fuses at a time [default: 4]
-    #[arg(long, value_name = "N", value_delimiter = ',', help_heading = "How blocks fuse")]
-    pub fuse_chunks: Option<Vec<usize>>,
+    /// Chains of methods to run besides the controls `none` and `prefix`, as prefix+bff:tau=0.95:0.60:0.05,pairing=best|lsh; `kvfuse
+    /// methods` lists them [default: bff]
+    #[arg(long, value_name = "CHAINS")]
+    pub method: Option<String>,
     /// Tokens a block; a list runs the grid for each [default: 16]
     #[arg(long, value_delimiter = ',')]
     pub block_size: Option<Vec<usize>>,
@@ -101,11 +55,6 @@ pub struct Settings {
     pub model: Option<String>,
 }
 
-/// A number of the command line that can be written to a manifest.
-fn finite(text: &str) -> std::result::Result<f64, String> {
-    text.parse().ok().filter(|x: &f64| x.is_finite()).ok_or_else(|| "is not a finite number".to_owned())
-}
-
 /// What to sweep.
 #[derive(Debug, Clone)]
 pub struct SweepOptions {
@@ -113,7 +62,7 @@ pub struct SweepOptions {
     pub out: PathBuf,
     /// Model to decode with, if not the one the manifest names. It must be the same model.
     pub model: Option<String>,
-    pub grid: Grid,
+    pub chains: Vec<Chain>,
     pub block_sizes: Vec<usize>,
     pub first_tokens: Vec<FirstToken>,
     /// Requests to sweep: a half of them, or all.
@@ -159,39 +108,11 @@ impl Settings {
         let given = self.clone();
         let named = self.dump.ok_or_else(|| Error::argument("name the dump to sweep: kvfuse sweep DIR"));
         let dump = named?;
-        let thresholds = self.thresholds.unwrap_or_default();
-        let thresholds: Vec<Arc<Thresholds>> =
-            thresholds.iter().map(|p| Thresholds::read(p).map(Arc::new)).collect::<Result<_>>()?;
-        let max_errors = self.max_error.unwrap_or_default();
-        let instead = !thresholds.is_empty() || !max_errors.is_empty();
-        let taus = match self.tau.as_deref() {
-            Some(taus) => parse_taus(taus)?,
-            None if instead => Vec::new(),
-            None => parse_taus(DEFAULT_TAUS)?,
-        };
-        if let Some(error) = max_errors.iter().find(|e| !(**e > 0.0 && **e < 2.0)) {
-            return Err(Error::argument(format!("--max-error {error} lies outside of (0, 2)")));
-        }
+        let chains = Chain::parse(self.method.as_deref().unwrap_or(DEFAULT_METHOD))?;
         let options = SweepOptions {
             out: self.out.unwrap_or_else(|| dump.join("sweep")),
             model: self.model,
-            grid: Grid {
-                methods: self.method.unwrap_or_else(|| vec![Method::Bff]),
-                taus,
-                max_errors,
-                thresholds,
-                pairings: self.pairing.unwrap_or_else(|| vec![Pairing::Tree]),
-                similarities: self.similarity.unwrap_or_else(|| vec![Similarity::Keys]),
-                ropes: self.rope.unwrap_or_else(|| vec![RopeMode::Keep]),
-                positions: self.positions.unwrap_or_else(|| vec![Positions::Any]),
-                spare_layers: self.spare_layers.unwrap_or_else(|| vec![2]),
-                group_layers: self.group_layers.unwrap_or_else(|| vec![1]),
-                representatives: self.representative.unwrap_or_default(),
-                scales: self.scale.unwrap_or_else(|| vec![ScaleRule::Norm]),
-                within_tenant: self.within_tenant.unwrap_or_else(|| vec![false]),
-                chunk_tokens: self.chunk.unwrap_or(512),
-                fuse_chunks: self.fuse_chunks.unwrap_or_else(|| vec![4]),
-            },
+            chains,
             block_sizes: self.block_size.unwrap_or_else(|| vec![16]),
             first_tokens: self.first_token.unwrap_or_else(|| vec![FirstToken::Fused]),
             half: self.half,
@@ -222,8 +143,17 @@ impl SweepOptions {
     }
 
     /// All arms, packing by packing.
-    pub fn arms(&self) -> Vec<Arm> {
-        self.packings().into_iter().flat_map(|p| self.grid.arms(p)).collect()
+    pub fn arms(&self) -> Result<Vec<Arm>> {
+        let mut all = Vec::new();
+        for packing in self.packings() {
+            all.extend(arms(&self.chains, packing)?);
+        }
+        Ok(all)
+    }
+
+    /// The calibrations that its chains follow.
+    pub fn thresholds(&self) -> impl Iterator<Item = &Thresholds> {
+        self.chains.iter().filter_map(|c| c.fusion()?.rule().thresholds()).map(|t| &**t)
     }
 
     /// The longest answer that any request of a dump is given, in tokens.
@@ -244,7 +174,6 @@ impl SweepOptions {
         ];
         counts.extend(self.block_sizes.iter().map(|&n| ("--block-size", n)));
         counts.extend(self.batches.iter().map(|&n| ("--batch", n)));
-        counts.extend(self.grid.group_layers.iter().map(|&n| ("--group-layers", n)));
         if let Some((name, n)) = counts.iter().find(|(_, n)| !(1..=MOST).contains(n)) {
             return Err(Error::argument(format!("{name} {n}: must be from 1 to {MOST}")));
         }
@@ -258,12 +187,14 @@ impl SweepOptions {
         {
             return Err(Error::argument("--first-token lists a cache twice"));
         }
-        if self.first_tokens.contains(&FirstToken::Prefill) && self.grid.methods.contains(&Method::Cff) {
+        if self.first_tokens.contains(&FirstToken::Prefill)
+            && self.chains.iter().any(|c| c.chunks().is_some())
+        {
             let message = "--first-token prefill spares the first answer token what happens after prefill; \
-                           cff fuses during prefill: sweep it with --first-token fused";
+                           a chain that fuses during prefill is swept with --first-token fused";
             return Err(Error::argument(message));
         }
-        for file in &self.grid.thresholds {
+        for file in self.thresholds() {
             if !sizes.contains(&file.block_size) {
                 let message = format!(
                     "the thresholds {} are for blocks of {} tokens: pass --block-size {}",
@@ -272,7 +203,7 @@ impl SweepOptions {
                 return Err(Error::argument(message));
             }
         }
-        // Every arm must name a codec that can be built, before a model is loaded for it.
-        self.arms().iter().try_for_each(|arm| arm.encoder().map(|_| ()))
+        let chunked = self.chains.iter().filter_map(Chain::chunks);
+        chunked.flat_map(|c| sizes.iter().map(move |s| (c, *s))).try_for_each(|(c, size)| c.check(size))
     }
 }

@@ -1,12 +1,14 @@
 //! Requests loaded and ready for any arm: what all arms of one block size share, and how one is measured.
 
-use super::arms::{Arm, Encoder, Packing};
+use super::arms::{Arm, Packing};
 use super::evaluate::{Base, Divergence, Prompt, Reference, answer_text, answers};
 use super::rows::{LayerScore, Measured, RequestScore, Row, Setting, Timings};
 use super::runs::RunRecord;
 use super::settings::SweepOptions;
 use crate::block::{BlockTable, RequestCache, Storage};
-use crate::codec::{CacheBatch, Codec, Distortion, Ledger, Memo, Prefix, distortion_by_layer, distortion_in};
+use crate::codec::{
+    CacheBatch, Chain, Codec, Distortion, Ledger, Memo, Prefix, distortion_by_layer, distortion_in,
+};
 use crate::dump::{Manifest, open_request};
 use crate::error::{Error, Result};
 use crate::interrupt;
@@ -106,9 +108,8 @@ impl<'a> Stage<'a> {
 
     /// Encodes, compares and answers all requests by one arm.
     pub fn run(&mut self, run: &str, setting: &Setting, arm: &Arm) -> Result<RunRecord> {
-        let encoder = arm.encoder()?;
         let layers = self.model.decoder.config().layers;
-        let coverage = encoder.coverage(layers);
+        let coverage = arm.chain.coverage(layers);
         let mut ledger = Ledger::default();
         let mut errors = vec![Distortion::default(); layers];
         let mut attention = (0.0, 0.0);
@@ -118,7 +119,7 @@ impl<'a> Stage<'a> {
         for lot in &self.lots {
             interrupt::check()?;
             let started = Instant::now();
-            let mut batch = encode_batch(self.model, &lot.base.batch, &lot.memo, &encoder)?;
+            let mut batch = encode_batch(self.model, &lot.base.batch, &lot.memo, &arm.chain)?;
             timings.fuse_seconds += started.elapsed().as_secs_f64();
             ledger += &Ledger::of(&batch, &coverage);
             let (sums, drifts) = distortion_by_layer(&lot.base.batch, &batch, 0..layers);
@@ -170,7 +171,7 @@ impl<'a> Stage<'a> {
             attention,
             scores: &scores,
             baseline,
-            cr_prefix: self.cr_prefix[usize::from(arm.choices.within_tenant)],
+            cr_prefix: self.cr_prefix[usize::from(arm.chain.within_tenant())],
         };
         let row = Row::new(run, setting, arm, &measured);
         Ok(RunRecord { row, layers, requests: scores, timings })
@@ -214,19 +215,20 @@ impl<'a> Stage<'a> {
 }
 
 /// Unfused caches as an arm stores them.
-pub fn encode_batch(model: &Model, base: &CacheBatch, memo: &Memo, encoder: &Encoder) -> Result<CacheBatch> {
-    match encoder {
-        Encoder::Codec(codec) => {
+pub fn encode_batch(model: &Model, base: &CacheBatch, memo: &Memo, chain: &Chain) -> Result<CacheBatch> {
+    match chain.chunks() {
+        None => {
             let mut batch = base.clone();
-            codec.encode(&mut batch, memo)?;
+            chain.encode(&mut batch, memo)?;
             Ok(batch)
         }
-        Encoder::Chunks(chunks) => {
+        Some(chunks) => {
             let mut batch = CacheBatch::empty(base.pool.shape(), Storage::F16, base.ropes.clone());
             for (tokens, tenant) in base.tokens.iter().zip(&base.tenants) {
                 batch.push(model.decoder.new_cache(), tokens.clone(), tenant);
                 chunks.prefill(&model.decoder, &mut batch)?;
             }
+            chain.encode_rest(&mut batch)?;
             Ok(batch)
         }
     }

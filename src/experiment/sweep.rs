@@ -1,11 +1,12 @@
 //! `kvfuse sweep`: every arm of the grid over one dump, resumable.
 
-use super::arms::{Arm, ArmColumns, Method};
+use super::arms::{Arm, ArmColumns};
 use super::rows::{LayerRow, RequestRow, Row, Setting, Timings};
 use super::runs::{RunRecord, Runs, run_id};
 use super::settings::SweepOptions;
 use super::stage::Stage;
 use super::table::write_csv;
+use crate::codec::{Chain, Method, Unfused};
 use crate::dump::Manifest;
 use crate::error::{Error, IoAt, Result};
 use crate::files;
@@ -28,7 +29,7 @@ pub fn sweep(options: &SweepOptions) -> Result<Vec<Row>> {
     let manifest = Manifest::read(&options.dump)?;
     let questions = questions(options, &manifest)?;
     let setting = setting(options, &manifest, &questions)?;
-    let grid = options.arms();
+    let grid = options.arms()?;
     check_arms(options, &manifest, &questions, &grid)?;
     let _lock = FolderLock::take(out)?;
     files::writable_folder(out)?;
@@ -70,7 +71,7 @@ pub fn sweep(options: &SweepOptions) -> Result<Vec<Row>> {
 /// The requests to sweep: those about texts that no calibration of this sweep has seen.
 pub fn questions(options: &SweepOptions, manifest: &Manifest) -> Result<Vec<usize>> {
     let mut seen: HashSet<&str> = HashSet::new();
-    for file in &options.grid.thresholds {
+    for file in options.thresholds() {
         if file.model_sha256 != manifest.model.sha256 {
             let problem =
                 format!("was made with another model than the thresholds {} ({})", file.name, file.model);
@@ -115,21 +116,21 @@ pub fn setting(options: &SweepOptions, manifest: &Manifest, questions: &[usize])
 /// What an arm asks of the dump.
 fn check_arms(options: &SweepOptions, manifest: &Manifest, questions: &[usize], grid: &[Arm]) -> Result<()> {
     let labelled = questions.iter().any(|&i| !manifest.requests[i].request.tenant.is_empty());
-    if options.grid.within_tenant.contains(&true) && !labelled {
-        let problem = "its requests carry no tenant; dump with --tenants N to use --within-tenant";
+    if options.chains.iter().any(Chain::within_tenant) && !labelled {
+        let problem = "its requests carry no tenant; dump with --tenants N to use within-tenant";
         return Err(Error::file(&options.dump, problem));
     }
     let longest = questions.iter().map(|&i| manifest.requests[i].tokens - 1).max().unwrap_or(0);
     for arm in grid {
-        if let super::arms::Encoder::Chunks(chunks) = arm.encoder()?
+        if let Some(chunks) = arm.chain.chunks()
             && longest < chunks.least_tokens()
         {
             let problem = format!(
                 "its longest prompt has {longest} tokens in the cache, cff needs {} ({} chunks of {}): dump longer \
-                 prompts (--data builtin:longqa --length N) or lower --chunk or --fuse-chunks",
+                 prompts (--data builtin:longqa --length N) or lower chunk or fuse",
                 chunks.least_tokens(),
-                arm.chunking.map_or(0, |c| c.fuse_chunks),
-                arm.chunking.map_or(0, |c| c.chunk_tokens),
+                chunks.fuse_chunks(),
+                chunks.chunk_tokens(),
             );
             return Err(Error::file(&options.dump, problem));
         }
@@ -237,7 +238,7 @@ fn write_tables(out: &Path, records: &[Option<RunRecord>]) -> Result<()> {
     let baseline = |r: &RunRecord| {
         let same = |b: &&&RunRecord| {
             let (a, b) = (&r.row.arm, &b.row.arm);
-            b.method == Method::None
+            b.method == Unfused::NAME
                 && (b.block_size, b.batch, b.first_token) == (a.block_size, a.batch, a.first_token)
         };
         done.iter().find(same).copied()

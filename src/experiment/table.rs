@@ -8,7 +8,7 @@ use serde_json::Value;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-/// Writes rows as CSV, one column a field in declaration order; absent numbers are empty cells.
+/// Writes rows as CSV, one column a field in declaration order; what a row does not have is an empty cell.
 pub fn write_csv<T: Serialize>(path: &Path, rows: &[T]) -> Result<()> {
     let bad = |e: &dyn std::fmt::Display| Error::file(path, e.to_string());
     let maps: Vec<serde_json::Map<String, Value>> = rows
@@ -19,12 +19,32 @@ pub fn write_csv<T: Serialize>(path: &Path, rows: &[T]) -> Result<()> {
             Err(e) => Err(bad(&e)),
         })
         .collect::<Result<_>>()?;
-    let Some(first) = maps.first() else { return Err(bad(&"there are no rows to write")) };
-    let columns: Vec<Column> = first.keys().map(|name| column(name, &maps)).collect();
+    if maps.is_empty() {
+        return Err(bad(&"there are no rows to write"));
+    }
+    let columns: Vec<Column> = names(&maps).iter().map(|name| column(name, &maps)).collect();
     let mut frame = DataFrame::new(maps.len(), columns).map_err(|e| bad(&e))?;
     let mut bytes = Vec::new();
     CsvWriter::new(&mut bytes).finish(&mut frame).map_err(|e| bad(&e))?;
     files::write_atomically(path, |out| out.write_all(&bytes))
+}
+
+/// All names, each after the one that it follows in its row.
+fn names(rows: &[serde_json::Map<String, Value>]) -> Vec<String> {
+    let mut all: Vec<String> = Vec::new();
+    for row in rows {
+        let mut at = 0;
+        for name in row.keys() {
+            match all.iter().position(|n| n == name) {
+                Some(known) => at = known + 1,
+                None => {
+                    all.insert(at, name.clone());
+                    at += 1;
+                }
+            }
+        }
+    }
+    all
 }
 
 fn column(name: &str, rows: &[serde_json::Map<String, Value>]) -> Column {

@@ -15,7 +15,7 @@ use crate::experiment::{
     Columns, MONTE_CARLO_CSV, PREDICTIONS_CSV, SCALE_CSV, SIMULATE_MANIFEST, STATS_CSV, STATS_MANIFEST,
     SUMMARY_CSV, SWEEP_CSV, read_stats,
 };
-use rate::{Against, Rate};
+use rate::Rate;
 use serde_json::Value;
 use series::SweepTable;
 use std::path::{Path, PathBuf};
@@ -42,11 +42,13 @@ pub fn plot_sweep(out: &Path) -> Result<Vec<PathBuf>> {
     let table = SweepTable::new(&csv, &Columns::read(&csv)?)?;
     let mut written = canvas::save(&tradeoff::Tradeoff { table: &table }, out, "quality_vs_cr", "")?;
     if !table.fusion.is_empty() {
-        for (against, name) in [(Against::Tau, "cr_vs_tau"), (Against::MaxError, "cr_vs_max_error")] {
-            let rate = Rate { table: &table, against };
-            if !rate.is_empty() {
-                written.extend(canvas::save(&rate, out, name, "")?);
-            }
+        let mut dials: Vec<&str> =
+            table.fusion.iter().filter_map(|s| Some(&s[0].dial.as_ref()?.0[..])).collect();
+        dials.sort_unstable();
+        dials.dedup();
+        for dial in dials {
+            let name = format!("cr_vs_{}", dial.replace('-', "_"));
+            written.extend(canvas::save(&Rate { table: &table, dial }, out, &name, "")?);
         }
         written.extend(canvas::save(&heatmap::LayerMap { table: &table }, out, "layer_cr", "")?);
     }

@@ -4,36 +4,20 @@ use super::canvas::{Area, Drawn, Figure, axes, fitting, legend, said, series_col
 use super::series::{GREY, Point, SweepTable, prefix_label, series_name};
 use plotters::prelude::*;
 
-/// What the ratio is drawn against.
-#[derive(Clone, Copy, PartialEq)]
-pub enum Against {
-    Tau,
-    MaxError,
-}
-
-impl Against {
-    fn of(self, p: &Point) -> f64 {
-        match self {
-            Against::Tau => p.tau,
-            Against::MaxError => p.max_error,
-        }
-    }
-}
-
 /// A table's fusing series that have such a rule.
 pub struct Rate<'a> {
     pub table: &'a SweepTable,
-    pub against: Against,
+    /// The dial on the axis.
+    pub dial: &'a str,
 }
 
 impl Rate<'_> {
     fn series(&self) -> impl Iterator<Item = &[Point]> {
-        self.table.fusion.iter().map(Vec::as_slice).filter(|s| self.against.of(&s[0]).is_finite())
+        self.table.fusion.iter().map(Vec::as_slice).filter(|s| self.at(&s[0]).is_some())
     }
 
-    /// Whether there is anything to draw.
-    pub fn is_empty(&self) -> bool {
-        self.series().next().is_none()
+    fn at(&self, point: &Point) -> Option<f64> {
+        point.dial.as_ref().filter(|(name, _)| name == self.dial).map(|(_, at)| *at)
     }
 }
 
@@ -44,20 +28,21 @@ impl Figure for Rate<'_> {
 
     fn draw<DB: DrawingBackend>(&self, root: &Area<DB>) -> Drawn {
         let t = self.table;
-        let at = |p: &Point| self.against.of(p);
+        let at = |p: &Point| self.at(p).unwrap_or(f64::NAN);
         let points: Vec<&Point> = self.series().flatten().collect();
         let low = points.iter().map(|p| at(p)).fold(f64::INFINITY, f64::min);
         let high = points.iter().map(|p| at(p)).fold(f64::NEG_INFINITY, f64::max);
         let prefixes = t.prefixes();
         let ratios = points.iter().map(|p| p.cr_paper.max(p.cr_audited));
         let top = ratios.chain(prefixes.iter().map(|(p, _)| p.cr_audited)).fold(1.0, f64::max);
-        let (name, axis, legend_at) = match self.against {
-            Against::Tau => ("threshold", "threshold tau on similarity", SeriesLabelPosition::UpperRight),
-            Against::MaxError => (
+        let (name, axis, legend_at) = match self.dial {
+            "tau" => ("threshold", "threshold tau on similarity", SeriesLabelPosition::UpperRight),
+            "max-error" => (
                 "error budget",
                 "largest relative squared error of a block's keys and of its values",
                 SeriesLabelPosition::UpperLeft,
             ),
+            other => (other, other, SeriesLabelPosition::UpperRight),
         };
         let title = format!("Compression ratio against {name} ({})", t.title);
         let mut chart = ChartBuilder::on(root)

@@ -1,7 +1,9 @@
 //! sweep.csv as the figures want it.
 
+use crate::codec::registry::is_control;
+use crate::codec::{Method, Unfused};
 use crate::error::{Error, Result};
-use crate::experiment::{Columns, label_columns, series_labels};
+use crate::experiment::{Columns, Labelled, PACKING, series_labels};
 use plotters::style::RGBColor;
 use std::path::Path;
 
@@ -19,11 +21,9 @@ pub struct Point {
     pub method: String,
     /// Name of the point's series.
     pub label: String,
-    /// NaN where there is none.
-    pub tau: f64,
-    /// Error budget; NaN where there is none.
-    pub max_error: f64,
-    /// What tells the point from others of its series: the threshold, the budget, or the name of a thresholds file.
+    /// The dial that its series turns and where it stands, if it has one that is a number.
+    pub dial: Option<(String, f64)>,
+    /// What tells the point from others of its series: where its dials stand, or what a calibration was made for.
     pub name: String,
     pub block_size: u64,
     /// Requests fused together.
@@ -64,27 +64,33 @@ impl SweepTable {
             Ok((0..mid.len()).map(|i| Estimate { mid: mid[i], low: low[i], high: high[i] }).collect())
         };
         let (method, model, data) = (strings("method")?, strings("model")?, strings("data")?);
-        let (tau, budget) = (floats("tau")?, floats("max_error")?);
         let (block_size, requests) = (floats("block_size")?, floats("requests")?);
         let batch = floats("batch")?;
-        let thresholds = strings("thresholds")?;
-        let cells: Vec<Vec<String>> = label_columns().map(strings).collect::<Result<_>>()?;
-        let rows: Vec<Vec<String>> =
-            (0..table.rows()).map(|i| cells.iter().map(|column| column[i].clone()).collect()).collect();
+        let options = table.names().into_iter().filter(|n| n.contains('.'));
+        let packing = PACKING.iter().map(|(name, _)| (*name).to_owned());
+        let named: Vec<(String, Vec<String>)> =
+            packing.chain(options).map(|n| Ok((n.clone(), strings(&n)?))).collect::<Result<_>>()?;
+        let row = |i: usize| Labelled {
+            method: method[i].clone(),
+            cells: named
+                .iter()
+                .filter(|(_, cells)| !cells[i].is_empty())
+                .map(|(name, cells)| (name.clone(), cells[i].clone()))
+                .collect(),
+        };
+        let rows: Vec<Labelled> = (0..table.rows()).map(row).collect();
         let labels = series_labels(&rows);
+        let dial = |row: &Labelled| {
+            row.dials().iter().find_map(|(_, dial, at)| Some(((*dial).to_owned(), at.parse().ok()?)))
+        };
         let (audited, paper) = (floats("cr_audited")?, floats("cr_paper")?);
         let (score, kl, layers) = (estimates("score")?, estimates("kl")?, strings("layer_cr")?);
         let points: Vec<Point> = (0..method.len())
             .map(|i| Point {
                 method: method[i].clone(),
                 label: labels[i].clone(),
-                tau: tau[i],
-                max_error: budget[i],
-                name: match (tau[i].is_finite(), budget[i].is_finite()) {
-                    (true, _) => tau[i].to_string(),
-                    (_, true) => budget[i].to_string(),
-                    _ => file_name(&thresholds[i]),
-                },
+                dial: dial(&rows[i]),
+                name: rows[i].name(),
                 block_size: block_size[i] as u64,
                 batch: batch[i] as u64,
                 cr_audited: audited[i],
@@ -94,18 +100,23 @@ impl SweepTable {
                 layer_cr: layers[i].split(';').filter_map(|x| x.parse().ok()).collect(),
             })
             .collect();
-        let control = |name: &str| {
-            let found = points.iter().find(|p| p.method == name).cloned();
-            found.ok_or_else(|| Error::file(path, format!("has no row of the control '{name}'; sweep again")))
-        };
-        let mut prefixes: Vec<Point> = vec![control("prefix")?];
-        for point in points.iter().filter(|p| p.method == "prefix") {
+        let controls = points.iter().filter(|p| is_control(&p.method));
+        let (none, mut shared): (Vec<&Point>, Vec<&Point>) =
+            controls.partition(|p| p.method == Unfused::NAME);
+        // Of several that share, those that share the most.
+        shared.dedup_by(|a, b| a.same_packing(b));
+        let missing =
+            |name: &str| Error::file(path, format!("has no row of the control '{name}'; sweep again"));
+        let none = (*none.first().ok_or_else(|| missing("none"))?).clone();
+        let first = *shared.first().ok_or_else(|| missing("prefix"))?;
+        let mut prefixes: Vec<Point> = vec![first.clone()];
+        for &point in &shared {
             if prefixes.iter().all(|p| !p.same_packing(point)) {
                 prefixes.push(point.clone());
             }
         }
         let mut fusion: Vec<Vec<Point>> = Vec::new();
-        for point in points.iter().filter(|p| !["none", "prefix"].contains(&&p.method[..])) {
+        for point in points.iter().filter(|p| !is_control(&p.method)) {
             match fusion.iter_mut().find(|s| s[0].label == point.label) {
                 Some(series) => series.push(point.clone()),
                 None => fusion.push(vec![point.clone()]),
@@ -118,7 +129,7 @@ impl SweepTable {
         Ok(SweepTable {
             title: format!("{}, {}, {} requests{parts}", model[0], short(&data[0]), requests[0]),
             metric: strings("metric")?[0].clone(),
-            none: control("none")?,
+            none,
             prefixes,
             fusion,
         })
@@ -139,19 +150,6 @@ impl SweepTable {
     }
 }
 
-/// `qa-kl-0.02-1a2b3c4d`, a stem with a checksum, as a label: the target if the stem ends with one.
-fn file_name(thresholds: &str) -> String {
-    let stem = thresholds.rsplit_once('-').map_or("", |(stem, _)| stem);
-    for (kind, label) in
-        [("-model-cr-", "CR"), ("-model-error-", "error"), ("-kl-", "KL"), ("-error-", "error")]
-    {
-        if let Some((_, target)) = stem.rsplit_once(kind) {
-            return format!("{label} {target}");
-        }
-    }
-    stem.to_owned()
-}
-
 /// A data source without the folders before its file name.
 pub fn short(data: &str) -> &str {
     data.rsplit('/').next().unwrap_or(data)
@@ -170,9 +168,9 @@ pub fn prefix_label(table: &SweepTable, remark: &str) -> String {
 
 /// Name of a point's series in a legend.
 pub fn series_name(point: &Point) -> String {
-    if point.label == point.method {
-        format!("{}, block {}", point.method, point.block_size)
-    } else {
+    if point.label.contains(' ') {
         point.label.clone()
+    } else {
+        format!("{}, block {}", point.label, point.block_size)
     }
 }

@@ -80,7 +80,7 @@ fn of_sweep(table: &Columns) -> Result<Vec<Claim>> {
     let diff = [column("score_diff")?, column("score_diff_low")?, column("score_diff_high")?];
     let (key, value) = (column("key_error")?, column("value_error")?);
     let arms: Vec<Arm> = (0..table.rows())
-        .filter(|&i| !["none", "prefix"].contains(&&method[i][..]))
+        .filter(|&i| !crate::codec::registry::is_control(&method[i]))
         .map(|i| Arm {
             cr_audited: audited[i],
             cr_paper: paper[i],

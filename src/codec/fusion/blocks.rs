@@ -5,6 +5,7 @@ use super::choices::RopeMode;
 use super::gram::gram;
 use crate::block::Entry;
 use crate::codec::CacheBatch;
+use crate::codec::sharing::sharing;
 use crate::model::kernels::inner;
 use std::borrow::Cow;
 use std::collections::{HashMap, HashSet};
@@ -52,13 +53,10 @@ pub struct Layer {
 }
 
 impl Blocks {
-    /// The full blocks of all requests, a leaf a request (BFF).
+    /// The full blocks of all requests, a leaf a request (BFF). Of blocks that share storage, the first stands for all.
     pub fn of_requests(batch: &CacheBatch) -> Self {
-        Self::of_requests_without(batch, &HashSet::new())
-    }
-
-    /// [`Blocks::of_requests`] but for some, given as (request, block).
-    pub fn of_requests_without(batch: &CacheBatch, left_out: &HashSet<(usize, usize)>) -> Self {
+        let left_out: HashSet<(usize, usize)> =
+            sharing(batch).into_iter().map(|s| (s.request, s.block)).collect();
         let size = batch.pool.shape().block_size;
         let full = |request: usize| batch.caches[request].tokens / size;
         let places = (0..batch.caches.len())

@@ -206,6 +206,14 @@ impl Rule {
         }
     }
 
+    /// The calibration that it follows.
+    pub fn thresholds(&self) -> Option<&Arc<Thresholds>> {
+        match self {
+            Rule::Thresholds(file) => Some(file),
+            _ => None,
+        }
+    }
+
     /// The most that a block's relative squared error may be.
     pub(super) fn budget(&self) -> Option<f64> {
         match self {
@@ -220,10 +228,10 @@ impl Rule {
                 Err(Error::argument(format!("tau {tau} lies outside of (-1, 1]")))
             }
             Rule::MaxError(error) if !(*error > 0.0 && *error < 2.0) => {
-                Err(Error::argument(format!("--max-error {error} lies outside of (0, 2)")))
+                Err(Error::argument(format!("max-error {error} lies outside of (0, 2)")))
             }
             Rule::Thresholds(_) if choices.group_layers > 1 => {
-                Err(Error::argument("thresholds of single layers do not go with --group-layers"))
+                Err(Error::argument("thresholds of single layers do not go with group-layers"))
             }
             _ => Ok(()),
         }

@@ -1,7 +1,7 @@
 //! Chunks fast-fusion: similar blocks of one prompt's chunks fuse while the prompt is prefilled.
 
 use super::{Blocks, Fusion};
-use crate::codec::{CacheBatch, Codec, Coverage};
+use crate::codec::{CacheBatch, Codec, Coverage, Memo, Role};
 use crate::error::{Error, Result};
 use crate::interrupt;
 use crate::model::{Decoder, Segment};
@@ -16,23 +16,35 @@ pub struct ChunkFusion {
 }
 
 impl ChunkFusion {
-    /// `chunk_tokens` must be whole blocks.
-    pub fn new(fusion: Fusion, chunk_tokens: usize, fuse_chunks: usize, block_size: usize) -> Result<Self> {
-        if chunk_tokens == 0 || !chunk_tokens.is_multiple_of(block_size) {
-            let message = format!("--chunk {chunk_tokens} is no multiple of the block size {block_size}");
-            return Err(Error::argument(message));
+    /// # Errors
+    /// If there are no tokens in a chunk, or not two chunks to fuse.
+    pub fn new(fusion: Fusion, chunk_tokens: usize, fuse_chunks: usize) -> Result<Self> {
+        if chunk_tokens == 0 {
+            return Err(Error::argument("chunk: a chunk has at least one block"));
         }
         if fuse_chunks < 2 {
-            return Err(Error::argument(format!(
-                "--fuse-chunks {fuse_chunks}: fusing takes at least 2 chunks"
-            )));
+            return Err(Error::argument(format!("fuse={fuse_chunks}: fusing takes at least 2 chunks")));
         }
         Ok(ChunkFusion { fusion, chunk_tokens, fuse_chunks })
     }
 
-    /// What fusion touches; the leaves are the blocks of complete groups of chunks.
-    pub fn coverage(&self, layers: usize) -> Coverage {
-        Coverage { leaf_tokens: Some(self.least_tokens()), ..self.fusion.coverage(layers) }
+    /// # Errors
+    /// If a chunk is not whole blocks of this size.
+    pub fn check(&self, block_size: usize) -> Result<()> {
+        if self.chunk_tokens.is_multiple_of(block_size) {
+            return Ok(());
+        }
+        let message =
+            format!("a chunk of {} tokens is no multiple of the block size {block_size}", self.chunk_tokens);
+        Err(Error::argument(message))
+    }
+
+    pub fn chunk_tokens(&self) -> usize {
+        self.chunk_tokens
+    }
+
+    pub fn fuse_chunks(&self) -> usize {
+        self.fuse_chunks
     }
 
     /// Fewest tokens that a cache must have for anything to fuse.
@@ -64,5 +76,28 @@ impl ChunkFusion {
             }
         }
         Ok(())
+    }
+}
+
+impl Codec for ChunkFusion {
+    fn role(&self) -> Role {
+        Role::Fuse
+    }
+
+    fn within_tenant(&self) -> Option<bool> {
+        self.fusion.within_tenant()
+    }
+
+    fn chunks(&self) -> Option<&ChunkFusion> {
+        Some(self)
+    }
+
+    /// What fusion touches; the leaves are the blocks of complete groups of chunks.
+    fn coverage(&self, layers: usize) -> Coverage {
+        Coverage { leaf_tokens: Some(self.least_tokens()), ..self.fusion.coverage(layers) }
+    }
+
+    fn encode(&self, _batch: &mut CacheBatch, _memo: &Memo) -> Result<()> {
+        Err(Error::argument("cff prefills anew: finished caches cannot be encoded by it"))
     }
 }

@@ -10,6 +10,7 @@ mod cluster;
 mod geometry;
 mod gram;
 mod lsh;
+mod methods;
 mod settle;
 mod thresholds;
 mod tree;
@@ -18,9 +19,11 @@ pub use blocks::{Blocks, Part, Place};
 pub use choices::{Choices, Pairing, Positions, Representative, RopeMode, Rule, ScaleRule, Similarity};
 pub use chunks::ChunkFusion;
 pub use gram::gram;
+pub use methods::{Bff, Cff};
 pub use thresholds::{LayerThresholds, Thresholds};
 
-use super::{CacheBatch, Codec, Coverage, Memo};
+use super::sharing::{share, sharing};
+use super::{CacheBatch, Codec, Coverage, Memo, Role};
 use crate::block::Entry;
 use crate::error::{Error, Result};
 use cluster::Cluster;
@@ -46,7 +49,7 @@ impl Fusion {
     pub fn new(choices: Choices, rule: Rule) -> Result<Self> {
         rule.check(&choices)?;
         if choices.group_layers == 0 {
-            return Err(Error::argument("--group-layers must be at least 1"));
+            return Err(Error::argument("group-layers must be at least 1"));
         }
         Ok(Fusion { choices, rule, only: None })
     }
@@ -63,6 +66,10 @@ impl Fusion {
 
     pub fn choices(&self) -> &Choices {
         &self.choices
+    }
+
+    pub fn rule(&self) -> &Rule {
+        &self.rule
     }
 
     /// Fuses some blocks of a batch in place. `blocks` must have been listed of this batch, or of one it is a clone of.
@@ -149,6 +156,18 @@ impl Fusion {
 }
 
 impl Codec for Fusion {
+    fn role(&self) -> Role {
+        Role::Fuse
+    }
+
+    fn within_tenant(&self) -> Option<bool> {
+        Some(self.choices.within_tenant)
+    }
+
+    fn fusion(&self) -> Option<&Fusion> {
+        Some(self)
+    }
+
     fn coverage(&self, layers: usize) -> Coverage {
         let touched = self.choices.touched(layers);
         Coverage {
@@ -159,6 +178,11 @@ impl Codec for Fusion {
     }
 
     fn encode(&self, batch: &mut CacheBatch, memo: &Memo) -> Result<()> {
-        self.encode_blocks(batch, memo.blocks(batch))
+        // Who shares a block with another keeps sharing what becomes of it; layers that are spared keep what they have.
+        let shared = sharing(batch);
+        self.encode_blocks(batch, memo.blocks(batch))?;
+        let layers = batch.caches.first().map_or(0, |c| c.layers.len());
+        share(batch, &shared, self.coverage(layers).layers);
+        Ok(())
     }
 }

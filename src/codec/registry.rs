@@ -1,0 +1,188 @@
+//! Every method by name. A method is a struct whose fields are its options: their names, defaults and help are those of `--method`, of
+//! `kvfuse methods` and of the columns of sweep.csv. To add one: its file, and its row in [`METHODS`].
+
+use super::chain::Stage;
+use super::fusion::{Bff, Cff};
+use super::prefix::Prefix;
+use super::spec::{StageText, bad, nearest};
+use super::{Codec, Unfused};
+use crate::error::{Error, Result};
+use clap::{Args, Command, FromArgMatches, ValueHint};
+use serde::Serialize;
+use serde_json::{Map, Value};
+use std::sync::Arc;
+
+/// A way of shrinking caches, with its options as fields. Serialised with names as on the command line; what is not set
+/// is null.
+pub trait Method: Args + FromArgMatches + Serialize + Clone {
+    const NAME: &'static str;
+    /// One line, then what else is to be said.
+    const ABOUT: &'static str;
+    /// Where it is from.
+    const PAPER: &'static str;
+    /// Options along which its curve is drawn: rows that differ in these alone are one series.
+    const DIALS: &'static [&'static str] = &[];
+    /// Whether what is read back equals what was stored.
+    const LOSSLESS: bool = false;
+    /// What a text that turns no dial means.
+    const GRID: Option<(&'static str, &'static str)> = None;
+
+    /// As it is written: options that only repeat what follows from the others are taken out.
+    fn normal(self) -> Self {
+        self
+    }
+
+    /// What it comes to with all defaults filled in, for columns.
+    fn effective(&self) -> Result<Value> {
+        serde_json::to_value(self).map_err(|e| Error::argument(e.to_string()))
+    }
+
+    fn codec(&self) -> Result<Arc<dyn Codec>>;
+}
+
+/// A row of the registry.
+pub struct Entry {
+    pub name: &'static str,
+    pub about: &'static str,
+    pub paper: &'static str,
+    pub dials: &'static [&'static str],
+    pub lossless: bool,
+    pub grid: Option<(&'static str, &'static str)>,
+    command: fn() -> Command,
+    build: fn(&Command, &[String]) -> std::result::Result<Stage, Problem>,
+}
+
+/// What is wrong with a stage's options: clap says it of a text, the method of what it means.
+enum Problem {
+    Text(Box<clap::Error>),
+    Meaning(Error),
+}
+
+/// The methods, in the order in which `kvfuse methods` lists them.
+pub static METHODS: [Entry; 4] = [entry::<Unfused>(), entry::<Prefix>(), entry::<Bff>(), entry::<Cff>()];
+
+const fn entry<M: Method>() -> Entry {
+    Entry {
+        name: M::NAME,
+        about: M::ABOUT,
+        paper: M::PAPER,
+        dials: M::DIALS,
+        lossless: M::LOSSLESS,
+        grid: M::GRID,
+        command: || M::augment_args(Command::new(M::NAME).no_binary_name(true).disable_help_flag(true)),
+        build: |command, arguments| {
+            let text = |e| Problem::Text(Box::new(e));
+            let matches = command.clone().try_get_matches_from(arguments).map_err(text)?;
+            let method = M::from_arg_matches(&matches).map_err(text)?.normal();
+            let usual = command.clone().try_get_matches_from::<_, String>([]).map_err(text)?;
+            let usual = M::from_arg_matches(&usual).map_err(text)?.normal();
+            stage(method, &usual).map_err(Problem::Meaning)
+        },
+    }
+}
+
+fn stage<M: Method>(method: M, usual: &M) -> Result<Stage> {
+    let object = |value: Value| match value {
+        Value::Object(fields) => fields,
+        _ => Map::new(),
+    };
+    let fields = |m: &M| serde_json::to_value(m).map(object).map_err(|e| Error::argument(e.to_string()));
+    let (own, usual) = (fields(&method)?, fields(usual)?);
+    let set: Vec<(String, Value)> =
+        own.into_iter().filter(|(name, value)| usual.get(name) != Some(value) && !value.is_null()).collect();
+    Ok(Stage { name: M::NAME, set, effective: object(method.effective()?), codec: method.codec()? })
+}
+
+/// An option of a method, for people.
+pub struct OptionHelp {
+    pub name: String,
+    pub default: Option<String>,
+    pub help: String,
+    /// Values it may have, if these are few.
+    pub values: Vec<String>,
+}
+
+impl Entry {
+    /// Options that name files.
+    pub(super) fn files(&self) -> Vec<String> {
+        let command = (self.command)();
+        let named = command.get_arguments().filter(|a| a.get_value_hint() == ValueHint::FilePath);
+        named.filter_map(|a| a.get_long().map(str::to_owned)).collect()
+    }
+
+    pub fn options(&self) -> Vec<OptionHelp> {
+        let option = |a: &clap::Arg| OptionHelp {
+            name: a.get_long().unwrap_or_default().to_owned(),
+            default: a.get_default_values().first().map(|v| v.to_string_lossy().into_owned()),
+            help: a.get_help().map(ToString::to_string).unwrap_or_default(),
+            values: a.get_possible_values().iter().map(|v| v.get_name().to_owned()).collect(),
+        };
+        (self.command)().get_arguments().map(option).collect()
+    }
+}
+
+/// The method of a name.
+pub fn method(name: &str) -> Option<&'static Entry> {
+    METHODS.iter().find(|m| m.name == name)
+}
+
+/// One value of an option, and where the option stands.
+#[derive(Clone)]
+pub(super) struct Chosen {
+    pub name: String,
+    pub at: usize,
+    pub value: String,
+}
+
+/// Whether a chain in normal form is a control: all its methods are lossless.
+pub fn is_control(chain: &str) -> bool {
+    super::spec::names(chain).iter().all(|name| method(name).is_some_and(|m| m.lossless))
+}
+
+/// A stage of a chain with one value for each of its options. `text` is what errors show.
+pub(super) fn build(text: &str, written: &StageText, values: &[Chosen]) -> Result<Stage> {
+    let entry = known(text, written)?;
+    let command = (entry.command)();
+    let names: Vec<String> =
+        command.get_arguments().filter_map(|a| a.get_long().map(str::to_owned)).collect();
+    let mut arguments = Vec::new();
+    for Chosen { name, at, value } in values {
+        if !names.contains(name) {
+            let all = names.iter().map(String::as_str);
+            let hint = match (nearest(name, all), names.is_empty()) {
+                (Some(near), _) => format!("did you mean {near}?"),
+                (None, true) => "it has none".to_owned(),
+                (None, false) => format!("it has {}", names.join(", ")),
+            };
+            return Err(bad(text, *at, format!("{} has no option '{name}'; {hint}", entry.name)));
+        }
+        arguments.push(format!("--{name}={value}"));
+    }
+    (entry.build)(&command, &arguments).map_err(|problem| match problem {
+        Problem::Text(error) => {
+            // The option that clap speaks of.
+            let shown = error.to_string();
+            let about = values.iter().find(|c| shown.contains(&format!("--{}", c.name)));
+            let first = shown.lines().next().unwrap_or_default();
+            let mut words = first.trim_start_matches("error: ").replace("--", "");
+            if let Some(list) = shown.lines().find_map(|l| l.trim().strip_prefix("[possible values: ")) {
+                words += &format!("; it is one of {}", list.trim_end_matches(']'));
+            }
+            bad(text, about.map_or(written.at, |c| c.at), words)
+        }
+        Problem::Meaning(Error::Argument(problem)) => bad(text, written.at, problem),
+        Problem::Meaning(other) => other,
+    })
+}
+
+/// The method that a stage names.
+pub(super) fn known(text: &str, written: &StageText) -> Result<&'static Entry> {
+    method(&written.name).ok_or_else(|| {
+        let names = METHODS.iter().map(|m| m.name);
+        let hint = nearest(&written.name, names.clone()).map_or_else(
+            || format!("there are {}", names.collect::<Vec<_>>().join(", ")),
+            |near| format!("did you mean {near}?"),
+        );
+        bad(text, written.at, format!("no method is called '{}'; {hint}", written.name))
+    })
+}
