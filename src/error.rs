@@ -16,7 +16,7 @@ pub enum Error {
     #[error("{0}")]
     Argument(String),
     /// A chain of methods that means nothing; `text` is shown with a caret under its byte `at`.
-    #[error("{problem}\n  {text}\n  {:at$}^", "", at = text.get(..*at).map_or(0, |t| t.chars().count()))]
+    #[error("--method: {problem}\n  {text}\n  {:at$}^", "", at = text.get(..*at).map_or(0, |t| t.chars().count()))]
     Method { problem: String, text: String, at: usize },
     /// A model could not be fetched from any source.
     #[error("{0}")]

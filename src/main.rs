@@ -96,7 +96,9 @@ fn main() -> ExitCode {
         Err(error) => match error.downcast_ref() {
             // Its caret stands under a place.
             Some(shown @ kvfuse::error::Error::Method { .. }) => {
-                eprintln!("error: {shown}");
+                let around: Vec<String> = error.chain().map(ToString::to_string).collect();
+                let before = &around[..around.len() - 1];
+                eprintln!("error: {}{shown}", before.iter().map(|c| format!("{c}: ")).collect::<String>());
                 ExitCode::from(2)
             }
             _ => failed(&format!("{error:#}")),

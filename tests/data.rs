@@ -40,7 +40,7 @@ fn longbench_has_a_prompt_and_a_metric_a_task() {
     assert!(prompt(2).contains("{input} and {context} in braces"), "a context is not a template");
     assert_eq!(manifest["answer_tokens"], 64);
 
-    succeed(&["sweep", text(&dump), "--tau", "0.9", "--resamples", "50", "-o", text(&out)]);
+    succeed(&["sweep", text(&dump), "--method", "bff:tau=0.9", "--resamples", "50", "-o", text(&out)]);
     let csv = fs::read_to_string(out.join("sweep.csv")).unwrap();
     let mut lines = csv.lines().map(|l| l.split(',').collect::<Vec<_>>());
     let header = lines.next().unwrap();
@@ -145,7 +145,7 @@ fn plain_text_is_for_perplexity() {
         .map(|r| format!("{}{}", r["prompt"].as_str().unwrap(), r["references"][0].as_str().unwrap()))
         .collect();
     assert!(words.repeat(30).starts_with(&joined));
-    succeed(&["sweep", text(&dump), "--tau", "0.9", "--resamples", "50", "-o", text(&out)]);
+    succeed(&["sweep", text(&dump), "--method", "bff:tau=0.9", "--resamples", "50", "-o", text(&out)]);
     let csv = fs::read_to_string(out.join("sweep.csv")).unwrap();
     let header: Vec<&str> = csv.lines().next().unwrap().split(',').collect();
     let none: Vec<&str> = csv.lines().nth(1).unwrap().split(',').collect();

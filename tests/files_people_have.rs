@@ -149,7 +149,7 @@ fn a_number_beyond_f16_is_named_with_layer_and_request() {
     edit_tensor(&shard(&model, name), name, |x| x.iter_mut().for_each(|x| *x *= 1e5));
     let dump = dumped(dir.path(), &model, "dump");
     refuse(
-        &["sweep", text(&dump), "--tau", "0.9", "--block-size", "4"],
+        &["sweep", text(&dump), "--method", "bff:tau=0.9", "--block-size", "4"],
         &["line-1", "layer 0", "f16", "65504"],
     );
     let data = format!("prompts:{}", text(&dir.path().join("prompts.jsonl")));
@@ -164,7 +164,7 @@ fn an_edited_shard_and_one_of_another_model_are_found() {
     let (dir, model) = place();
     let dump = dumped(dir.path(), &model, "dump");
     let sweep = |words: &[&str]| {
-        refuse(&["sweep", text(&dump), "--tau", "0.9", "--spare-layers", "0", "--block-size", "4"], words);
+        refuse(&["sweep", text(&dump), "--method", "bff:tau=0.9,spare-layers=0", "--block-size", "4"], words);
     };
     let path = dump.join("request-00001.safetensors");
     let good = fs::read(&path).unwrap();
@@ -210,17 +210,15 @@ fn a_folder_has_one_writer() {
     let out = dir.path().join("out");
     let held = FolderLock::take(&out).unwrap();
     let words = ["out", "is being written by", &format!("process {}", std::process::id())];
-    refuse(&["sweep", text(&dump), "--tau", "0.9", "--block-size", "4", "-o", text(&out)], &words);
+    refuse(&["sweep", text(&dump), "--method", "bff:tau=0.9", "--block-size", "4", "-o", text(&out)], &words);
     drop(held);
     succeed(&[
         "sweep",
         text(&dump),
-        "--tau",
-        "0.9",
+        "--method",
+        "bff:tau=0.9,spare-layers=0",
         "--block-size",
         "4",
-        "--spare-layers",
-        "0",
         "-o",
         text(&out),
     ]);
@@ -282,14 +280,13 @@ fn default_names_tell_dumps_apart() {
 fn kl_has_a_tail() {
     let (dir, model) = place();
     let dump = dumped(dir.path(), &model, "dump");
-    let arguments =
-        ["sweep", text(&dump), "--tau", "0.5", "--block-size", "4", "--spare-layers", "0", "--json"];
-    let rows: Vec<Value> = succeed(
-        &[&arguments[..], &["--first-token", "prefill,fused", "--method", "bff,prefix+bff"]].concat(),
-    )
-    .lines()
-    .map(|l| serde_json::from_str(l).unwrap())
-    .collect();
+    const METHODS: &str = "bff:tau=0.5,spare-layers=0,prefix+bff:tau=0.5,spare-layers=0";
+    let arguments = ["sweep", text(&dump), "--block-size", "4", "--json"];
+    let rows: Vec<Value> =
+        succeed(&[&arguments[..], &["--first-token", "prefill,fused", "--method", METHODS]].concat())
+            .lines()
+            .map(|l| serde_json::from_str(l).unwrap())
+            .collect();
     assert_eq!(rows.len(), 8, "two protocols of two controls and two methods");
     for row in &rows {
         let n = |name: &str| row[name].as_f64().unwrap();
@@ -299,7 +296,9 @@ fn kl_has_a_tail() {
         }
     }
     let of = |method: &str, first: &str| {
-        rows.iter().find(|r| r["method"] == method && r["first_token"] == first).unwrap()
+        rows.iter()
+            .find(|r| r["method"].as_str().unwrap().starts_with(method) && r["first_token"] == first)
+            .unwrap()
     };
     let cr = |method: &str| of(method, "fused")["cr_audited"].as_f64().unwrap();
     assert!(cr("prefix+bff") >= cr("prefix"), "fusion comes on top of prefix sharing");
@@ -378,14 +377,14 @@ fn calibration_and_sweep_share_no_passage_whatever_the_ids() {
     let dumping =
         ["dump", "--model", text(&model), "--data", &spec, "--requests", "12", "--shots", "0", "-q"];
     succeed(&[&dumping[..], &["-o", text(&dump)]].concat());
-    let sizes = ["--block-size", "4", "--spare-layers", "0"];
+    let sizes = ["--block-size", "4"];
     let calibrating = ["calibrate", text(&dump), "--target-kl", "0.5", "-o", text(&thresholds)];
     succeed(&[&calibrating[..], &sizes].concat());
     succeed(&[
         "sweep",
         text(&dump),
-        "--thresholds",
-        text(&thresholds),
+        "--method",
+        &format!("bff:thresholds={}", text(&thresholds)),
         "-o",
         text(&out),
         "--block-size",
@@ -398,9 +397,10 @@ fn calibration_and_sweep_share_no_passage_whatever_the_ids() {
         table["contexts"].as_array().unwrap().iter().map(|c| c.as_str().unwrap().to_owned()).collect();
     assert_eq!((seen.len(), swept.len()), (3, 3), "half of the passages each");
     assert!(swept.iter().all(|c| !seen.iter().any(|s| c == s)));
+    const METHOD: &str = "bff:tau=0.9,spare-layers=0";
     let halves = ["first", "second"].map(|half| {
         let out = dir.path().join(half);
-        let arguments = ["sweep", text(&dump), "--half", half, "--tau", "0.9", "-o", text(&out)];
+        let arguments = ["sweep", text(&dump), "--half", half, "--method", METHOD, "-o", text(&out)];
         succeed(&[&arguments[..], &sizes].concat());
         read(&out.join("manifest.json"))["contexts"].as_array().unwrap().clone()
     });

@@ -7,13 +7,13 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-/// Rows of a CSV file as maps from column to cell. The cells read here hold no commas.
+/// Rows of a CSV file as maps from column to cell.
 fn rows(path: &Path) -> Vec<BTreeMap<String, String>> {
-    let csv = fs::read_to_string(path).unwrap();
-    let mut lines = csv.lines();
-    let header: Vec<&str> = lines.next().unwrap().split(',').collect();
-    lines
-        .map(|l| header.iter().map(|h| h.to_string()).zip(l.split(',').map(str::to_owned)).collect())
+    let table = kvfuse::experiment::Columns::read(path).unwrap();
+    let columns: Vec<(String, Vec<String>)> =
+        table.names().into_iter().map(|n| (n.clone(), table.strings(&n).unwrap())).collect();
+    (0..table.rows())
+        .map(|i| columns.iter().map(|(n, cells)| (n.clone(), cells[i].clone())).collect())
         .collect()
 }
 
@@ -43,12 +43,12 @@ fn dump(out: &Path, arguments: &[&str]) -> PathBuf {
 fn all_choices_in_one_sweep_the_same_bytes_on_one_thread_and_two() {
     let dir = tempfile::tempdir().unwrap();
     let (one, two) = (dir.path().join("one"), dir.path().join("two"));
-    let arguments = ["--pairing", "tree,best,components,lsh", "--similarity", "keys,mean", "--tau", "0.85"];
+    let arguments = ["--method", "bff:pairing=tree|best|components|lsh,similarity=keys|mean,tau=0.85"];
     for (out, threads) in [(&one, "1"), (&two, "2")] {
         let rows = sweep(small_dump(), out, &[&arguments[..], &["--threads", threads]].concat());
         assert_eq!(rows.len(), 2 + 4 * 2);
-        assert_eq!(rows[3]["representative"], "mean");
-        assert_eq!((&rows[4]["pairing"][..], &rows[4]["representative"][..]), ("best", "first"));
+        assert_eq!(rows[3]["bff.representative"], "mean");
+        assert_eq!((&rows[4]["bff.pairing"][..], &rows[4]["bff.representative"][..]), ("best", "first"));
         for row in &rows {
             assert!(number(row, "cr_audited") <= number(row, "cr_paper"));
         }
@@ -58,18 +58,17 @@ fn all_choices_in_one_sweep_the_same_bytes_on_one_thread_and_two() {
     }
     succeed(&["plot", text(&one)]);
     let svg = fs::read_to_string(one.join("quality_vs_cr.svg")).unwrap();
-    assert!(svg.contains("bff lsh first on mean"), "series are named by what differs");
+    assert!(svg.contains("bff lsh mean"), "series are named by what differs");
 
-    let requests = fs::read_to_string(one.join("requests.csv")).unwrap();
-    assert_eq!(requests.lines().filter(|l| l.contains(",none,,,,")).count(), REQUESTS);
+    let requests = self::rows(&one.join("requests.csv"));
+    assert_eq!(requests.iter().filter(|r| r["method"] == "none").count(), REQUESTS);
 
     let choices =
-        ["--pairing", "best", "--rope", "strip", "--group-layers", "4", "--scale", "least-squares,none"];
+        "bff:pairing=best,rope=strip,group-layers=4,scale=least-squares|none,tau=0.9,spare-layers=0";
     let further = dir.path().join("further");
-    let rows =
-        sweep(small_dump(), &further, &[&choices[..], &["--tau", "0.9", "--spare-layers", "0"]].concat());
+    let rows = sweep(small_dump(), &further, &["--method", choices]);
     assert_eq!(rows.len(), 4);
-    assert_eq!((&rows[2]["rope"][..], &rows[2]["group_layers"][..]), ("strip", "4"));
+    assert_eq!((&rows[2]["bff.rope"][..], &rows[2]["bff.group-layers"][..]), ("strip", "4"));
     assert_eq!(number(&rows[3], "scale_bits"), 0.0);
     // A table for four layers: 8 of them for 30 layers.
     let share = number(&rows[2], "table_bits") / number(&rows[0], "table_bits");
@@ -82,12 +81,12 @@ fn an_error_budget_holds_for_every_request() {
     let rows = sweep(
         small_dump(),
         dir.path(),
-        &["--max-error", "0.05,1.5", "--pairing", "best", "--representative", "mean"],
+        &["--method", "bff:max-error=0.05|1.5,pairing=best,representative=mean"],
     );
     let (strict, loose) = (&rows[2], &rows[3]);
     assert_eq!(
-        (&strict["max_error"][..], &strict["tau"][..], &strict["similarity"][..]),
-        ("0.05", "", "lower")
+        (&strict["bff.max-error"][..], strict.get("bff.tau"), &strict["bff.similarity"][..]),
+        ("0.05", None, "lower")
     );
     assert!(number(strict, "worst_block_error") <= 0.05 && number(loose, "worst_block_error") <= 1.5);
     assert!(number(strict, "cr_audited") <= number(loose, "cr_audited"));
@@ -97,17 +96,17 @@ fn an_error_budget_holds_for_every_request() {
 #[test]
 fn explain_says_what_was_fused_with_what() {
     let dir = tempfile::tempdir().unwrap();
-    sweep(small_dump(), dir.path(), &["--pairing", "tree,best", "--tau", "0.8"]);
+    sweep(small_dump(), dir.path(), &["--method", "bff:pairing=tree|best,tau=0.8"]);
     let out = text(dir.path());
-    refuse(&["explain", out, "--request", "1", "--tau", "0.8"], &["2 runs fit", "--only"]);
-    refuse(&["explain", out, "--request", "1", "--tau", "0.5"], &["no finished run that fits"]);
+    refuse(&["explain", out, "--request", "1"], &["2 runs fit", "--only"]);
+    refuse(&["explain", out, "--request", "1", "--method", "bff:tau=0.5"], &["no finished run that fits"]);
     refuse(
-        &["explain", out, "--request", "9", "--tau", "0.8", "--only", "pairing=best"],
+        &["explain", out, "--request", "9", "--method", "bff:tau=0.8,pairing=best"],
         &["--request 9", "0 to 4"],
     );
     refuse(&["explain", text(small_dump()), "--request", "1"], &["manifest.json", "sweep"]);
     refuse(&["explain", "nowhere", "--request", "1"], &["nowhere", "kvfuse sweep"]);
-    let arguments = ["explain", out, "--request", "1", "--tau", "0.8", "--only", "pairing=best"];
+    let arguments = ["explain", out, "--request", "1", "--method", "bff:tau=0.8,pairing=best"];
     let said = succeed(&arguments);
     let manifest = kvfuse::dump::Manifest::read(small_dump()).unwrap();
     let request = &manifest.requests[1].request;
@@ -118,22 +117,22 @@ fn explain_says_what_was_fused_with_what() {
     // As many fused blocks as the sweep counted.
     let fused = rows(&dir.path().join("requests.csv"))
         .into_iter()
-        .find(|r| r["pairing"] == "best" && r["id"] == request.id)
+        .find(|r| r["bff.pairing"] == "best" && r["id"] == request.id)
         .unwrap()["fused_blocks"]
         .clone();
     assert!(said.contains(&format!("\n{fused} of ")), "{fused}: {said}");
     let layer = succeed(&[&arguments[..], &["--layer", "12"]].concat());
     assert!(layer.contains("0:0 (1.00 1.00) 2:0 (1.00 1.00) 3:0 (1.00 1.00) and 1 more"), "{layer}");
     refuse(
-        &["explain", out, "--request", "1", "--only", "pairng=best"],
-        &["--only pairng", "no such column"],
+        &["explain", out, "--request", "1", "--only", "bff.pairng=best"],
+        &["--only bff.pairng", "no such column"],
     );
     // Runs of other settings in the same folder do not count.
-    sweep(small_dump(), dir.path(), &["--pairing", "best", "--tau", "0.8", "--batch", "3"]);
-    let other = succeed(&["explain", out, "--request", "1", "--tau", "0.8"]);
+    sweep(small_dump(), dir.path(), &["--method", "bff:pairing=best,tau=0.8", "--batch", "3"]);
+    let other = succeed(&["explain", out, "--request", "1"]);
     assert!(other.contains(&request.id) && !other.contains("4:0"), "{other}");
-    sweep(small_dump(), dir.path(), &["--pairing", "best", "--tau", "0.8", "--first-token", "prefill"]);
-    let spared = succeed(&["explain", out, "--request", "1", "--tau", "0.8"]);
+    sweep(small_dump(), dir.path(), &["--method", "bff:pairing=best,tau=0.8", "--first-token", "prefill"]);
+    let spared = succeed(&["explain", out, "--request", "1"]);
     let fused = rows(&dir.path().join("requests.csv")).into_iter().rfind(|r| r["id"] == request.id).unwrap();
     assert!(spared.contains(&format!("\n{} of ", fused["fused_blocks"])), "{spared}");
     refuse(&[&arguments[..], &["--layer", "30"]].concat(), &["--layer 30", "0 to 29"]);
@@ -143,8 +142,9 @@ fn explain_says_what_was_fused_with_what() {
 fn thresholds_are_calibrated_on_questions_that_the_sweep_leaves_out() {
     let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join("t.toml");
+    const HOW: &str = "bff:pairing=best,spare-layers=13";
     let arguments =
-        ["calibrate", text(small_dump()), "--questions", "3", "--spare-layers", "13", "--floor", "0.9", "-o"];
+        ["calibrate", text(small_dump()), "--questions", "3", "--method", HOW, "--floor", "0.9", "-o"];
     let said = succeed(&[&arguments[..], &[text(&file), "--target-kl", "0.05"]].concat());
     assert!(said.contains("KL alone") && said.contains("3 questions, target kl 0.05"), "{said}");
     let kl: f64 = said.split("KL ").last().unwrap().split(' ').next().unwrap().parse().unwrap();
@@ -153,9 +153,13 @@ fn thresholds_are_calibrated_on_questions_that_the_sweep_leaves_out() {
     assert_eq!(thresholds.layers.iter().map(|l| l.layer).collect::<Vec<_>>(), [13, 14, 15, 16]);
 
     let out = dir.path().join("out");
-    let rows = sweep(small_dump(), &out, &["--thresholds", text(&file), "--pairing", "best", "--tau", "0.9"]);
+    let rows = sweep(
+        small_dump(),
+        &out,
+        &["--method", &format!("bff:pairing=best,tau=0.9,bff:thresholds={}", text(&file))],
+    );
     assert_eq!(rows.len(), 4);
-    assert!(rows[3]["thresholds"].starts_with("t-") && rows[3]["spare_layers"] == "13");
+    assert!(rows[3]["bff.thresholds"].starts_with("t-") && rows[3]["bff.spare-layers"] == "13");
     let requests = self::rows(&out.join("requests.csv"));
     assert_eq!(requests.len(), 4 * 2);
     assert!(requests.iter().all(|r| !thresholds.questions.contains(&r["id"])));
@@ -170,7 +174,8 @@ fn thresholds_are_calibrated_on_questions_that_the_sweep_leaves_out() {
     // Foreign and damaged files.
     let refused = |text: &str, words: &[&str]| {
         fs::write(&file, text).unwrap();
-        refuse(&["sweep", self::text(small_dump()), "--thresholds", self::text(&file)], words);
+        let method = format!("bff:thresholds={}", self::text(&file));
+        refuse(&["sweep", self::text(small_dump()), "--method", &method], words);
     };
     let good = fs::read_to_string(&file).unwrap();
     refused("tau = 0.9", &["t.toml", "kvfuse calibrate"]);
@@ -189,15 +194,18 @@ fn thresholds_are_calibrated_on_questions_that_the_sweep_leaves_out() {
 fn tenants_keep_to_themselves() {
     let dir = tempfile::tempdir().unwrap();
     let labelled = dump(&dir.path().join("dump"), &["--requests", "4", "--shots", "1", "--tenants", "2"]);
-    let arguments = ["--within-tenant=false,true", "--tau", "0.8"];
+    let arguments = ["--method", "bff:within-tenant=false|true,tau=0.8"];
     let rows = sweep(&labelled, &dir.path().join("out"), &arguments);
-    let crs: Vec<(bool, f64)> =
-        rows.iter().skip(1).map(|r| (r["within_tenant"] == "true", number(r, "cr_audited"))).collect();
+    let crs: Vec<(bool, f64)> = rows
+        .iter()
+        .skip(1)
+        .map(|r| (r["method"].contains("within-tenant"), number(r, "cr_audited")))
+        .collect();
     assert_eq!(crs.iter().map(|(w, _)| *w).collect::<Vec<_>>(), [false, true, false, true]);
     // Two requests share a prefix instead of four: it must cost.
     assert!(crs[0].1 > crs[1].1 && crs[2].1 > crs[3].1, "{crs:?}");
     assert_eq!(rows[4]["cr_prefix"], rows[2]["cr_prefix"]);
-    refuse(&["sweep", text(small_dump()), "--within-tenant"], &["--tenants"]);
+    refuse(&["sweep", text(small_dump()), "--method", "bff:within-tenant"], &["--tenants"]);
 }
 
 #[test]
@@ -223,11 +231,8 @@ fn shifted_requests_stand_exactly_so_many_tokens_later() {
     let worst = a.iter().zip(&b[32 * 192..]).map(|(x, y)| (x - y).abs()).fold(0.0, f32::max);
     assert!(worst < 1e-3, "{worst}");
 
-    let rows = sweep(
-        &shifted,
-        &dir.path().join("out"),
-        &["--pairing", "best", "--rope", "keep,strip", "--tau", "0.97"],
-    );
+    let rows =
+        sweep(&shifted, &dir.path().join("out"), &["--method", "bff:pairing=best,rope=keep|strip,tau=0.97"]);
     // The example stands at other positions in one of three requests: only without positions it is found again.
     assert!(number(&rows[3], "cr_audited") > number(&rows[2], "cr_audited"), "{rows:?}");
 }
@@ -243,42 +248,42 @@ fn chunks_fuse_while_a_long_prompt_is_prefilled() {
         "{:?}",
         manifest.requests[0].tokens
     );
-    let chunks = ["--chunk", "64", "--fuse-chunks", "2"];
-    let rows = sweep(
-        &niah,
-        &dir.path().join("out"),
-        &[&chunks[..], &["--method", "cff,bff", "--tau", "1,0.7"]].concat(),
-    );
+    let rows =
+        sweep(&niah, &dir.path().join("out"), &["--method", "bff:tau=1|0.7,cff:chunk=64,fuse=2,tau=1|0.7"]);
+    const CFF: &str = "cff:tau=1,chunk=64,fuse=2";
     let methods: Vec<&str> = rows.iter().map(|r| &r["method"][..]).collect();
-    assert_eq!(methods, ["none", "prefix", "bff", "cff", "bff", "cff"]);
+    assert_eq!(methods, ["none", "prefix", "bff:tau=1", "bff:tau=0.7", CFF, "cff:tau=0.7,chunk=64,fuse=2"]);
     // Chunk by chunk without a fusion is the same prefill, up to the rounding of a cache in f16.
-    assert!(number(&rows[3], "kl") < 1e-3 && number(&rows[3], "key_error") < 1e-5, "{:?}", rows[3]);
-    assert_eq!(number(&rows[3], "cr_paper"), 1.0);
-    assert!(number(&rows[5], "cr_audited") > 1.05 && number(&rows[5], "kl") > number(&rows[3], "kl"));
-    assert_eq!((&rows[5]["chunk_tokens"][..], &rows[5]["fuse_chunks"][..]), ("64", "2"));
+    assert!(number(&rows[4], "kl") < 1e-3 && number(&rows[4], "key_error") < 1e-5, "{:?}", rows[4]);
+    assert_eq!(number(&rows[4], "cr_paper"), 1.0);
+    assert!(number(&rows[5], "cr_audited") > 1.05 && number(&rows[5], "kl") > number(&rows[4], "kl"));
+    assert_eq!((&rows[5]["cff.chunk"][..], &rows[5]["cff.fuse"][..]), ("64", "2"));
     let out = dir.path().join("out");
-    let explain = ["explain", text(&out), "--request", "0", "--tau", "0.7", "--only", "method=cff"];
+    let explain = ["explain", text(&out), "--request", "0", "--method", "cff:chunk=64,fuse=2,tau=0.7"];
     let said = succeed(&explain);
     let counted = self::rows(&out.join("requests.csv"));
-    let fused = &counted.iter().find(|r| r["method"] == "cff" && r["tau"] == "0.7").unwrap()["fused_blocks"];
+    let fused = &counted.iter().find(|r| r["cff.tau"] == "0.7").unwrap()["fused_blocks"];
     assert!(fused != "0" && said.contains(&format!("\n{fused} of ")), "{fused}: {said}");
     succeed(&[&explain[..], &["--layer", "20"]].concat());
 
-    refuse(&["sweep", text(&niah), "--method", "cff"], &["cff needs 2048", "--chunk"]);
-    refuse(&["sweep", text(&niah), "--method", "cff", "--chunk", "100"], &["--chunk 100", "block size 16"]);
-    refuse(&["sweep", text(&niah), "--method", "cff", "--fuse-chunks", "1"], &["--fuse-chunks 1"]);
-    refuse(&["sweep", text(&niah), "--method", "cff", "--first-token", "prefill"], &["--first-token", "cff"]);
+    refuse(&["sweep", text(&niah), "--method", "cff"], &["cff needs 2048", "chunk"]);
+    refuse(&["sweep", text(&niah), "--method", "cff:chunk=100"], &["100", "block size 16"]);
+    refuse(&["sweep", text(&niah), "--method", "cff:fuse=1"], &["fuse=1"]);
+    refuse(
+        &["sweep", text(&niah), "--method", "cff", "--first-token", "prefill"],
+        &["--first-token", "during prefill"],
+    );
 }
 
 #[test]
 fn choices_beyond_reason() {
     let dir = tempfile::tempdir().unwrap();
     let dump = text(small_dump());
-    refuse(&["sweep", dump, "--max-error", "3"], &["--max-error 3"]);
-    refuse(&["sweep", dump, "--max-error", "NaN"], &["--max-error", "NaN"]);
-    refuse(&["sweep", dump, "--group-layers", "0"], &["--group-layers 0"]);
-    refuse(&["sweep", dump, "--pairing", "worst"], &["--pairing", "worst"]);
-    refuse(&["sweep", dump, "--thresholds", "nowhere.toml"], &["nowhere.toml"]);
+    refuse(&["sweep", dump, "--method", "bff:max-error=3"], &["max-error 3"]);
+    refuse(&["sweep", dump, "--method", "bff:max-error=NaN"], &["max-error", "NaN"]);
+    refuse(&["sweep", dump, "--method", "bff:group-layers=0"], &["group-layers", "0"]);
+    refuse(&["sweep", dump, "--method", "bff:pairing=worst"], &["pairing", "worst"]);
+    refuse(&["sweep", dump, "--method", "bff:thresholds=nowhere.toml"], &["nowhere.toml"]);
     let out = text(dir.path());
     let data = |spec: &str, arguments: &[&str], words: &[&str]| {
         refuse(&[&["dump", "--data", spec, "--requests", "2", "-o", out], arguments].concat(), words);

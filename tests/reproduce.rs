@@ -18,9 +18,7 @@ requests = 64
 tau = "0.9,0.8"
 
 [sweep]
-pairing = "best"
-spare_layers = 0
-tau = "0.9"
+method = "bff:pairing=best,spare-layers=0,tau=0.9"
 resamples = 50
 
 [simulate]
@@ -70,7 +68,7 @@ fn an_experiment_runs_to_its_figures_and_skips_what_is_done() {
     }
     // The commands it ran are those that a user would type, and that the manifests hold.
     let line = first.lines().find(|l| l.starts_with("$ kvfuse sweep")).unwrap();
-    assert!(line.contains("--pairing=best") && line.contains("--tau=0.9"), "{line}");
+    assert!(line.contains("--method=bff:pairing=best,spare-layers=0,tau=0.9"), "{line}");
     let manifest: Value =
         serde_json::from_str(&fs::read_to_string(out.join("manifest.json")).unwrap()).unwrap();
     let command: Vec<&str> =
@@ -171,13 +169,13 @@ fn a_fault_in_an_experiment_is_named_by_line() {
     for (from, to, words) in [
         ("requests = 64", "reqests = 64", ["line 5", "reqests"]),
         ("tau = \"0.9,0.8\"", "tau = \"high\"", ["line 8", "high"]),
-        ("pairing = \"best\"", "pairing = \"worst\"", ["line 11", "worst"]),
-        ("tau = \"0.9\"\n", "tau = \"1.9\"\n", ["line 13", "1.9"]),
+        ("pairing=best", "pairing=worst", ["line 11", "worst"]),
+        ("tau=0.9", "tau=1.9", ["line 11", "1.9"]),
         ("requests = 64", "data = \"squad:{xquad}\"", ["line 5", "--define xquad"]),
-        ("[simulate]", "[simulat]", ["line 16", "simulat"]),
+        ("[simulate]", "[simulat]", ["line 14", "simulat"]),
         ("requests = 64", "requests = 64\ndata = \"sqad:x\"", ["line 6", "sqad"]),
         ("tau = \"0.9,0.8\"", "sample = 1", ["line 8", "--sample"]),
-        ("draws = 1", "requests = \"9..2\"", ["line 17", "reversed"]),
+        ("draws = 1", "requests = \"9..2\"", ["line 15", "reversed"]),
         ("[stats]", "[calibrate]\ntarget_kl = -1\n\n[stats]", ["line 8", "above 0"]),
         ("[stats]\ntau = \"0.9,0.8\"", "", ["[simulate]", "[stats]"]),
     ] {
@@ -203,13 +201,24 @@ fn rows_come_as_json_lines() {
     let out = dir.path().join("out");
     let sweep = in_folder(
         dir.path(),
-        &["sweep", text(dump), "--tau", "0.9", "--resamples", "50", "--json", "--quiet", "-o", text(&out)],
+        &[
+            "sweep",
+            text(dump),
+            "--method",
+            "bff:tau=0.9",
+            "--resamples",
+            "50",
+            "--json",
+            "--quiet",
+            "-o",
+            text(&out),
+        ],
     );
     let (stdout, stderr) = said(&sweep);
     assert_eq!(stderr, "");
     let rows: Vec<Value> = stdout.lines().map(|l| serde_json::from_str(l).unwrap()).collect();
     assert_eq!(rows.len(), 3);
-    assert_eq!((&rows[0]["method"], &rows[2]["tau"]), (&"none".into(), &0.9.into()));
+    assert_eq!((&rows[0]["method"], &rows[2]["bff.tau"]), (&"none".into(), &0.9.into()));
     let summary = in_folder(dir.path(), &["inspect", text(dump), "--json"]);
     let summary: Value = serde_json::from_str(&said(&summary).0).unwrap();
     assert_eq!(summary["requests"], common::REQUESTS);

@@ -4,7 +4,8 @@ mod common;
 
 use common::{run, small_dump, succeed, text};
 
-const COMMANDS: [&str; 16] = [
+const COMMANDS: [&str; 17] = [
+    "methods",
     "dump",
     "inspect",
     "sweep",
@@ -65,4 +66,29 @@ fn quiet_commands_say_nothing_on_stderr() {
     assert_eq!(String::from_utf8_lossy(&output.stderr), "");
     let loud = run(&["inspect", text(small_dump())]);
     assert!(!loud.stderr.is_empty());
+}
+
+/// Every chain that a document or a help text shows means something.
+#[test]
+fn chains_in_documents_are_valid() {
+    let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR"));
+    let mut texts: Vec<String> = COMMANDS.iter().map(|command| succeed(&[command, "--help"])).collect();
+    let documents = std::fs::read_dir(root.join("docs")).unwrap().map(|e| e.unwrap().path());
+    let others = ["README.md", "Justfile", "results/README.md"].map(|name| root.join(name));
+    texts.extend(documents.chain(others).map(|path| std::fs::read_to_string(path).unwrap()));
+    let mut found = 0;
+    for text in &texts {
+        for after in text.split("--method ").skip(1) {
+            let word = match after.strip_prefix('\'') {
+                Some(quoted) => quoted.split('\'').next().unwrap(),
+                None => after.split([' ', '\n', '`', ')']).next().unwrap(),
+            };
+            // Placeholders of the help itself.
+            if !word.starts_with('<') && !word.chars().all(|c| c.is_ascii_uppercase()) && word != "has" {
+                kvfuse::codec::Chain::check_text(word).unwrap_or_else(|e| panic!("{word}: {e}"));
+                found += 1;
+            }
+        }
+    }
+    assert!(found > 10, "{found}");
 }

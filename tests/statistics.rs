@@ -308,8 +308,9 @@ fn statistics_of_the_real_model_against_its_sweep() {
     }
 
     let sweep = path("sweep");
-    let quick = ["--max-new-tokens", "1", "--resamples", "10", "--spare-layers", "0", "--tau", "0.95,0.8"];
-    let arguments = ["--pairing", "tree,best,components", "--representative", "mean,first"];
+    let quick = ["--max-new-tokens", "1", "--resamples", "10"];
+    let method = "bff:pairing=tree|best|components,representative=mean|first,spare-layers=0,tau=0.95|0.8";
+    let arguments = ["--method", method];
     succeed(&[&["sweep", text(small_dump()), "-o", text(&sweep)], &arguments[..], &quick[..]].concat());
     let stats = path("one").join("stats.csv");
     let against = sweep.join("sweep.csv");
@@ -431,17 +432,24 @@ fn thresholds_from_the_model_run_in_a_sweep() {
     assert!(fs::read_to_string(&file).unwrap().contains("model cr 1.5"));
     let out = dir.path().join("sweep");
     let quick = ["--max-new-tokens", "1", "--resamples", "10"];
-    succeed(
-        &[&["sweep", text(small_dump()), "--thresholds", text(&file), "-o", text(&out)], &quick[..]].concat(),
-    );
+    let method = format!("bff:thresholds={}", text(&file));
+    succeed(&[&["sweep", text(small_dump()), "--method", &method, "-o", text(&out)], &quick[..]].concat());
     refuse(&["calibrate", text(small_dump()), "--target-cr", "2"], &["--model-based"]);
     refuse(
         &["calibrate", text(small_dump()), "--model-based", "--target-cr", "1e9", "--questions", "3"],
         &["--target-cr", "at most"],
     );
     refuse(
-        &["calibrate", text(small_dump()), "--model-based", "--target-cr", "2", "--pairing", "lsh"],
-        &["--model-based", "--pairing"],
+        &[
+            "calibrate",
+            text(small_dump()),
+            "--model-based",
+            "--target-cr",
+            "2",
+            "--method",
+            "bff:pairing=lsh",
+        ],
+        &["model-based", "pairing"],
     );
 }
 

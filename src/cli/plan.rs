@@ -263,7 +263,7 @@ mod tests {
     use std::fs;
 
     const GOOD: &str = "title = \"t\"\nmodels = [\"a\", \"b\"]\n[dump]\ndata = \"squad:{xquad}\"\nrequests = 64\n\n\
-        [sweep]\ntau = [0.9, \"0.8\"]\nwithin_tenant = [false, true]\n[quick]\nmodels = [\"a\"]\n[quick.dump]\nrequests = 8\n";
+        [sweep]\nmethod = [\"none\", \"bff\"]\nbatch = [4, 8]\n[quick]\nmodels = [\"a\"]\n[quick.dump]\nrequests = 8\n";
 
     fn read(text: &str, quick: bool) -> Result<Plan> {
         let dir = tempfile::tempdir().map_err(|e| Error::argument(e.to_string()))?;
@@ -280,7 +280,7 @@ mod tests {
         let line = plan.command("dump", &["--model=a".to_owned()], &names).unwrap();
         assert_eq!(line, ["kvfuse", "dump", "--model=a", "--data=squad:f.json", "--requests=64"]);
         let line = plan.command("sweep", &[], &names).unwrap();
-        assert_eq!(line[2..], ["--tau=0.9,0.8", "--within-tenant=false,true"]);
+        assert_eq!(line[2..], ["--batch=4,8", "--method=none,bff"]);
         let quick = read(GOOD, true).unwrap();
         assert_eq!(quick.models, ["a"]);
         assert_eq!(quick.command("dump", &[], &names).unwrap()[2..], ["--data=squad:f.json", "--requests=8"]);

@@ -184,6 +184,7 @@ impl Steps<'_> {
     fn at_line(&self, command: &str, error: anyhow::Error) -> anyhow::Error {
         match error.downcast_ref::<Error>() {
             Some(Error::Argument(message)) => self.plan.usage(command, message).into(),
+            Some(error @ Error::Method { .. }) => self.plan.usage(command, &error.to_string()).into(),
             None => self.plan.usage(command, &format!("{error:#}")).into(),
             _ => error,
         }

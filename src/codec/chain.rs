@@ -32,6 +32,8 @@ impl std::fmt::Display for Stage {
             let mark = if i == 0 { ':' } else { ',' };
             match value {
                 Value::String(text) => write!(f, "{mark}{name}={text}")?,
+                // 1, not 1.0.
+                Value::Number(number) => write!(f, "{mark}{name}={}", number.as_f64().unwrap_or(f64::NAN))?,
                 other => write!(f, "{mark}{name}={other}")?,
             }
         }

@@ -164,7 +164,11 @@ pub(super) fn build(text: &str, written: &StageText, values: &[Chosen]) -> Resul
             let shown = error.to_string();
             let about = values.iter().find(|c| shown.contains(&format!("--{}", c.name)));
             let first = shown.lines().next().unwrap_or_default();
+            // clap writes --name <VALUE>; a chain writes name.
             let mut words = first.trim_start_matches("error: ").replace("--", "");
+            if let (Some(from), Some(to)) = (words.find(" <"), words.find('>')) {
+                words.replace_range(from..=to, "");
+            }
             if let Some(list) = shown.lines().find_map(|l| l.trim().strip_prefix("[possible values: ")) {
                 words += &format!("; it is one of {}", list.trim_end_matches(']'));
             }

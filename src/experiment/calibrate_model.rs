@@ -32,7 +32,7 @@ pub fn calibrate_from_model(options: &CalibrateOptions) -> Result<Vec<(Threshold
         || choices.pairing == Pairing::Lsh
     {
         return Err(Error::argument(
-            "--model-based knows --pairing tree and components with means and best with first blocks, --positions any",
+            "--model-based knows pairing=tree and components with means and best with first blocks, positions=any",
         ));
     }
     let manifest = Manifest::read(&options.sweep.dump)?;

@@ -1,8 +1,8 @@
 //! Names for the series of a table: the chain's methods and those options in which its rows differ.
 
 use crate::codec::registry::method;
-use crate::codec::spec::names;
-use std::collections::BTreeMap;
+use crate::codec::spec::{names, parse};
+use std::collections::{BTreeMap, BTreeSet};
 
 /// A row as labels see it.
 #[derive(Debug, Clone, Default)]
@@ -47,6 +47,12 @@ impl Labelled {
     }
 }
 
+/// Options that a chain in normal form spells out, as `stage.option`.
+fn spelt(chain: &str) -> Vec<String> {
+    let stages = parse(chain).unwrap_or_default().into_iter().flatten();
+    stages.flat_map(|s| s.options.into_iter().map(move |o| format!("{}.{}", s.name, o.name))).collect()
+}
+
 /// A label for each row. Rows of a series have the same label: where a dial stands is no part of it, but which one is turned is.
 pub fn series_labels(rows: &[Labelled]) -> Vec<String> {
     let label = |row: &Labelled| {
@@ -62,7 +68,10 @@ pub fn series_labels(rows: &[Labelled]) -> Vec<String> {
         let alike = |other: &&Labelled| {
             other.stages() == stages && other.dials().iter().map(|d| (d.0, d.1)).eq(turned.iter().copied())
         };
-        for (column, cell) in &row.cells {
+        // What no row of these spells out follows from what they do.
+        let spelt: BTreeSet<String> =
+            rows.iter().filter(alike).flat_map(|other| spelt(&other.method)).collect();
+        for (column, cell) in row.cells.iter().filter(|(column, _)| spelt.contains(*column)) {
             let differs =
                 rows.iter().filter(alike).any(|other| other.cells.get(column).is_some_and(|c| c != cell));
             let Some((_, option)) = column.split_once('.') else { continue };
