@@ -6,5 +6,5 @@
 mod pool;
 mod table;
 
-pub use pool::{BlockId, BlockPool, BlockShape, Storage};
+pub use pool::{BlockId, BlockPool, BlockShape, Payload, Storage};
 pub use table::{BlockTable, Entry, RequestCache, Scale};

@@ -34,6 +34,16 @@ pub struct BlockId(u32);
 struct Block {
     keys: Vec<f32>,
     values: Vec<f32>,
+    /// What the numbers are read from, if not 16 bits each.
+    payload: Option<Payload>,
+}
+
+/// An encoded page: its bytes, and how many of their bits are codes of numbers and how many scales and the like.
+#[derive(Debug, Default, Clone, PartialEq, Eq)]
+pub struct Payload {
+    pub bytes: Vec<u8>,
+    pub code_bits: u64,
+    pub side_bits: u64,
 }
 
 /// `data` is shared only with clones of the pool: an experiment's arms begin as clones of the unfused pool, and copying
@@ -105,7 +115,8 @@ impl BlockPool {
         assert_eq!(keys.len(), values.len());
         assert_eq!(keys.len() % self.shape.token_width(), 0);
         assert!(keys.len() <= self.shape.block_width());
-        let block = Block { keys: self.storage.round(keys), values: self.storage.round(values) };
+        let (keys, values) = (self.storage.round(keys), self.storage.round(values));
+        let block = Block { keys, values, payload: None };
         let slot = Slot { references: 1, data: Arc::new(block) };
         self.insert(slot)
     }
@@ -121,6 +132,17 @@ impl BlockPool {
                 BlockId(self.slots.len() as u32 - 1)
             }
         }
+    }
+
+    /// Stores a page in another form, for all that point at it: the numbers that are read from a payload.
+    pub fn recode(&mut self, id: BlockId, keys: Vec<f32>, values: Vec<f32>, payload: Payload) {
+        debug_assert_eq!(keys.len(), self.keys(id).len());
+        self.slots[id.0 as usize].data = Arc::new(Block { keys, values, payload: Some(payload) });
+    }
+
+    /// What a page is read from, if it is not 16 bits a number.
+    pub fn payload(&self, id: BlockId) -> Option<&Payload> {
+        self.slots[id.0 as usize].data.payload.as_ref()
     }
 
     /// What numbers become when they go into the pool.
@@ -158,6 +180,8 @@ impl BlockPool {
         let block = Arc::make_mut(&mut self.slots[id.0 as usize].data);
         block.keys.extend(self.storage.round(key));
         block.values.extend(self.storage.round(value));
+        // A page that grows is no longer what its bits say.
+        block.payload = None;
         id
     }
 

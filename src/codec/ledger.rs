@@ -26,7 +26,7 @@ pub struct Ledger {
     pub untouched_bits: u64,
     pub scale_bits: u64,
     pub table_bits: u64,
-    /// Codebooks and quantiser scales; no codec has any yet.
+    /// Scales and zero points of quantised pages, and codebooks.
     pub codebook_bits: u64,
     pub layers: Vec<LayerRate>,
 }
@@ -97,7 +97,12 @@ impl Ledger {
                 }
                 if seen.insert(entry.block) {
                     layer.physical_blocks += u64::from(is_full);
-                    *(if is_full { &mut full } else { &mut partial }) += elements * ELEMENT_BITS;
+                    let payload = batch.pool.payload(entry.block);
+                    let (code, side) =
+                        payload.map_or((elements * ELEMENT_BITS, 0), |p| (p.code_bits, p.side_bits));
+                    *(if is_full { &mut full } else { &mut partial }) += code;
+                    ledger.codebook_bits += side;
+                    layer.bits += side;
                 }
             }
             layer.bits += full + partial;
@@ -113,7 +118,7 @@ impl Ledger {
         ledger
     }
 
-    /// Bits of KV numbers, which the pool must be holding: 16 for each of its elements.
+    /// Bits of KV numbers, which the pool must be holding: 16 for each of its elements that is not quantised.
     pub fn stored_element_bits(&self) -> u64 {
         self.block_bits + self.partial_bits + self.untouched_bits
     }

@@ -5,6 +5,7 @@ mod distortion;
 pub mod fusion;
 mod ledger;
 mod prefix;
+pub mod quantize;
 pub mod registry;
 mod sharing;
 pub mod spec;

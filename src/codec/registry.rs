@@ -4,6 +4,7 @@
 use super::chain::Stage;
 use super::fusion::{Bff, Cff};
 use super::prefix::Prefix;
+use super::quantize::{Fp8, Int8, Kivi, Rotated};
 use super::spec::{StageText, bad, nearest};
 use super::{Codec, Unfused};
 use crate::error::{Error, Result};
@@ -59,7 +60,16 @@ enum Problem {
 }
 
 /// The methods, in the order in which `kvfuse methods` lists them.
-pub static METHODS: [Entry; 4] = [entry::<Unfused>(), entry::<Prefix>(), entry::<Bff>(), entry::<Cff>()];
+pub static METHODS: [Entry; 8] = [
+    entry::<Unfused>(),
+    entry::<Prefix>(),
+    entry::<Bff>(),
+    entry::<Cff>(),
+    entry::<Int8>(),
+    entry::<Fp8>(),
+    entry::<Kivi>(),
+    entry::<Rotated>(),
+];
 
 const fn entry<M: Method>() -> Entry {
     Entry {

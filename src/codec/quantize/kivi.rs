@@ -1,0 +1,95 @@
+//! KIVI: keys by channel, values by token, few bits, the latest tokens raw.
+
+use super::{BitSink, BitSource, Cost, PageShape, Quantized, Quantizer, put_f16, take_f16};
+use crate::codec::Codec;
+use crate::codec::fusion::Part;
+use crate::codec::registry::Method;
+use crate::error::Result;
+use serde::Serialize;
+use std::sync::Arc;
+
+#[derive(Debug, Clone, Copy, Serialize, clap::Args)]
+pub struct Kivi {
+    /// Bits of a number
+    #[arg(long, default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..=8))]
+    bits: u32,
+    /// Tokens (of keys) and channels (of values) that share a scale and a zero point; of tokens at most a block's
+    #[arg(long, default_value_t = 32, value_parser = clap::builder::RangedU64ValueParser::<usize>::new().range(1..=4096))]
+    group: usize,
+    /// Last tokens of every request that stay in 16 bits
+    #[arg(long, default_value_t = 32)]
+    residual: usize,
+}
+
+impl Method for Kivi {
+    const NAME: &'static str = "kivi";
+    const ABOUT: &'static str = "Asymmetric quantisation of keys per channel over groups of tokens and of values per token over groups of channels, f16 scale and zero \
+                                 point each; the last tokens of a request stay raw.";
+    const PAPER: &'static str = "Liu et al. 2024, KIVI (arXiv 2402.02750)";
+    const DIALS: &'static [&'static str] = &["bits"];
+
+    fn codec(&self) -> Result<Arc<dyn Codec>> {
+        Ok(Arc::new(Quantized(*self)))
+    }
+}
+
+impl Kivi {
+    /// Indices of the numbers of each group, in the order in which they are written.
+    fn groups(&self, part: Part, shape: PageShape) -> Vec<Vec<usize>> {
+        let width = shape.width();
+        let ranges = |n: usize| (0..n).step_by(self.group).map(move |from| from..n.min(from + self.group));
+        match part {
+            Part::Key => ranges(shape.tokens)
+                .flat_map(|tokens| (0..width).map(move |c| tokens.clone().map(|t| t * width + c).collect()))
+                .collect(),
+            Part::Value => (0..shape.tokens * shape.kv_heads)
+                .flat_map(|head| {
+                    ranges(shape.head_dim).map(move |c| c.map(|c| head * shape.head_dim + c).collect())
+                })
+                .collect(),
+        }
+    }
+
+    fn steps(&self) -> f32 {
+        ((1u32 << self.bits) - 1) as f32
+    }
+}
+
+impl Quantizer for Kivi {
+    fn encode(&self, part: Part, page: &[f32], shape: PageShape, sink: &mut BitSink) {
+        for group in self.groups(part, shape) {
+            let (low, high) = group.iter().fold((f32::INFINITY, f32::NEG_INFINITY), |(low, high), &i| {
+                (low.min(page[i]), high.max(page[i]))
+            });
+            let zero = put_f16(sink, low);
+            let scale = put_f16(sink, (high - zero) / self.steps());
+            for i in group {
+                let code = if scale > 0.0 {
+                    ((page[i] - zero) / scale).round().clamp(0.0, self.steps())
+                } else {
+                    0.0
+                };
+                sink.put(Cost::Code, code as u32, self.bits);
+            }
+        }
+    }
+
+    fn decode(&self, part: Part, shape: PageShape, source: &mut BitSource) -> Vec<f32> {
+        let mut page = vec![0.0; shape.numbers()];
+        for group in self.groups(part, shape) {
+            let (zero, scale) = (take_f16(source), take_f16(source));
+            for i in group {
+                page[i] = zero + source.take(self.bits) as f32 * scale;
+            }
+        }
+        page
+    }
+
+    fn raw_tokens(&self) -> usize {
+        self.residual
+    }
+
+    fn takes_partial(&self) -> bool {
+        false
+    }
+}

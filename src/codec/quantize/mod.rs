@@ -1,0 +1,127 @@
+//! Quantisation of pages: every physical page that is left is written to bits and read back from them, so that what the ledger
+//! counts is what was written and what attention sees is what can be read.
+
+mod bits;
+mod fp8;
+mod int8;
+mod kivi;
+mod rotated;
+
+pub use bits::{BitSink, BitSource, Cost};
+pub use fp8::Fp8;
+pub use int8::Int8;
+pub use kivi::Kivi;
+pub use rotated::Rotated;
+
+use super::fusion::Part;
+use super::{CacheBatch, Codec, Coverage, Memo, Role};
+use crate::block::{BlockId, Payload};
+use crate::error::Result;
+use half::f16;
+use rayon::prelude::*;
+use std::collections::BTreeMap;
+
+/// How the numbers of a page lie: `[tokens, kv_heads, head_dim]`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PageShape {
+    pub tokens: usize,
+    pub kv_heads: usize,
+    pub head_dim: usize,
+}
+
+impl PageShape {
+    /// Numbers of one token.
+    pub fn width(&self) -> usize {
+        self.kv_heads * self.head_dim
+    }
+
+    pub fn numbers(&self) -> usize {
+        self.tokens * self.width()
+    }
+}
+
+/// A page to bits and back. `decode` takes exactly the bits that `encode` put.
+pub trait Quantizer: Send + Sync {
+    fn encode(&self, part: Part, page: &[f32], shape: PageShape, sink: &mut BitSink);
+
+    fn decode(&self, part: Part, shape: PageShape, source: &mut BitSource) -> Vec<f32>;
+
+    /// Last tokens of every request whose pages stay as they are.
+    fn raw_tokens(&self) -> usize {
+        0
+    }
+
+    /// Whether pages that are not full are quantised too.
+    fn takes_partial(&self) -> bool {
+        true
+    }
+}
+
+/// A quantiser as a codec of all layers.
+pub struct Quantized<Q>(pub Q);
+
+impl<Q: Quantizer> Codec for Quantized<Q> {
+    fn role(&self) -> Role {
+        Role::Code
+    }
+
+    fn coverage(&self, layers: usize) -> Coverage {
+        Coverage::of(0..layers)
+    }
+
+    fn encode(&self, batch: &mut CacheBatch, _memo: &Memo) -> Result<()> {
+        let block = batch.pool.shape();
+        // A page is quantised if no request that has it needs it raw.
+        let mut pages: BTreeMap<BlockId, bool> = BTreeMap::new();
+        for cache in &batch.caches {
+            let raw_from = cache.tokens.saturating_sub(self.0.raw_tokens());
+            for table in &cache.layers {
+                for (i, entry) in table.entries.iter().enumerate() {
+                    let tokens = batch.pool.tokens(entry.block);
+                    let whole = tokens == block.block_size || self.0.takes_partial();
+                    let past = i * block.block_size + tokens <= raw_from;
+                    *pages.entry(entry.block).or_insert(true) &= whole && past;
+                }
+            }
+        }
+        let pages: Vec<BlockId> = pages.into_iter().filter(|(_, code)| *code).map(|(id, _)| id).collect();
+        let pool = &batch.pool;
+        let coded: Vec<(Vec<f32>, Vec<f32>, Payload)> = pages
+            .par_iter()
+            .map(|&id| {
+                let shape =
+                    PageShape { tokens: pool.tokens(id), kv_heads: block.kv_heads, head_dim: block.head_dim };
+                self.page(pool.keys(id), pool.values(id), shape)
+            })
+            .collect();
+        for (id, (keys, values, payload)) in pages.into_iter().zip(coded) {
+            batch.pool.recode(id, keys, values, payload);
+        }
+        Ok(())
+    }
+}
+
+impl<Q: Quantizer> Quantized<Q> {
+    /// A page as it is read back, and what it is read from.
+    fn page(&self, keys: &[f32], values: &[f32], shape: PageShape) -> (Vec<f32>, Vec<f32>, Payload) {
+        let mut sink = BitSink::default();
+        self.0.encode(Part::Key, keys, shape, &mut sink);
+        self.0.encode(Part::Value, values, shape, &mut sink);
+        let (bytes, code_bits, side_bits) = sink.finish();
+        let mut source = BitSource::new(&bytes);
+        let keys = self.0.decode(Part::Key, shape, &mut source);
+        let values = self.0.decode(Part::Value, shape, &mut source);
+        (keys, values, Payload { bytes, code_bits, side_bits })
+    }
+}
+
+/// Writes a number as f16; returns what is read back.
+fn put_f16(sink: &mut BitSink, x: f32) -> f32 {
+    let half = f16::from_f32(x);
+    sink.put(Cost::Side, u32::from(half.to_bits()), 16);
+    half.to_f32()
+}
+
+fn take_f16(source: &mut BitSource) -> f32 {
+    f16::from_bits(source.take(16) as u16).to_f32()
+}
