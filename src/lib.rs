@@ -5,6 +5,7 @@ pub mod block;
 pub mod cli;
 pub mod codec;
 pub mod dump;
+pub mod encoded;
 pub mod error;
 pub mod experiment;
 pub mod files;

@@ -6,6 +6,7 @@ mod compare;
 mod completions;
 mod demo;
 mod dump;
+mod encode;
 mod explain;
 mod inspect;
 mod methods;
@@ -58,6 +59,8 @@ enum Command {
     Inspect(inspect::Args),
     Methods(methods::Args),
     Sweep(Box<sweep::Args>),
+    Encode(encode::EncodeArgs),
+    Decode(encode::DecodeArgs),
     Calibrate(calibrate::Args),
     Explain(explain::Args),
     Stats(stats::Args),
@@ -96,6 +99,8 @@ impl Command {
             Command::Inspect(args) => inspect::run(args),
             Command::Methods(args) => methods::run(args),
             Command::Sweep(args) => sweep::run(*args, typed),
+            Command::Encode(args) => encode::run(args),
+            Command::Decode(args) => encode::run_decode(args),
             Command::Calibrate(args) => calibrate::run(args, typed),
             Command::Explain(args) => explain::run(args),
             Command::Stats(args) => stats::run(args, typed),

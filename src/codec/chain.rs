@@ -3,7 +3,7 @@
 use super::fusion::{ChunkFusion, Fusion};
 use super::registry::{Chosen, build, known};
 use super::spec::{ChainText, bad, parse};
-use super::{CacheBatch, Codec, Coverage, Memo, Role};
+use super::{CacheBatch, Codec, Coverage, Memo, PageShape, Role};
 use crate::error::Result;
 use serde_json::{Map, Value};
 use std::sync::Arc;
@@ -223,6 +223,10 @@ impl Codec for Chain {
 
     fn within_tenant(&self) -> Option<bool> {
         Some(self.within_tenant())
+    }
+
+    fn read_page(&self, shape: PageShape, bytes: &[u8]) -> Option<(Vec<f32>, Vec<f32>)> {
+        self.stages.iter().find_map(|s| s.codec.read_page(shape, bytes))
     }
 
     /// Of its fusion, if it has one: the paper counts these layers.

@@ -16,6 +16,7 @@ pub use distortion::{
 };
 pub use ledger::{LayerRate, Ledger};
 pub use prefix::Prefix;
+pub use quantize::PageShape;
 pub use registry::Method;
 
 use crate::block::{BlockPool, BlockShape, RequestCache, Storage};
@@ -148,6 +149,11 @@ pub trait Codec: Send + Sync {
 
     /// If it prefills anew instead of encoding finished caches: how.
     fn chunks(&self) -> Option<&ChunkFusion> {
+        None
+    }
+
+    /// Keys and values of a page from the bytes that it was stored as; `None` if they are not this codec's.
+    fn read_page(&self, _shape: PageShape, _bytes: &[u8]) -> Option<(Vec<f32>, Vec<f32>)> {
         None
     }
 

@@ -5,17 +5,17 @@ use super::evaluate::{Base, Divergence, Prompt, Reference, answer_text, answers}
 use super::rows::{LayerScore, Measured, RequestScore, Row, Setting, Timings};
 use super::runs::RunRecord;
 use super::settings::SweepOptions;
-use crate::block::{BlockTable, RequestCache, Storage};
+use crate::block::Storage;
 use crate::codec::{
     CacheBatch, Chain, Codec, Distortion, Ledger, Memo, Prefix, distortion_by_layer, distortion_in,
 };
-use crate::dump::{Manifest, open_request};
+use crate::dump::Manifest;
+use crate::encoded::load_caches;
 use crate::error::{Error, Result};
 use crate::interrupt;
 use crate::model::Model;
 use crate::stats::rounded;
 use crate::task::{Metric, exact_match, token_f1};
-use rayon::prelude::*;
 use std::path::Path;
 use std::time::Instant;
 
@@ -270,45 +270,14 @@ pub fn load(
     requests: &[usize],
     block_size: usize,
 ) -> Result<(CacheBatch, Vec<Prompt>)> {
-    let shape = model.decoder.block_shape(block_size);
-    let mut batch = CacheBatch::empty(shape, Storage::F16, model.decoder.ropes());
-    let width = batch.pool.shape().block_width();
-    let mut prompts = Vec::new();
-    for &i in requests {
-        let shard = open_request(dump, manifest, i)?;
-        let tokens = shard.tokens().to_vec();
-        let cached = tokens.len() - 1;
-        let numbers = cached * batch.pool.shape().token_width();
-        let layers: Vec<(Vec<f32>, Vec<f32>)> =
-            (0..shard.layers()).into_par_iter().map(|n| shard.layer(n)).collect::<Result<_>>()?;
-        let mut cache = RequestCache { layers: Vec::new(), tokens: cached };
-        for (keys, values) in &layers {
-            let mut table = BlockTable::default();
-            for (k, v) in keys[..numbers].chunks(width).zip(values[..numbers].chunks(width)) {
-                table.push(batch.pool.allocate(k, v));
-            }
-            cache.layers.push(table);
-        }
-        batch.push(cache, tokens[..cached].to_vec(), &manifest.requests[i].request.tenant);
-        let id = manifest.requests[i].request.id.clone();
-        if let Some((layer, number)) = too_large(&layers, batch.pool.most()) {
-            let problem = format!(
-                "request {id}, layer {layer}: a key or value of {number} does not fit into the cache's f16 numbers (at most {})",
-                batch.pool.most()
-            );
-            return Err(Error::file(manifest.shard_path(dump, i), problem));
-        }
-        prompts.push(Prompt { tokens, targets: Vec::new(), answer: 0, id });
-    }
-    Ok((batch, prompts))
-}
-
-/// The first layer with a number beyond what the pool can hold, and the number.
-fn too_large(layers: &[(Vec<f32>, Vec<f32>)], most: f32) -> Option<(usize, f32)> {
-    let of = |(n, (keys, values)): (usize, &(Vec<f32>, Vec<f32>))| {
-        keys.iter().chain(values).find(|x| x.abs() > most).map(|x| (n, *x))
+    let (batch, tokens) = load_caches(dump, manifest, requests, block_size, model.decoder.ropes(), 1)?;
+    let prompt = |(&i, tokens): (&usize, Vec<u32>)| Prompt {
+        tokens,
+        targets: Vec::new(),
+        answer: 0,
+        id: manifest.requests[i].request.id.clone(),
     };
-    layers.iter().enumerate().find_map(of)
+    Ok((batch, requests.iter().zip(tokens).map(prompt).collect()))
 }
 
 /// The tokens a request's distributions are compared on, and how many of them are an answer's own: its first reference

@@ -51,6 +51,11 @@ impl<'a> BitSource<'a> {
         BitSource { bytes, at: 0 }
     }
 
+    /// Bytes that bits were taken from.
+    pub fn bytes_taken(&self) -> usize {
+        self.at.div_ceil(8) as usize
+    }
+
     /// The next `width` bits, at most 32; zeros beyond the end.
     pub fn take(&mut self, width: u32) -> u32 {
         let mut value = 0;

@@ -69,6 +69,13 @@ impl<Q: Quantizer> Codec for Quantized<Q> {
         Coverage::of(0..layers)
     }
 
+    fn read_page(&self, shape: PageShape, bytes: &[u8]) -> Option<(Vec<f32>, Vec<f32>)> {
+        let mut source = BitSource::new(bytes);
+        let keys = self.0.decode(Part::Key, shape, &mut source);
+        let values = self.0.decode(Part::Value, shape, &mut source);
+        (source.bytes_taken() == bytes.len()).then_some((keys, values))
+    }
+
     fn encode(&self, batch: &mut CacheBatch, _memo: &Memo) -> Result<()> {
         let block = batch.pool.shape();
         // A page is quantised if no request that has it needs it raw.

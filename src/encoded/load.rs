@@ -1,0 +1,65 @@
+//! A dump's caches in blocks.
+
+use crate::block::{BlockShape, BlockTable, RequestCache, Storage};
+use crate::codec::CacheBatch;
+use crate::dump::{Manifest, open_request};
+use crate::error::{Error, Result};
+use crate::model::Ropes;
+use rayon::prelude::*;
+use std::path::Path;
+use std::sync::Arc;
+
+/// Caches of some requests of a dump in blocks of f16 numbers, without the last `left_out` tokens of each; with them the
+/// token ids of the whole prompts.
+///
+/// # Errors
+/// Shards that are missing, damaged or another dump's; numbers beyond f16, with request and layer.
+pub fn load_caches(
+    dump: &Path,
+    manifest: &Manifest,
+    requests: &[usize],
+    block_size: usize,
+    ropes: Arc<Ropes>,
+    left_out: usize,
+) -> Result<(CacheBatch, Vec<Vec<u32>>)> {
+    let config = &manifest.model.config;
+    let shape = BlockShape { block_size, kv_heads: config.kv_heads, head_dim: config.head_dim };
+    let mut batch = CacheBatch::empty(shape, Storage::F16, ropes);
+    let mut prompts = Vec::new();
+    for &i in requests {
+        let shard = open_request(dump, manifest, i)?;
+        let tokens = shard.tokens().to_vec();
+        let cached = tokens.len() - left_out;
+        let numbers = cached * shape.token_width();
+        let layers: Vec<(Vec<f32>, Vec<f32>)> =
+            (0..shard.layers()).into_par_iter().map(|n| shard.layer(n)).collect::<Result<_>>()?;
+        let mut cache = RequestCache { layers: Vec::new(), tokens: cached };
+        for (keys, values) in &layers {
+            let mut table = BlockTable::default();
+            let width = shape.block_width();
+            for (k, v) in keys[..numbers].chunks(width).zip(values[..numbers].chunks(width)) {
+                table.push(batch.pool.allocate(k, v));
+            }
+            cache.layers.push(table);
+        }
+        batch.push(cache, tokens[..cached].to_vec(), &manifest.requests[i].request.tenant);
+        if let Some((layer, number)) = too_large(&layers, batch.pool.most()) {
+            let problem = format!(
+                "request {}, layer {layer}: a key or value of {number} does not fit into the cache's f16 numbers (at most {})",
+                manifest.requests[i].request.id,
+                batch.pool.most()
+            );
+            return Err(Error::file(manifest.shard_path(dump, i), problem));
+        }
+        prompts.push(tokens);
+    }
+    Ok((batch, prompts))
+}
+
+/// The first layer with a number beyond what the pool can hold, and the number.
+fn too_large(layers: &[(Vec<f32>, Vec<f32>)], most: f32) -> Option<(usize, f32)> {
+    let of = |(n, (keys, values)): (usize, &(Vec<f32>, Vec<f32>))| {
+        keys.iter().chain(values).find(|x| x.abs() > most).map(|x| (n, *x))
+    };
+    layers.iter().enumerate().find_map(of)
+}

@@ -1,0 +1,227 @@
+//! `kvfuse decode`: an encoded file back to a dump.
+
+use super::{FUSED, Header, MAGIC, SCALED, STRIPPED};
+use crate::block::{BlockId, BlockShape, BlockTable, Entry, RequestCache, Scale, Storage};
+use crate::codec::{CacheBatch, Chain, Codec, PageShape};
+use crate::dump::{DumpDtype, Manifest, write_shard};
+use crate::error::{Error, Result};
+use crate::files;
+use crate::interrupt;
+use crate::lock::FolderLock;
+use crate::model::Ropes;
+use half::f16;
+use rayon::prelude::*;
+use sha2::{Digest, Sha256};
+use std::path::Path;
+use std::sync::Arc;
+
+/// The caches in an encoded file, ready to be read.
+pub struct Encoded {
+    pub batch: CacheBatch,
+    /// The chain that encoded them.
+    pub method: String,
+    pub manifest: Manifest,
+    tokens: Vec<Vec<u32>>,
+}
+
+/// Bytes of a file, taken one stretch after the other.
+struct Reader<'a> {
+    path: &'a Path,
+    bytes: &'a [u8],
+    at: usize,
+}
+
+impl<'a> Reader<'a> {
+    fn take(&mut self, count: usize) -> Result<&'a [u8]> {
+        let end = self.at.checked_add(count).filter(|end| *end <= self.bytes.len());
+        let end = end.ok_or_else(|| self.damaged("is cut short"))?;
+        let taken = &self.bytes[self.at..end];
+        self.at = end;
+        Ok(taken)
+    }
+
+    fn word(&mut self) -> Result<u32> {
+        let bytes = self.take(4)?;
+        Ok(bytes.iter().rev().fold(0, |word, b| word << 8 | u32::from(*b)))
+    }
+
+    fn damaged(&self, what: &str) -> Error {
+        Error::file(self.path, format!("{what} (byte {}); encode it again", self.at))
+    }
+}
+
+impl Encoded {
+    /// Reads and checks a file.
+    ///
+    /// # Errors
+    /// Files of another kind or version, cut short, or with any byte changed.
+    pub fn read(path: &Path) -> Result<Self> {
+        let map = files::map(path)?;
+        let mut reader = Reader { path, bytes: &map, at: 0 };
+        let header = header(&mut reader)?;
+        let config = header.manifest.model.config.clone();
+        let shape = BlockShape {
+            block_size: header.block_size,
+            kv_heads: config.kv_heads,
+            head_dim: config.head_dim,
+        };
+        let code = match &header.code {
+            Some(text) => Some(Chain::parse(text)?.swap_remove(0)),
+            None => None,
+        };
+        let longest = header.tokens.iter().map(Vec::len).max().unwrap_or(0);
+        let ropes = Arc::new(Ropes::new(&config, longest));
+        // Scales and positions come on top, so numbers stay as they are read.
+        let mut batch = CacheBatch::empty(shape, Storage::F32, ropes);
+        for (tokens, entry) in header.tokens.iter().zip(&header.manifest.requests) {
+            let cache = RequestCache { layers: Vec::new(), tokens: tokens.len() };
+            batch.push(cache, tokens.clone(), &entry.request.tenant);
+        }
+        let mut table: Vec<Vec<(u32, Option<Scale>)>> = Vec::new();
+        for layer in 0..config.layers {
+            interrupt::check()?;
+            let count = reader.word()?;
+            let mut pages = Vec::new();
+            for _ in 0..count {
+                pages.push(page(&mut reader, &mut batch, code.as_ref(), shape)?);
+            }
+            let mut sum = crc32fast::Hasher::new();
+            sum.update(&count.to_le_bytes());
+            if header.has_table(layer) {
+                let from = reader.at;
+                table = header
+                    .tokens
+                    .iter()
+                    .map(|tokens| {
+                        (0..tokens.len().div_ceil(shape.block_size)).map(|_| entry(&mut reader)).collect()
+                    })
+                    .collect::<Result<_>>()?;
+                sum.update(&reader.bytes[from..reader.at]);
+            }
+            if sum.finalize() != reader.word()? {
+                return Err(reader.damaged("is damaged: the checksum of a block table differs"));
+            }
+            for (cache, entries) in batch.caches.iter_mut().zip(&table) {
+                let mut own = BlockTable::default();
+                for &(word, scale) in entries {
+                    let number = (word & !(SCALED | STRIPPED | FUSED)) as usize;
+                    let known = pages.get(number).copied();
+                    let block = known.ok_or_else(|| reader.damaged("lists a page that it does not hold"))?;
+                    batch.pool.retain(block);
+                    let (stripped, fused) = (word & STRIPPED != 0, word & FUSED != 0);
+                    own.entries.push(Entry { block, scale, stripped, fused });
+                }
+                cache.layers.push(own);
+            }
+            pages.into_iter().for_each(|page| batch.pool.release(page));
+        }
+        if reader.at != reader.bytes.len() {
+            return Err(reader.damaged("goes on after its end"));
+        }
+        Ok(Encoded { batch, method: header.method, manifest: header.manifest, tokens: header.tokens })
+    }
+}
+
+fn header(reader: &mut Reader) -> Result<Header> {
+    let magic = reader.take(MAGIC.len())?;
+    if magic[..7] != MAGIC[..7] {
+        return Err(Error::file(reader.path, "is no encoded file of `kvfuse encode`"));
+    }
+    if magic != MAGIC {
+        let problem = format!(
+            "has version {} of the format, this kvfuse reads {}; encode it again",
+            magic[7], MAGIC[7]
+        );
+        return Err(Error::file(reader.path, problem));
+    }
+    let (low, high) = (reader.word()?, reader.word()?);
+    let json = reader.take((u64::from(high) << 32 | u64::from(low)) as usize)?;
+    let own = Sha256::digest(&reader.bytes[..reader.at]);
+    if reader.take(32)? != &own[..] {
+        return Err(reader.damaged("is damaged: the checksum of the header differs"));
+    }
+    let header: Header = serde_json::from_slice(json)
+        .map_err(|e| Error::file(reader.path, format!("has an unusable header ({e}); encode it again")))?;
+    let sound = header.block_size > 0
+        && header.table_layers > 0
+        && header.tokens.len() == header.manifest.requests.len()
+        && header.tokens.iter().all(|t| !t.is_empty());
+    if sound { Ok(header) } else { Err(reader.damaged("has a header that contradicts itself")) }
+}
+
+/// A page with its frame, put into the pool.
+fn page(
+    reader: &mut Reader,
+    batch: &mut CacheBatch,
+    code: Option<&Chain>,
+    shape: BlockShape,
+) -> Result<BlockId> {
+    let from = reader.at;
+    let first = reader.word()?;
+    let (tokens, coded) = ((first & 0xffff) as usize, first >> 16 == 1);
+    let length = reader.word()? as usize;
+    let expected = reader.word()?;
+    let bytes = reader.take(length)?;
+    let mut sum = crc32fast::Hasher::new();
+    sum.update(&reader.bytes[from..from + 8]);
+    sum.update(bytes);
+    if sum.finalize() != expected {
+        return Err(reader.damaged("is damaged: the checksum of a page differs"));
+    }
+    let page = PageShape { tokens, kv_heads: shape.kv_heads, head_dim: shape.head_dim };
+    let unusable = || reader.damaged("has a page of another shape");
+    let (keys, values) = match (coded, code) {
+        (true, Some(code)) => code.read_page(page, bytes).ok_or_else(unusable)?,
+        (true, None) => return Err(unusable()),
+        (false, _) => {
+            let numbers: Vec<f32> =
+                bytes.as_chunks::<2>().0.iter().map(|b| f16::from_le_bytes(*b).to_f32()).collect();
+            let (keys, values) = numbers.split_at(numbers.len() / 2);
+            (keys.to_vec(), values.to_vec())
+        }
+    };
+    let right = tokens > 0 && tokens <= shape.block_size && keys.len() == page.numbers();
+    if !right || values.len() != keys.len() {
+        return Err(unusable());
+    }
+    Ok(batch.pool.allocate(&keys, &values))
+}
+
+fn entry(reader: &mut Reader) -> Result<(u32, Option<Scale>)> {
+    let word = reader.word()?;
+    let scale = if word & SCALED == 0 {
+        None
+    } else {
+        Some(Scale { key: f32::from_bits(reader.word()?), value: f32::from_bits(reader.word()?) })
+    };
+    Ok((word, scale))
+}
+
+/// Writes what attention reads of an encoded file as a dump of f32 numbers; returns its manifest.
+pub fn decode(file: &Path, out: &Path) -> Result<Manifest> {
+    let Encoded { batch, manifest, tokens, .. } = Encoded::read(file)?;
+    let _lock = FolderLock::take(out)?;
+    files::writable_folder(out)?;
+    if std::fs::read_dir(out).is_ok_and(|mut d| d.any(|e| e.is_ok_and(|e| e.file_name() != ".kvfuse-lock"))) {
+        return Err(Error::file(out, "is not empty; choose another -o"));
+    }
+    let mut manifest = Manifest { dtype: DumpDtype::F32, ..manifest };
+    let plan = manifest.plan()?;
+    let config = manifest.model.config.clone();
+    for (request, ids) in tokens.iter().enumerate() {
+        interrupt::check()?;
+        let layers: Vec<(Vec<f32>, Vec<f32>)> = (0..config.layers)
+            .into_par_iter()
+            .map(|layer| {
+                let blocks = batch.caches[request].layers[layer].entries.len();
+                let read: Vec<_> = (0..blocks).map(|block| batch.read(request, layer, block)).collect();
+                let (keys, values): (Vec<_>, Vec<_>) = read.into_iter().unzip();
+                (keys.concat(), values.concat())
+            })
+            .collect();
+        let path = manifest.shard_path(out, request);
+        manifest.requests[request].sha256 = write_shard(&path, ids, &layers, &config, DumpDtype::F32, &plan)?;
+    }
+    manifest.write(out)?;
+    Ok(manifest)
+}

@@ -1,0 +1,163 @@
+//! `kvfuse encode`: the caches of a dump through a chain, as one file.
+
+use super::{FUSED, Header, LAYER_FRAME, MAGIC, PAGE_FRAME, SCALED, STRIPPED, load_caches};
+use crate::block::{BlockId, BlockPool};
+use crate::codec::{CacheBatch, Chain, Codec, Ledger, Memo, Role};
+use crate::dump::Manifest;
+use crate::error::{Error, Result};
+use crate::files;
+use crate::model::Ropes;
+use half::f16;
+use sha2::{Digest, Sha256};
+use std::collections::HashMap;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+/// What to encode, and where to.
+pub struct EncodeOptions {
+    pub dump: PathBuf,
+    pub chain: Chain,
+    pub block_size: usize,
+    pub out: PathBuf,
+}
+
+/// Bytes of an encoded file by what they are. The body is what the ledger counts; pages end on whole bytes.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Size {
+    /// Bits that the ledger counts.
+    pub ledger_bits: u64,
+    /// Bits that fill up the last bytes of pages.
+    pub padding_bits: u64,
+    /// Lengths and checksums of pages and tables.
+    pub frame_bytes: u64,
+    /// Magic, header and its checksum: model, prompts, token ids.
+    pub header_bytes: u64,
+    pub file_bytes: u64,
+    /// Audited ratio of the ledger.
+    pub cr_audited: f64,
+}
+
+/// Encodes all requests of a dump as one batch.
+///
+/// # Errors
+/// Chains that prefill anew (they need the model); damaged dumps; files that cannot be written.
+pub fn encode(options: &EncodeOptions) -> Result<Size> {
+    let EncodeOptions { dump, chain, block_size, out } = options;
+    if chain.chunks().is_some() {
+        let problem = format!("{} prefills anew and cannot encode caches of a dump; sweep it", chain.name());
+        return Err(Error::argument(problem));
+    }
+    let manifest = Manifest::read(dump)?;
+    let config = &manifest.model.config;
+    let longest = manifest.requests.iter().map(|r| r.tokens).max().unwrap_or(0);
+    let ropes = Arc::new(Ropes::new(config, longest));
+    let all: Vec<usize> = (0..manifest.requests.len()).collect();
+    let (mut batch, tokens) = load_caches(dump, &manifest, &all, *block_size, ropes, 0)?;
+    chain.encode(&mut batch, &Memo::default())?;
+    let coverage = chain.coverage(config.layers);
+    let ledger = Ledger::of(&batch, &coverage);
+    let code = chain.stages().last().filter(|s| s.codec.role() == Role::Code);
+    let mut header = Header {
+        kvfuse_version: env!("CARGO_PKG_VERSION").to_owned(),
+        method: chain.name(),
+        code: code.map(ToString::to_string),
+        block_size: *block_size,
+        touched: 0..0,
+        table_layers: 1,
+        manifest: Manifest { command: Vec::new(), ..manifest },
+        tokens,
+    };
+    header.manifest.requests.iter_mut().for_each(|r| r.sha256.clear());
+    header.set_coverage(&coverage);
+
+    let json = serde_json::to_vec(&header).map_err(|e| Error::file(out, e.to_string()))?;
+    let mut bytes = MAGIC.to_vec();
+    bytes.extend((json.len() as u64).to_le_bytes());
+    bytes.extend(&json);
+    let sum = Sha256::digest(&bytes);
+    bytes.extend(sum);
+    let header_bytes = bytes.len() as u64;
+    let (mut frame_bytes, mut padding_bits) = (0, 0);
+    for layer in 0..header.manifest.model.config.layers {
+        let written = write_layer(&batch, layer, header.has_table(layer), &mut bytes);
+        frame_bytes += (LAYER_FRAME + PAGE_FRAME * written.pages) as u64;
+        padding_bits += written.padding_bits;
+    }
+    files::write_atomically(out, |file| file.write_all(&bytes))?;
+    Ok(Size {
+        ledger_bits: ledger.total_bits(),
+        padding_bits,
+        frame_bytes,
+        header_bytes,
+        file_bytes: bytes.len() as u64,
+        cr_audited: ledger.cr_audited(),
+    })
+}
+
+struct Written {
+    pages: usize,
+    padding_bits: u64,
+}
+
+/// Number of pages, pages in the order in which tables first list them, tables, checksum of number and tables.
+fn write_layer(batch: &CacheBatch, layer: usize, has_table: bool, bytes: &mut Vec<u8>) -> Written {
+    let mut numbers: HashMap<BlockId, u32> = HashMap::new();
+    let mut pages: Vec<BlockId> = Vec::new();
+    let mut tables = Vec::new();
+    for cache in &batch.caches {
+        for entry in &cache.layers[layer].entries {
+            let number = *numbers.entry(entry.block).or_insert_with(|| {
+                pages.push(entry.block);
+                pages.len() as u32 - 1
+            });
+            let flag = |on: bool, flag: u32| if on { flag } else { 0 };
+            let word = number
+                | flag(entry.scale.is_some(), SCALED)
+                | flag(entry.stripped, STRIPPED)
+                | flag(entry.fused, FUSED);
+            tables.extend(word.to_le_bytes());
+            if let Some(scale) = entry.scale {
+                tables.extend(scale.key.to_le_bytes());
+                tables.extend(scale.value.to_le_bytes());
+            }
+        }
+    }
+    let count = (pages.len() as u32).to_le_bytes();
+    bytes.extend(count);
+    let mut padding_bits = 0;
+    for &page in &pages {
+        padding_bits += write_page(&batch.pool, page, bytes);
+    }
+    let mut sum = crc32fast::Hasher::new();
+    sum.update(&count);
+    // Layers of a group list the same pages in the same places.
+    if has_table {
+        sum.update(&tables);
+        bytes.extend(&tables);
+    }
+    bytes.extend(sum.finalize().to_le_bytes());
+    Written { pages: pages.len(), padding_bits }
+}
+
+/// A page with its frame; returns the bits that fill up its last byte.
+fn write_page(pool: &BlockPool, page: BlockId, bytes: &mut Vec<u8>) -> u64 {
+    let halves = |numbers: &[f32]| -> Vec<u8> {
+        numbers.iter().flat_map(|x| f16::from_f32(*x).to_le_bytes()).collect()
+    };
+    let payload = pool.payload(page);
+    let own = match payload {
+        Some(payload) => payload.bytes.clone(),
+        None => [halves(pool.keys(page)), halves(pool.values(page))].concat(),
+    };
+    let mut frame = Vec::with_capacity(PAGE_FRAME);
+    frame.extend((pool.tokens(page) as u16).to_le_bytes());
+    frame.extend(u16::from(payload.is_some()).to_le_bytes());
+    frame.extend((own.len() as u32).to_le_bytes());
+    let mut sum = crc32fast::Hasher::new();
+    sum.update(&frame);
+    sum.update(&own);
+    frame.extend(sum.finalize().to_le_bytes());
+    bytes.extend(frame);
+    bytes.extend(&own);
+    payload.map_or(0, |p| 8 * p.bytes.len() as u64 - p.code_bits - p.side_bits)
+}

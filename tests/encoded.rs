@@ -1,0 +1,149 @@
+//! Encoded files: as large as the ledger says, read back to the bit, damaged ones found. On a tiny model, no download.
+
+mod common;
+
+use common::{refuse, succeed, text, tiny};
+use kvfuse::codec::registry::METHODS;
+use kvfuse::codec::{Chain, Codec, Ledger, Memo};
+use kvfuse::dump::Manifest;
+use kvfuse::encoded::{EncodeOptions, Encoded, encode, load_caches};
+use kvfuse::model::Ropes;
+use serde_json::json;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+/// Prompts that share beginnings, end within blocks and belong to two tenants.
+fn dump(dir: &Path) -> PathBuf {
+    let model = dir.join("model");
+    fs::create_dir(&model).unwrap();
+    tiny(&model, 257, 256);
+    let prompts = [
+        "Who keeps the lamp in Port Vale?",
+        "Who keeps the boat in Port Vale?",
+        "Who keeps the lamp in Port Vale at night?",
+        "a",
+    ];
+    let line = |(i, p): (usize, &&str)| {
+        json!({"prompt": p, "answers": ["x"], "tenant": format!("t{}", i % 2)}).to_string() + "\n"
+    };
+    let file = dir.join("prompts.jsonl");
+    fs::write(&file, prompts.iter().enumerate().map(line).collect::<String>()).unwrap();
+    let (data, out) = (format!("prompts:{}", text(&file)), dir.join("dump"));
+    succeed(&["dump", "--model", text(&model), "--data", &data, "--requests", "4", "-o", text(&out)]);
+    out
+}
+
+/// Every method that encodes finished caches, alone and after others.
+fn chains() -> Vec<Chain> {
+    let mut all = Vec::new();
+    for method in &METHODS {
+        let dial = if method.dials.contains(&"tau") { ":tau=0.5,spare-layers=0" } else { "" };
+        let residual = if method.name == "kivi" { ":residual=4" } else { "" };
+        let own = format!("{}{dial}{residual}", method.name);
+        for before in [
+            "",
+            "prefix+",
+            "bff:tau=0.5,spare-layers=0,rope=strip+",
+            "prefix+bff:tau=0.5,spare-layers=0,scale=least-squares+",
+        ] {
+            let parsed = Chain::parse(&format!("{before}{own}")).unwrap_or_default();
+            all.extend(parsed.into_iter().filter(|c| c.chunks().is_none()));
+        }
+    }
+    assert!(all.len() > 15);
+    all
+}
+
+#[test]
+fn a_file_is_as_large_as_the_ledger_and_gives_back_every_bit() {
+    let dir = tempfile::tempdir().unwrap();
+    let dump = dump(dir.path());
+    let manifest = Manifest::read(&dump).unwrap();
+    let ropes = Arc::new(Ropes::new(&manifest.model.config, 64));
+    let (original, _) = load_caches(&dump, &manifest, &[0, 1, 2, 3], 4, ropes, 0).unwrap();
+    for chain in chains() {
+        let name = chain.name();
+        let out = dir.path().join("caches.kv");
+        let options =
+            EncodeOptions { dump: dump.clone(), chain: chain.clone(), block_size: 4, out: out.clone() };
+        let size = encode(&options).unwrap();
+        assert_eq!(size.file_bytes, fs::metadata(&out).unwrap().len());
+        let body = 8 * (size.file_bytes - size.header_bytes - size.frame_bytes);
+        assert_eq!(body, size.ledger_bits + size.padding_bits, "{name}");
+
+        let mut batch = original.clone();
+        chain.encode(&mut batch, &Memo::default()).unwrap();
+        let layers = manifest.model.config.layers;
+        assert_eq!(size.ledger_bits, Ledger::of(&batch, &chain.coverage(layers)).total_bits(), "{name}");
+        let read = Encoded::read(&out).unwrap();
+        assert_eq!(read.method, name);
+        for (request, cache) in batch.caches.iter().enumerate() {
+            for layer in 0..layers {
+                for block in 0..cache.layers[layer].entries.len() {
+                    let (a, b) = (batch.read(request, layer, block), read.batch.read(request, layer, block));
+                    assert_eq!(a, b, "{name}: request {request}, layer {layer}, block {block}");
+                }
+            }
+        }
+        assert_eq!(read.batch.pool.live_blocks(), batch.pool.live_blocks(), "{name}");
+        // The same command writes the same bytes.
+        let first = fs::read(&out).unwrap();
+        encode(&options).unwrap();
+        assert!(first == fs::read(&out).unwrap(), "{name}");
+    }
+}
+
+#[test]
+fn no_changed_byte_goes_unseen() {
+    let dir = tempfile::tempdir().unwrap();
+    let dump = dump(dir.path());
+    let out = dir.path().join("caches.kv");
+    let chain = Chain::parse("prefix+bff:tau=0.5,spare-layers=0+kivi:residual=4").unwrap().swap_remove(0);
+    encode(&EncodeOptions { dump, chain, block_size: 4, out: out.clone() }).unwrap();
+    let good = fs::read(&out).unwrap();
+    let damaged = dir.path().join("damaged.kv");
+    for at in 0..good.len() {
+        let mut bytes = good.clone();
+        bytes[at] ^= 1 << (at % 8);
+        fs::write(&damaged, bytes).unwrap();
+        let error = Encoded::read(&damaged).map(|_| ()).expect_err(&format!("byte {at}")).to_string();
+        assert!(error.contains("damaged.kv") && !error.contains('\n'), "{error}");
+    }
+    for length in (0..good.len()).step_by(7) {
+        fs::write(&damaged, &good[..length]).unwrap();
+        assert!(Encoded::read(&damaged).is_err(), "{length} bytes");
+    }
+    fs::write(&damaged, [&good[..], b"x"].concat()).unwrap();
+    refuse(&["decode", text(&damaged), "-o", text(&dir.path().join("d"))], &["damaged.kv", "after its end"]);
+}
+
+#[test]
+fn a_decoded_dump_sweeps_like_any_other() {
+    let dir = tempfile::tempdir().unwrap();
+    let dump = dump(dir.path());
+    let path = |name: &str| dir.path().join(name);
+    let (file, back) = (path("caches.kv"), path("back"));
+    let said =
+        succeed(&["encode", text(&dump), "--method", "prefix+int8", "--block-size", "4", "-o", text(&file)]);
+    assert!(said.contains("CR audited") && said.contains("padding 0 bits"), "{said}");
+    succeed(&["decode", text(&file), "-o", text(&back)]);
+    succeed(&["inspect", text(&back)]);
+    succeed(&[
+        "sweep",
+        text(&back),
+        "--method",
+        "none",
+        "--block-size",
+        "4",
+        "--resamples",
+        "10",
+        "-o",
+        text(&path("out")),
+    ]);
+    refuse(&["decode", text(&file), "-o", text(&back)], &["back", "not empty"]);
+    refuse(&["encode", text(&dump), "--method", "kivi:bits=4|2", "-o", text(&file)], &["2 chains"]);
+    refuse(&["encode", text(&dump), "--method", "cff:tau=0.9", "-o", text(&file)], &["prefills anew"]);
+    fs::write(path("x.kv"), "not one of ours").unwrap();
+    refuse(&["decode", text(&path("x.kv")), "-o", text(&path("y"))], &["x.kv", "no encoded file"]);
+}
