@@ -50,6 +50,10 @@ fig-bff-qa *FLAGS:
 fig-accuracy *FLAGS:
     {{experiment}} {{FLAGS}} experiments/accuracy.toml
 
+# What comes on top of exact prefix sharing: fusion, quantisation, and both
+fig-chains *FLAGS:
+    {{experiment}} {{FLAGS}} experiments/chains.toml
+
 # How many requests are fused together, 8 to 64
 fig-batch *FLAGS:
     {{experiment}} {{FLAGS}} experiments/batch.toml

@@ -147,3 +147,43 @@ fn a_decoded_dump_sweeps_like_any_other() {
     fs::write(path("x.kv"), "not one of ours").unwrap();
     refuse(&["decode", text(&path("x.kv")), "-o", text(&path("y"))], &["x.kv", "no encoded file"]);
 }
+
+/// A dump that another program rebuilt is read as it is and charged what it says.
+#[test]
+fn an_external_method_is_an_arm() {
+    let dir = tempfile::tempdir().unwrap();
+    let dump = dump(dir.path());
+    let path = |name: &str| dir.path().join(name);
+    // Another program: here, our own encoder and decoder.
+    let (file, back) = (path("caches.kv"), path("back"));
+    succeed(&["encode", text(&dump), "--method", "int8", "--block-size", "4", "-o", text(&file)]);
+    succeed(&["decode", text(&file), "-o", text(&back)]);
+    let method = format!("int8,external:dir={}", text(&back));
+    let sweep =
+        ["sweep", text(&dump), "--method", &method, "--block-size", "4", "--resamples", "10", "--json"];
+    refuse(&sweep, &["back", "bits"]);
+    let manifest = back.join("manifest.json");
+    let mut value: serde_json::Value = serde_json::from_slice(&fs::read(&manifest).unwrap()).unwrap();
+    let config = Manifest::read(&dump).unwrap().model.config;
+    for request in value["requests"].as_array_mut().unwrap() {
+        let numbers = 2 * config.layers as u64 * (config.kv_heads * config.head_dim) as u64;
+        let tokens = request["tokens"].as_u64().unwrap();
+        request["bits"] = json!(tokens * (8 * numbers + 16 * numbers / config.head_dim as u64));
+    }
+    fs::write(&manifest, value.to_string()).unwrap();
+    let rows: Vec<serde_json::Value> =
+        succeed(&sweep).lines().map(|l| serde_json::from_str(l).unwrap()).collect();
+    let (own, other) = (&rows[2], &rows[3]);
+    assert!(other["method"].as_str().unwrap().starts_with("external:dir=back-"), "{other}");
+    let number = |row: &serde_json::Value, name: &str| row[name].as_f64().unwrap();
+    assert!((number(own, "kl") - number(other, "kl")).abs() < 1e-4, "{own} {other}");
+    // The last prompt token is charged, though a sweep's cache lacks it.
+    let (cr, cr_other) = (number(own, "cr_audited"), number(other, "cr_audited"));
+    assert!(cr_other < cr && cr_other > 0.9 * cr, "{cr} {cr_other}");
+    refuse(
+        &["sweep", text(&dump), "--method", &format!("prefix+external:dir={}", text(&back))],
+        &["stands alone"],
+    );
+    refuse(&["sweep", text(&dump), "--method", "external"], &["dir"]);
+    refuse(&["sweep", text(&dump), "--method", "external:dir=nowhere"], &["nowhere"]);
+}

@@ -51,7 +51,7 @@ fn made_up_dump(folder: &Path, config: &ModelConfig, caches: &[Cache]) -> Manife
         let sha256 = write_shard(&path, &vec![1; tokens], &layers, config, DumpDtype::F32, "test").unwrap();
         let references = vec!["y".to_owned()];
         let request = Request { references, ..Request::raw(i.to_string(), "x".to_owned()) };
-        requests.push(RequestEntry { shard, sha256, tokens, request });
+        requests.push(RequestEntry { shard, sha256, tokens, bits: None, request });
     }
     let manifest = Manifest {
         schema: 2,

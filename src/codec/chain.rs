@@ -147,7 +147,8 @@ impl Chain {
         for i in 1..roles.len() {
             let (name, before) = (self.stages[i].name, self.stages[i - 1].name);
             let problem = match (roles[i - 1], roles[i]) {
-                (Role::Nothing, _) | (_, Role::Nothing) => "'none' stands alone".to_owned(),
+                (Role::Nothing | Role::Whole, _) => format!("{before} stands alone"),
+                (_, Role::Nothing | Role::Whole) => format!("{name} stands alone"),
                 (_, _) if self.stages[i].codec.chunks().is_some() => {
                     format!("{name} prefills anew and must be the first stage")
                 }

@@ -2,6 +2,7 @@
 
 mod chain;
 mod distortion;
+mod external;
 pub mod fusion;
 mod ledger;
 mod prefix;
@@ -131,6 +132,8 @@ pub enum Role {
     Fuse,
     /// Stores the blocks that are left in fewer bits.
     Code,
+    /// Puts other caches in their place.
+    Whole,
 }
 
 /// A way of shrinking the caches of a batch: it changes block tables and scales, and frees blocks of the pool.

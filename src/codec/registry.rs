@@ -2,6 +2,7 @@
 //! `kvfuse methods` and of the columns of sweep.csv. To add one: its file, and its row in [`METHODS`].
 
 use super::chain::Stage;
+use super::external::External;
 use super::fusion::{Bff, Cff};
 use super::prefix::Prefix;
 use super::quantize::{Fp8, Int8, Kivi, Rotated};
@@ -60,7 +61,7 @@ enum Problem {
 }
 
 /// The methods, in the order in which `kvfuse methods` lists them.
-pub static METHODS: [Entry; 8] = [
+pub static METHODS: [Entry; 9] = [
     entry::<Unfused>(),
     entry::<Prefix>(),
     entry::<Bff>(),
@@ -69,6 +70,7 @@ pub static METHODS: [Entry; 8] = [
     entry::<Fp8>(),
     entry::<Kivi>(),
     entry::<Rotated>(),
+    entry::<External>(),
 ];
 
 const fn entry<M: Method>() -> Entry {
@@ -84,20 +86,21 @@ const fn entry<M: Method>() -> Entry {
             let text = |e| Problem::Text(Box::new(e));
             let matches = command.clone().try_get_matches_from(arguments).map_err(text)?;
             let method = M::from_arg_matches(&matches).map_err(text)?.normal();
-            let usual = command.clone().try_get_matches_from::<_, String>([]).map_err(text)?;
-            let usual = M::from_arg_matches(&usual).map_err(text)?.normal();
-            stage(method, &usual).map_err(Problem::Meaning)
+            // A method with an option that must be given has no usual form.
+            let plain = command.clone().try_get_matches_from::<_, String>([]);
+            let usual = plain.and_then(|m| M::from_arg_matches(&m)).ok().map(M::normal);
+            stage(method, usual.as_ref()).map_err(Problem::Meaning)
         },
     }
 }
 
-fn stage<M: Method>(method: M, usual: &M) -> Result<Stage> {
+fn stage<M: Method>(method: M, usual: Option<&M>) -> Result<Stage> {
     let object = |value: Value| match value {
         Value::Object(fields) => fields,
         _ => Map::new(),
     };
     let fields = |m: &M| serde_json::to_value(m).map(object).map_err(|e| Error::argument(e.to_string()));
-    let (own, usual) = (fields(&method)?, fields(usual)?);
+    let (own, usual) = (fields(&method)?, usual.map(fields).transpose()?.unwrap_or_default());
     let set: Vec<(String, Value)> =
         own.into_iter().filter(|(name, value)| usual.get(name) != Some(value) && !value.is_null()).collect();
     Ok(Stage { name: M::NAME, set, effective: object(method.effective()?), codec: method.codec()? })

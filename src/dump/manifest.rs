@@ -65,6 +65,9 @@ pub struct RequestEntry {
     pub sha256: String,
     /// Tokens of the prompt.
     pub tokens: usize,
+    /// Bits that the cache took where it was rebuilt by another program (docs/external.md); absent of a dump.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bits: Option<u64>,
     #[serde(flatten)]
     pub request: crate::task::Request,
 }

@@ -129,6 +129,7 @@ pub fn dump(folder: &Path, options: &DumpOptions) -> Result<Manifest> {
         chat: options.chat,
         requests: entries
             .map(|(i, (request, tokens))| RequestEntry {
+                bits: None,
                 shard: format!("request-{i:05}.safetensors"),
                 sha256: String::new(),
                 tokens: tokens.len(),

@@ -54,6 +54,12 @@ pub fn encode(options: &EncodeOptions) -> Result<Size> {
     let all: Vec<usize> = (0..manifest.requests.len()).collect();
     let (mut batch, tokens) = load_caches(dump, &manifest, &all, *block_size, ropes, 0)?;
     chain.encode(&mut batch, &Memo::default())?;
+    if chain.role() == Role::Whole {
+        return Err(Error::argument(format!(
+            "{}: its bits are another program's and not at hand",
+            chain.name()
+        )));
+    }
     let coverage = chain.coverage(config.layers);
     let ledger = Ledger::of(&batch, &coverage);
     let code = chain.stages().last().filter(|s| s.codec.role() == Role::Code);
