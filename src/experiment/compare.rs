@@ -1,7 +1,6 @@
 //! The model's predictions against the layers of a sweep.
 
 use super::measure::STATS_MANIFEST;
-use super::simulate::{MODELS, models_and_pairings};
 use super::sweep::LAYERS_CSV;
 use super::table::Columns;
 use crate::codec::Chain;
@@ -251,7 +250,10 @@ pub(super) fn predictions(laws: &[LayerLaw], measured: &Measured) -> Vec<Predict
             value_error_measured: m.value_error,
         })
     };
-    MODELS.into_iter().flat_map(|model| measured.layers.iter().filter_map(move |m| row(model, m))).collect()
+    Model::ALL
+        .into_iter()
+        .flat_map(|model| measured.layers.iter().filter_map(move |m| row(model, m)))
+        .collect()
 }
 
 pub(super) fn summary(predictions: &[PredictionRow]) -> Vec<SummaryRow> {
@@ -308,7 +310,7 @@ pub(super) fn summary(predictions: &[PredictionRow]) -> Vec<SummaryRow> {
 
 pub(super) fn verdicts(laws: &[LayerLaw], predictions: &[PredictionRow]) -> Vec<Verdict> {
     let mut found = Vec::new();
-    for (model, pairing) in models_and_pairings() {
+    for (model, pairing) in Model::with_pairings() {
         for law in laws {
             let of = |p: &&PredictionRow| p.model == model && p.layer == law.layer && p.pairing == pairing;
             let comparisons: Vec<Comparison> = predictions

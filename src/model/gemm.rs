@@ -3,7 +3,7 @@
 //! Every product is cut into tiles that depend on the operands' shapes only; each tile is computed by one thread. So the
 //! same product has the same bits whatever the number of threads.
 
-use super::weights::Numbers;
+use super::numbers::Numbers;
 use gemm::Parallelism;
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};

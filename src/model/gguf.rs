@@ -4,7 +4,8 @@ use super::config::{
     ARCHITECTURES, GEMMA3_LOCAL_BASE, GEMMA3_PATTERN, ModelConfig, RopeConfig, Sliding, all_but_each,
     check_sizes, unknown_architecture, unknown_scaling,
 };
-use super::weights::{Numbers, TensorSource};
+use super::numbers::Numbers;
+use super::weights::TensorSource;
 use crate::error::{Error, Result};
 use crate::files;
 use candle_core::Device;

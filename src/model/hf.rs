@@ -3,7 +3,8 @@
 use super::config::ModelConfig;
 use super::generation::Generation;
 use super::hf_config;
-use super::weights::{Numbers, TensorSource};
+use super::numbers::Numbers;
+use super::weights::TensorSource;
 use crate::error::{Error, IoAt, Result};
 use crate::files;
 use half::{bf16, f16};

@@ -1,6 +1,6 @@
 //! The model hub, through hf-hub: HF_HOME, HF_TOKEN and HF_ENDPOINT mean what they mean to it.
 
-use super::registry::Builtin;
+use super::builtin::Builtin;
 use crate::error::{Error, IoAt, Result};
 use crate::interrupt;
 use crate::progress::{Progress, Unit};

@@ -1,6 +1,7 @@
 //! Language models: files, tokenizer and a decoder whose KV cache lives outside of it.
 
 pub mod attention;
+mod builtin;
 mod chat;
 mod config;
 mod decoder;
@@ -12,6 +13,7 @@ mod hf;
 mod hf_config;
 mod hub;
 pub mod kernels;
+mod numbers;
 mod probe;
 pub mod registry;
 mod rope;
@@ -23,10 +25,11 @@ pub use decoder::{Decoder, Fault, Segment};
 pub use generation::Generation;
 pub use gguf::Gguf;
 pub use hf::{HfFolder, to_f32};
+pub use numbers::Numbers;
 pub use probe::{Probe, argmax, log_sum_exp, probe};
 pub use rope::{Rope, Ropes};
 pub use tokenizer::Tokenizer;
-pub use weights::{Numbers, TensorSource, Weights};
+pub use weights::{TensorSource, Weights};
 
 use crate::error::{Error, Result};
 use crate::files;

@@ -19,6 +19,16 @@ pub enum Model {
     ByPosition,
 }
 
+impl Model {
+    pub const ALL: [Model; 2] = [Model::Uniform, Model::ByPosition];
+
+    /// Every model with every pairing that has a closed form.
+    pub fn with_pairings() -> impl Iterator<Item = (Model, Pairing)> {
+        const PAIRINGS: [Pairing; 3] = [Pairing::Tree, Pairing::Best, Pairing::Components];
+        Self::ALL.into_iter().flat_map(|model| PAIRINGS.into_iter().map(move |pairing| (model, pairing)))
+    }
+}
+
 /// What the model says of one layer, pairing and threshold.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 pub struct Prediction {

@@ -1,7 +1,7 @@
 //! Pairings that work on a list of pairs: best match first, and connected components.
 
-use super::choices::Gate;
 use super::geometry::{Geometry, Units};
+use super::rule::Gate;
 use rayon::prelude::*;
 
 /// Units that share a representative.

@@ -1,7 +1,8 @@
 //! One group of layers as the pairings see it: distinct vectors, their cosines, and the units that may fuse.
 
 use super::blocks::{Blocks, Part};
-use super::choices::{Choices, Gate, Positions, RopeMode};
+use super::choices::{Choices, Positions, RopeMode};
+use super::rule::Gate;
 use crate::codec::CacheBatch;
 use crate::error::{Error, Result};
 use crate::model::kernels::inner;

@@ -2,9 +2,9 @@
 //! compared each with each. Every candidate's cosine is then computed exactly.
 
 use super::blocks::Part;
-use super::choices::Gate;
 use super::cluster::Edge;
 use super::geometry::{Geometry, Units};
+use super::rule::Gate;
 use crate::model::gemm::{View, product};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;

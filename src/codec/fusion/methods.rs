@@ -1,6 +1,7 @@
 //! The paper's two methods as `--method` has them.
 
-use super::choices::{Choices, Pairing, Positions, Representative, RopeMode, Rule, ScaleRule, Similarity};
+use super::choices::{Choices, Pairing, Positions, Representative, RopeMode, ScaleRule, Similarity};
+use super::rule::Rule;
 use super::thresholds::Thresholds;
 use super::{ChunkFusion, Fusion};
 use crate::codec::Codec;

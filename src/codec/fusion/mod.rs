@@ -11,15 +11,17 @@ mod geometry;
 mod gram;
 mod lsh;
 mod methods;
+mod rule;
 mod settle;
 mod thresholds;
 mod tree;
 
 pub use blocks::{Blocks, Part, Place};
-pub use choices::{Choices, Pairing, Positions, Representative, RopeMode, Rule, ScaleRule, Similarity};
+pub use choices::{Choices, Pairing, Positions, Representative, RopeMode, ScaleRule, Similarity};
 pub use chunks::ChunkFusion;
 pub use gram::gram;
 pub use methods::{Bff, Cff};
+pub use rule::Rule;
 pub use thresholds::{LayerThresholds, Thresholds};
 
 use super::sharing::{share, sharing};

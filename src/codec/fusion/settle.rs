@@ -3,9 +3,10 @@
 //! of the tree cannot restore within the budget stays as it is.
 
 use super::blocks::Part;
-use super::choices::{Choices, Gate, Representative, RopeMode, ScaleRule};
+use super::choices::{Choices, Representative, RopeMode, ScaleRule};
 use super::cluster::{Centre, Cluster};
 use super::geometry::{Geometry, Units};
+use super::rule::Gate;
 use crate::block::Scale;
 use crate::codec::distortion::squares;
 use crate::model::kernels::inner;

@@ -4,9 +4,10 @@
 //! blocks themselves: no level of the tree reads a key or a value.
 
 use super::blocks::Part;
-use super::choices::{Gate, Representative};
+use super::choices::Representative;
 use super::cluster::{Centre, Cluster};
 use super::geometry::{Geometry, Units};
+use super::rule::Gate;
 use crate::model::gemm::{View, product};
 use crate::model::kernels::{add_multiple, inner};
 use std::ops::Range;

@@ -1,0 +1,30 @@
+//! Numbers of a tensor in the precision they are stored in.
+
+use half::{bf16, f16};
+
+/// Numbers in the precision they are stored in.
+pub enum Numbers {
+    F32(Vec<f32>),
+    F16(Vec<f16>),
+    Bf16(Vec<bf16>),
+}
+
+impl Numbers {
+    /// The first number that is NaN or infinite, and its place.
+    pub(super) fn first_not_finite(&self) -> Option<(usize, f32)> {
+        match self {
+            Numbers::F32(x) => x.iter().position(|x| !x.is_finite()).map(|i| (i, x[i])),
+            Numbers::F16(x) => x.iter().position(|x| !x.is_finite()).map(|i| (i, x[i].to_f32())),
+            Numbers::Bf16(x) => x.iter().position(|x| !x.is_finite()).map(|i| (i, x[i].to_f32())),
+        }
+    }
+
+    /// The numbers in f32; no copy if they are already.
+    pub fn into_f32(self) -> Vec<f32> {
+        match self {
+            Numbers::F32(x) => x,
+            Numbers::F16(x) => x.into_iter().map(f16::to_f32).collect(),
+            Numbers::Bf16(x) => x.into_iter().map(bf16::to_f32).collect(),
+        }
+    }
+}
