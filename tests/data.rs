@@ -110,6 +110,21 @@ fn an_answer_is_as_long_as_its_task_allows() {
 }
 
 #[test]
+fn retrieved_passages_are_for_questions_about_passages() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("x");
+    let dump = |arguments: &[&str], words: &[&str]| {
+        refuse(
+            &[&["dump", "--requests", "2", "--passages", "2", "-o", text(&out)], arguments].concat(),
+            words,
+        );
+    };
+    dump(&["--data", "synth:niah"], &["--passages", "synth:niah"]);
+    dump(&["--length", "900"], &["--passages", "--length"]);
+    dump(&["--pool", "1"], &["--passages 2 of --pool 1"]);
+}
+
+#[test]
 fn ruler_and_raw_prompts_load() {
     let dir = tempfile::tempdir().unwrap();
     let task = dir.path().join("niah_single_1");

@@ -38,6 +38,12 @@ pub struct Args {
     /// for synth:niah, none for others]
     #[arg(long, value_name = "TOKENS")]
     length: Option<usize>,
+    /// Put this many passages into every prompt, the question's own among them, in random order: retrieval-augmented generation
+    #[arg(long, value_name = "K")]
+    passages: Option<usize>,
+    /// Draw the passages of --passages from so many [default: all there are]
+    #[arg(long, value_name = "P", requires = "passages", default_value_t = 0, hide_default_value = true)]
+    pool: usize,
     /// Codes hidden in a prompt of synth:niah; one is asked for
     #[arg(long, default_value_t = 1)]
     needles: usize,
@@ -75,6 +81,8 @@ impl Args {
                 shots: self.shots,
                 seed: self.seed,
                 length: self.length,
+                passages: self.passages,
+                pool: self.pool,
                 needles: self.needles,
                 tenants: self.tenants,
             },
@@ -136,13 +144,14 @@ fn default_name(args: &Args) -> Result<String> {
     let plain =
         format!("{}-{}-n{}-k{}-s{}", stem(&args.model), stem(&args.data), requests, args.shots, args.seed);
     let length = args.length.map(|l| format!("-l{l}")).unwrap_or_default();
+    let rag = args.passages.map(|k| format!("-rag{k}of{}", args.pool)).unwrap_or_default();
     let optional = [("-m", args.needles - args.needles.min(1)), ("-t", args.tenants), ("-p", args.shift)];
     let optional = optional.iter().filter(|(_, n)| *n > 0).map(|(name, n)| format!("{name}{n}"));
     let dtype = format!("-{:?}", args.dtype).to_lowercase();
     let data = args.data.split_once(':').map(|(_, file)| Path::new(file)).filter(|file| file.is_file());
     let data = data.map_or(Ok(String::new()), files::sha256)?;
     let contents = files::sha256_bytes((crate::model::checksum(&args.model)? + &data).as_bytes());
-    let name = plain + &length + &longest + &optional.collect::<String>() + &flags + &dtype;
+    let name = plain + &length + &rag + &longest + &optional.collect::<String>() + &flags + &dtype;
     Ok(format!("{name}-{}", &contents[..8]))
 }
 

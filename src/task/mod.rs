@@ -117,6 +117,10 @@ pub struct Draw {
     pub seed: u64,
     /// Tokens of a prompt, at most: passages are joined, or filler made, up to this.
     pub length: Option<usize>,
+    /// Passages of a prompt, its own among them in random order, and of how many passages they are drawn (retrieval-augmented
+    /// generation); `pool` of 0: all there are.
+    pub passages: Option<usize>,
+    pub pool: usize,
     /// Codes hidden in a prompt of `synth:niah`.
     pub needles: usize,
     /// Tenants that requests are dealt to; 0 for none.
@@ -127,7 +131,18 @@ impl Draw {
     /// Prompts as they come: no joining, no tenants.
     pub fn plain(spec: &str, requests: usize, shots: usize, seed: u64) -> Self {
         let spec = spec.to_owned();
-        Draw { spec, requests, limit: None, shots, seed, length: None, needles: 1, tenants: 0 }
+        Draw {
+            spec,
+            requests,
+            limit: None,
+            shots,
+            seed,
+            length: None,
+            passages: None,
+            pool: 0,
+            needles: 1,
+            tenants: 0,
+        }
     }
 
     /// Refuses no requests, unknown data, and a file that is not there.
@@ -178,6 +193,9 @@ pub fn load(draw: &Draw, tokens: &dyn Fn(&str) -> Result<usize>) -> Result<Promp
         Some(_) => Err(Error::argument(format!("--length does not go with --data {spec}"))),
         None => Ok(set),
     };
+    if draw.passages.is_some() && !matches!((kind, rest), ("builtin", "qa") | ("squad", _)) {
+        return Err(Error::argument(format!("--passages does not go with --data {spec}")));
+    }
     let mut set = match (kind, rest) {
         ("builtin", "qa" | "longqa") => {
             let length = draw.length.or((rest == "longqa").then_some(qa::LONG));

@@ -54,8 +54,13 @@ pub fn draw(
         |&i: &usize| format!("{} {}\n\n", unanswered(&[&all[i].passage], &all[i].question), all[i].answer);
     let preamble: String = chosen.iter().map(example).collect();
 
+    let pool = match options.passages {
+        Some(count) => pool(passages.len(), count, options, &mut rng)?,
+        None => (0..passages.len()).collect(),
+    };
     let mut questions: Vec<(usize, &Question)> =
-        passages.iter().enumerate().flat_map(|(i, p)| p.questions.iter().map(move |q| (i, q))).collect();
+        pool.iter().flat_map(|&i| passages[i].questions.iter().map(move |q| (i, q))).collect();
+    let requests = options.limit.map_or(requests, |limit| limit.min(questions.len()));
     if requests > questions.len() {
         return Err(Error::argument(format!(
             "--requests {requests}: {} has {} questions",
@@ -71,12 +76,13 @@ pub fn draw(
         None => Vec::new(),
     };
     let request = |&(own, question): &(usize, &Question)| -> Result<Request> {
-        let around = match options.length {
-            Some(length) => {
+        let around = match (options.passages, options.length) {
+            (Some(count), _) => retrieved(own, count, &pool, &mut rng),
+            (None, Some(length)) => {
                 let alone = preamble.clone() + &unanswered(&[&passages[own].text], &question.text);
                 surround(own, length, tokens(&alone)?, &sizes, &mut rng)?
             }
-            None => vec![own],
+            (None, None) => vec![own],
         };
         let texts: Vec<&str> = around.iter().map(|&i| &passages[i].text[..]).collect();
         Ok(Request {
@@ -94,6 +100,37 @@ pub fn draw(
         sha256: checksum(text),
         answer_tokens: None,
     })
+}
+
+/// The passages that a retriever can find: so many of all, drawn by seed, in order.
+fn pool(all: usize, count: usize, options: &Draw, rng: &mut ChaCha8Rng) -> Result<Vec<usize>> {
+    let size = if options.pool == 0 { all } else { options.pool };
+    if options.length.is_some() {
+        return Err(Error::argument(
+            "--passages and --length both say what stands around a passage; leave one out",
+        ));
+    }
+    if count == 0 || count > size || size > all {
+        let message = format!(
+            "--passages {count} of --pool {size}: there are {all} passages, and a prompt has at least 1 and at most the pool's"
+        );
+        return Err(Error::argument(message));
+    }
+    let mut order: Vec<usize> = (0..all).collect();
+    order.shuffle(rng);
+    order.truncate(size);
+    order.sort_unstable();
+    Ok(order)
+}
+
+/// A question's own passage and others of the pool, in random order.
+fn retrieved(own: usize, count: usize, pool: &[usize], rng: &mut ChaCha8Rng) -> Vec<usize> {
+    let mut others: Vec<usize> = pool.iter().copied().filter(|&i| i != own).collect();
+    others.shuffle(rng);
+    others.truncate(count - 1);
+    others.push(own);
+    others.shuffle(rng);
+    others
 }
 
 /// Passages whose `sizes` (tokens) with the prompt that has only passage `own` (`alone` tokens) stay within `length`, in a
@@ -162,6 +199,30 @@ mod tests {
             super::super::load(&draw, &words).unwrap_err().to_string()
         };
         assert!(refused(100).contains("alone takes") && refused(100_000).contains("all passages together"));
+    }
+
+    #[test]
+    fn retrieved_passages_come_from_one_pool_in_any_order() {
+        let draw = Draw { passages: Some(3), pool: 5, ..Draw::plain("builtin:qa", 20, 1, 4) };
+        let set = super::super::load(&draw, &words).unwrap();
+        assert_eq!(set, super::super::load(&draw, &words).unwrap());
+        let passages = squad::parse("qa.json".as_ref(), BUILTIN_QA).unwrap();
+        let (mut found, mut places) = (std::collections::BTreeSet::new(), std::collections::BTreeSet::new());
+        for r in &set.requests {
+            let mut held: Vec<(usize, usize)> =
+                (0..passages.len()).filter_map(|i| Some((r.prompt.find(&passages[i].text)?, i))).collect();
+            held.sort_unstable();
+            assert_eq!(held.len(), 3);
+            let own = passages.iter().position(|p| p.questions.iter().any(|q| q.id == r.id)).unwrap();
+            places.insert(held.iter().position(|(_, i)| *i == own).unwrap());
+            found.extend(held.iter().map(|(_, i)| *i));
+            assert_eq!(r.contexts.len(), 3);
+        }
+        assert_eq!((found.len(), places.len()), (5, 3), "one pool, any place");
+        for (passages, pool) in [(0, 5), (6, 5), (2, 10_000)] {
+            let draw = Draw { passages: Some(passages), pool, ..draw.clone() };
+            assert!(super::super::load(&draw, &words).unwrap_err().to_string().contains("--pool"));
+        }
     }
 
     #[test]
