@@ -48,6 +48,11 @@ pub fn write_json(path: &Path, value: &impl serde::Serialize) -> Result<()> {
     })
 }
 
+/// [`read_text`] of a JSON file.
+pub fn read_json(path: &Path) -> Result<serde_json::Value> {
+    serde_json::from_str(&read_text(path)?).map_err(|e| Error::file(path, format!("not JSON: {e}")))
+}
+
 /// Makes `folder` and proves that a file can be written there, before any long work begins.
 pub fn writable_folder(folder: &Path) -> Result<()> {
     fs::create_dir_all(folder).at(folder)?;

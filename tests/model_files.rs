@@ -4,23 +4,11 @@
 #[path = "common/reference.rs"]
 mod reference;
 
-use kvfuse::block::{BlockPool, Storage};
-use kvfuse::model::{Model, Segment};
-use reference::{Case, Fixture, Metadata};
+use kvfuse::model::Model;
+use reference::{Case, Fixture, Metadata, logits};
 use serde_json::{Value, json};
 use std::fs;
 use std::path::{Path, PathBuf};
-
-/// Logits after the prompt of the fixture.
-fn logits(model: &Model, prompt: &[u32]) -> Vec<f32> {
-    let decoder = &model.decoder;
-    let mut pool = BlockPool::new(decoder.block_shape(16), Storage::F32);
-    let mut cache = decoder.new_cache();
-    let segment = Segment { cache: &mut cache, tokens: prompt };
-    let hidden = decoder.forward(&mut pool, &mut [segment], None).unwrap();
-    let logits = decoder.logits(&hidden);
-    logits.rchunks_exact(decoder.config().vocab).next().unwrap().to_vec()
-}
 
 fn close(a: &[f32], b: &[f32]) -> bool {
     a.iter().zip(b).all(|(a, b)| (a - b).abs() < 1e-4)

@@ -4,21 +4,14 @@
 #[path = "common/reference.rs"]
 mod reference;
 
-use kvfuse::block::{BlockPool, Storage};
-use kvfuse::model::{ARCHITECTURES, Model, Segment, log_sum_exp};
-use reference::Fixture;
+use kvfuse::model::{ARCHITECTURES, Model, log_sum_exp};
+use reference::{Fixture, logits};
 use std::collections::BTreeSet;
 
 /// Log-probabilities of the token after a prompt.
 fn log_probabilities(model: &Model, prompt: &[u32]) -> Vec<f64> {
-    let decoder = &model.decoder;
-    let mut pool = BlockPool::new(decoder.block_shape(16), Storage::F32);
-    let mut cache = decoder.new_cache();
-    let segment = Segment { cache: &mut cache, tokens: prompt };
-    let hidden = decoder.forward(&mut pool, &mut [segment], None).unwrap();
-    let logits = decoder.logits(&hidden);
-    let last = logits.rchunks_exact(decoder.config().vocab).next().unwrap();
-    let norm = log_sum_exp(last);
+    let last = logits(model, prompt);
+    let norm = log_sum_exp(&last);
     last.iter().map(|x| f64::from(*x) - norm).collect()
 }
 

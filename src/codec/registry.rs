@@ -86,21 +86,20 @@ const fn entry<M: Method>() -> Entry {
             let text = |e| Problem::Text(Box::new(e));
             let matches = command.clone().try_get_matches_from(arguments).map_err(text)?;
             let method = M::from_arg_matches(&matches).map_err(text)?.normal();
-            // A method with an option that must be given has no usual form.
-            let plain = command.clone().try_get_matches_from::<_, String>([]);
-            let usual = plain.and_then(|m| M::from_arg_matches(&m)).ok().map(M::normal);
-            stage(method, usual.as_ref()).map_err(Problem::Meaning)
+            let usual = command.clone().try_get_matches_from::<_, String>([]).map_err(text)?;
+            let usual = M::from_arg_matches(&usual).map_err(text)?.normal();
+            stage(method, &usual).map_err(Problem::Meaning)
         },
     }
 }
 
-fn stage<M: Method>(method: M, usual: Option<&M>) -> Result<Stage> {
+fn stage<M: Method>(method: M, usual: &M) -> Result<Stage> {
     let object = |value: Value| match value {
         Value::Object(fields) => fields,
         _ => Map::new(),
     };
     let fields = |m: &M| serde_json::to_value(m).map(object).map_err(|e| Error::argument(e.to_string()));
-    let (own, usual) = (fields(&method)?, usual.map(fields).transpose()?.unwrap_or_default());
+    let (own, usual) = (fields(&method)?, fields(usual)?);
     let set: Vec<(String, Value)> =
         own.into_iter().filter(|(name, value)| usual.get(name) != Some(value) && !value.is_null()).collect();
     Ok(Stage { name: M::NAME, set, effective: object(method.effective()?), codec: method.codec()? })

@@ -104,8 +104,8 @@ pub fn names(chain: &str) -> Vec<&str> {
 /// More values than anyone means by one range.
 const MOST: usize = 1000;
 
-/// `0.95:0.60:0.05` as its values, both ends included; anything without two colons as it is.
-fn range(text: &str) -> std::result::Result<Vec<String>, String> {
+/// `0.95:0.60:0.05` as its values, falling, both ends included; anything without two colons as it is.
+pub fn range(text: &str) -> std::result::Result<Vec<String>, String> {
     if text.is_empty() {
         return Err("a value is missing".to_owned());
     }

@@ -17,7 +17,7 @@ use crate::progress::{Progress, Unit};
 use rand::SeedableRng;
 use rand::seq::SliceRandom;
 use rand_chacha::ChaCha8Rng;
-use std::collections::{BTreeSet, HashSet};
+use std::collections::HashSet;
 use std::sync::Arc;
 
 /// What the thresholds must keep to on the calibration questions.
@@ -190,10 +190,7 @@ pub(super) fn empty_thresholds(
         calibration_kl: None,
         calibration_cr_audited: 1.0,
         questions: questions.iter().map(|&i| manifest.requests[i].request.id.clone()).collect(),
-        contexts: {
-            let seen = questions.iter().flat_map(|&i| &manifest.requests[i].request.contexts);
-            seen.cloned().collect::<BTreeSet<_>>().into_iter().collect()
-        },
+        contexts: manifest.contexts(questions).into_iter().map(str::to_owned).collect(),
         choices: options.choices,
         layers: Vec::new(),
     }

@@ -1,9 +1,7 @@
 //! Threshold lists: `0.9`, `0.95,0.9`, `0.95:0.60:0.05`, or a mixture.
 
+use crate::codec::spec::range;
 use crate::error::{Error, Result};
-
-/// More thresholds than anyone means.
-const MOST: usize = 1000;
 
 /// Thresholds of a comma-separated list of numbers and `high:low:step` ranges (both ends included), in its order.
 pub fn parse_taus(text: &str) -> Result<Vec<f64>> {
@@ -24,31 +22,12 @@ pub fn parse_taus(text: &str) -> Result<Vec<f64>> {
 
 fn parse_part(part: &str) -> Result<Vec<f64>> {
     let bad = |problem: &str| Error::argument(format!("--tau {part}: {problem}"));
-    let number = |s: &str| {
-        let x: f64 =
-            s.trim().parse().map_err(|_| bad("write a number or high:low:step, as 0.95:0.60:0.05"))?;
+    let number = |value: String| {
+        let x: Option<f64> = value.parse().ok();
+        let x = x.ok_or_else(|| bad("write a number or high:low:step, as 0.95:0.60:0.05"))?;
         if x.is_finite() { Ok(x) } else { Err(bad("is not a finite number")) }
     };
-    let fields: Vec<f64> = part.split(':').map(number).collect::<Result<_>>()?;
-    match fields[..] {
-        [tau] => Ok(vec![tau]),
-        [high, low, step] => {
-            if step <= 0.0 {
-                return Err(bad("the step must be above 0"));
-            }
-            if high < low {
-                return Err(bad("the range is reversed; write high:low:step, as 0.95:0.60:0.05"));
-            }
-            // A little more than the exact count: 0.35 / 0.05 is just below 7 in floating point.
-            let steps = ((high - low) / step + 1e-9).floor();
-            if steps >= MOST as f64 {
-                return Err(bad("the range has more than 1000 thresholds"));
-            }
-            // Six decimals: 0.95 - 2 * 0.05 must be the number that prints as 0.85.
-            Ok((0..=steps as usize).map(|i| ((high - i as f64 * step) * 1e6).round() / 1e6).collect())
-        }
-        _ => Err(bad("write a number or high:low:step, as 0.95:0.60:0.05")),
-    }
+    range(part).map_err(|problem| bad(&problem))?.into_iter().map(number).collect()
 }
 
 #[cfg(test)]

@@ -120,11 +120,7 @@ impl HfFolder {
     /// What `generation_config.json` says of greedy answers; nothing where there is none.
     pub fn generation(&self) -> Result<Generation> {
         let path = self.path.join("generation_config.json");
-        let value = match path.exists() {
-            true => serde_json::from_str(&files::read_text(&path)?)
-                .map_err(|e| Error::file(&path, format!("not JSON: {e}")))?,
-            false => serde_json::Value::Null,
-        };
+        let value = if path.exists() { files::read_json(&path)? } else { serde_json::Value::Null };
         Generation::read(&value, &path)
     }
 

@@ -188,8 +188,7 @@ impl Tokenizer {
             if !path.exists() {
                 return Ok(Value::Null);
             }
-            serde_json::from_str(&files::read_text(&path)?)
-                .map_err(|e| Error::file(&path, format!("not JSON: {e}")))
+            files::read_json(&path)
         };
         let config = beside("tokenizer_config.json")?;
         if config["split_special_tokens"] == true {

@@ -4,6 +4,8 @@
 use candle_core::quantized::gguf_file::{self, Value as Meta};
 use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{Device, Tensor};
+use kvfuse::block::{BlockPool, Storage};
+use kvfuse::model::{Model, Segment};
 use safetensors::Dtype;
 use safetensors::tensor::TensorView;
 use serde::Deserialize;
@@ -146,4 +148,15 @@ fn meta(kind: &str, value: &Value) -> Meta {
         "f32s" => list(&|v| Meta::F32(v.as_f64().unwrap() as f32)),
         other => panic!("{other}"),
     }
+}
+
+/// Logits of the token after a prompt.
+pub fn logits(model: &Model, prompt: &[u32]) -> Vec<f32> {
+    let decoder = &model.decoder;
+    let mut pool = BlockPool::new(decoder.block_shape(16), Storage::F32);
+    let mut cache = decoder.new_cache();
+    let segment = Segment { cache: &mut cache, tokens: prompt };
+    let hidden = decoder.forward(&mut pool, &mut [segment], None).unwrap();
+    let logits = decoder.logits(&hidden);
+    logits.rchunks_exact(decoder.config().vocab).next().unwrap().to_vec()
 }

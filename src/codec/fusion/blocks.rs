@@ -5,7 +5,7 @@ use super::choices::RopeMode;
 use super::gram::gram;
 use crate::block::Entry;
 use crate::codec::CacheBatch;
-use crate::codec::sharing::sharing;
+use crate::codec::sharing::{Shared, sharing};
 use crate::model::kernels::inner;
 use std::borrow::Cow;
 use std::collections::{HashMap, HashSet};
@@ -33,6 +33,8 @@ pub enum Part {
 pub struct Blocks {
     pub places: Vec<Place>,
     pub leaves: usize,
+    /// Blocks that share storage with one of `places`, and are not among them.
+    pub(in crate::codec) shared: Vec<Shared>,
     kept: Vec<OnceLock<Layer>>,
     stripped: Vec<OnceLock<Layer>>,
     /// Of tables, counted in [`KEPT`] too.
@@ -55,14 +57,16 @@ pub struct Layer {
 impl Blocks {
     /// The full blocks of all requests, a leaf a request (BFF). Of blocks that share storage, the first stands for all.
     pub fn of_requests(batch: &CacheBatch) -> Self {
-        let left_out: HashSet<(usize, usize)> =
-            sharing(batch).into_iter().map(|s| (s.request, s.block)).collect();
+        let shared = sharing(batch);
+        let left_out: HashSet<(usize, usize)> = shared.iter().map(|s| (s.request, s.block)).collect();
         let size = batch.pool.shape().block_size;
         let full = |request: usize| batch.caches[request].tokens / size;
         let places = (0..batch.caches.len())
             .flat_map(|request| (0..full(request)).map(move |block| Place { request, block, leaf: request }))
             .filter(|p| !left_out.contains(&(p.request, p.block)));
-        Self::new(batch, places.collect(), batch.caches.len())
+        let mut blocks = Self::new(batch, places.collect(), batch.caches.len());
+        blocks.shared = shared;
+        blocks
     }
 
     /// Some blocks of one request, a leaf every `chunk` blocks (CFF).
@@ -75,7 +79,14 @@ impl Blocks {
     fn new(batch: &CacheBatch, places: Vec<Place>, leaves: usize) -> Self {
         let layers = batch.caches.first().map_or(0, |c| c.layers.len());
         let empty = || (0..layers).map(|_| OnceLock::new()).collect();
-        Blocks { places, leaves, kept: empty(), stripped: empty(), kept_bytes: AtomicUsize::new(0) }
+        Blocks {
+            places,
+            leaves,
+            shared: Vec::new(),
+            kept: empty(),
+            stripped: empty(),
+            kept_bytes: AtomicUsize::new(0),
+        }
     }
 
     /// The block-table entry of a place.

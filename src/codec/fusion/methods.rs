@@ -28,10 +28,7 @@ pub struct Bff {
 pub struct Cff {
     #[command(flatten)]
     #[serde(flatten)]
-    when: When,
-    #[command(flatten)]
-    #[serde(flatten)]
-    how: How,
+    fusion: Bff,
     /// Tokens of a chunk: whole blocks
     #[arg(long, default_value_t = 512, value_name = "TOKENS")]
     chunk: usize,
@@ -225,17 +222,17 @@ impl Method for Cff {
     const GRID: Option<(&'static str, &'static str)> = GRID;
 
     fn normal(self) -> Self {
-        Cff { how: self.how.normal(&self.when), ..self }
+        Cff { fusion: self.fusion.normal(), ..self }
     }
 
     fn effective(&self) -> Result<Value> {
-        let mut columns = self.how.effective(&self.when)?;
+        let mut columns = self.fusion.effective()?;
         columns["chunk"] = json!(self.chunk);
         columns["fuse"] = json!(self.fuse);
         Ok(columns)
     }
 
     fn codec(&self) -> Result<Arc<dyn Codec>> {
-        Ok(Arc::new(ChunkFusion::new(self.how.fusion(&self.when)?, self.chunk, self.fuse)?))
+        Ok(Arc::new(ChunkFusion::new(self.fusion.how.fusion(&self.fusion.when)?, self.chunk, self.fuse)?))
     }
 }

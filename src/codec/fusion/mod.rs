@@ -24,7 +24,7 @@ pub use methods::{Bff, Cff};
 pub use rule::Rule;
 pub use thresholds::{LayerThresholds, Thresholds};
 
-use super::sharing::{share, sharing};
+use super::sharing::share;
 use super::{CacheBatch, Codec, Coverage, Memo, Role};
 use crate::block::Entry;
 use crate::error::{Error, Result};
@@ -181,10 +181,10 @@ impl Codec for Fusion {
 
     fn encode(&self, batch: &mut CacheBatch, memo: &Memo) -> Result<()> {
         // Who shares a block with another keeps sharing what becomes of it; layers that are spared keep what they have.
-        let shared = sharing(batch);
-        self.encode_blocks(batch, memo.blocks(batch))?;
+        let blocks = memo.blocks(batch);
+        self.encode_blocks(batch, blocks)?;
         let layers = batch.caches.first().map_or(0, |c| c.layers.len());
-        share(batch, &shared, self.coverage(layers).layers);
+        share(batch, &blocks.shared, self.coverage(layers).layers);
         Ok(())
     }
 }

@@ -1,8 +1,7 @@
 //! Eight-bit floating point (E4M3) with one scale for every token and head.
 
-use super::{BitSink, BitSource, Cost, PageShape, Quantized, Quantizer, put_f16, take_f16};
+use super::{PerHead, Quantized};
 use crate::codec::Codec;
-use crate::codec::fusion::Part;
 use crate::codec::registry::Method;
 use crate::error::Result;
 use serde::Serialize;
@@ -24,7 +23,7 @@ impl Method for Fp8 {
         "Micikevicius et al. 2022, FP8 Formats for Deep Learning (arXiv 2209.05433); as in vLLM";
 
     fn codec(&self) -> Result<Arc<dyn Codec>> {
-        Ok(Arc::new(Quantized(*self)))
+        Ok(Arc::new(Quantized(PerHead { most: MOST, encode: encoded, decode: decoded })))
     }
 }
 
@@ -47,28 +46,6 @@ fn decoded(code: u8) -> f32 {
         e => (8.0 + mantissa) * f32::powi(2.0, e - 1 + LEAST_EXPONENT - 3),
     };
     if code & 0x80 == 0 { size } else { -size }
-}
-
-impl Quantizer for Fp8 {
-    fn encode(&self, _: Part, page: &[f32], shape: PageShape, sink: &mut BitSink) {
-        for head in page.chunks_exact(shape.head_dim) {
-            let most = head.iter().fold(0.0f32, |most, x| most.max(x.abs()));
-            let scale = put_f16(sink, most / MOST);
-            for x in head {
-                let code = if scale > 0.0 { encoded(x / scale) } else { 0 };
-                sink.put(Cost::Code, u32::from(code), 8);
-            }
-        }
-    }
-
-    fn decode(&self, _: Part, shape: PageShape, source: &mut BitSource) -> Vec<f32> {
-        let mut page = Vec::with_capacity(shape.numbers());
-        for _ in 0..shape.tokens * shape.kv_heads {
-            let scale = take_f16(source);
-            page.extend((0..shape.head_dim).map(|_| decoded(source.take(8) as u8) * scale));
-        }
-        page
-    }
 }
 
 #[cfg(test)]

@@ -5,12 +5,14 @@ mod bits;
 mod fp8;
 mod int8;
 mod kivi;
+mod per_head;
 mod rotated;
 
 pub use bits::{BitSink, BitSource, Cost};
 pub use fp8::Fp8;
 pub use int8::Int8;
 pub use kivi::Kivi;
+use per_head::PerHead;
 pub use rotated::Rotated;
 
 use super::fusion::Part;
