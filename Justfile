@@ -54,6 +54,14 @@ fig-accuracy *FLAGS:
 fig-chains *FLAGS:
     {{experiment}} {{FLAGS}} experiments/chains.toml
 
+# The joint codec on few-shot prompts: its curve, and what each of its parts is worth
+fig-joint *FLAGS:
+    {{experiment}} {{FLAGS}} experiments/joint.toml
+
+# Retrieval-augmented prompts: fusion, quantisation, the joint codec
+fig-rag *FLAGS:
+    {{experiment}} {{FLAGS}} experiments/rag.toml
+
 # How many requests are fused together, 8 to 64
 fig-batch *FLAGS:
     {{experiment}} {{FLAGS}} experiments/batch.toml

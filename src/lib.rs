@@ -18,3 +18,4 @@ pub mod report;
 pub mod stats;
 pub mod task;
 pub mod theory;
+pub mod train;

@@ -35,12 +35,13 @@ fn dump(dir: &Path) -> PathBuf {
 }
 
 /// Every method that encodes finished caches, alone and after others.
-fn chains() -> Vec<Chain> {
+fn chains(codec: &Path) -> Vec<Chain> {
     let mut all = Vec::new();
     for method in &METHODS {
         let dial = if method.dials.contains(&"tau") { ":tau=0.5,spare-layers=0" } else { "" };
         let residual = if method.name == "kivi" { ":residual=4" } else { "" };
-        let own = format!("{}{dial}{residual}", method.name);
+        let trained = if method.name == "joint" { format!(":codec={}", text(codec)) } else { String::new() };
+        let own = format!("{}{dial}{residual}{trained}", method.name);
         for before in [
             "",
             "prefix+",
@@ -55,6 +56,13 @@ fn chains() -> Vec<Chain> {
     all
 }
 
+/// A joint codec trained on the dump by the binary.
+fn trained(dir: &Path, dump: &Path) -> PathBuf {
+    let codec = dir.join("joint.safetensors");
+    succeed(&["train", text(dump), "-o", text(&codec), "--rank", "4"]);
+    codec
+}
+
 #[test]
 fn a_file_is_as_large_as_the_ledger_and_gives_back_every_bit() {
     let dir = tempfile::tempdir().unwrap();
@@ -62,7 +70,7 @@ fn a_file_is_as_large_as_the_ledger_and_gives_back_every_bit() {
     let manifest = Manifest::read(&dump).unwrap();
     let ropes = Arc::new(Ropes::new(&manifest.model.config, 64));
     let (original, _) = load_caches(&dump, &manifest, &[0, 1, 2, 3], 4, ropes, 0).unwrap();
-    for chain in chains() {
+    for chain in chains(&trained(dir.path(), &dump)) {
         let name = chain.name();
         let out = dir.path().join("caches.kv");
         let options =
@@ -75,8 +83,8 @@ fn a_file_is_as_large_as_the_ledger_and_gives_back_every_bit() {
         let mut batch = original.clone();
         chain.encode(&mut batch, &Memo::default()).unwrap();
         let layers = manifest.model.config.layers;
-        assert_eq!(size.ledger_bits, Ledger::of(&batch, &chain.coverage(layers)).total_bits(), "{name}");
-        let read = Encoded::read(&out).unwrap();
+        assert_eq!(size.ledger_bits, Ledger::of(&batch, &chain.coverage(layers)).file_bits(), "{name}");
+        let read = Encoded::read(&out, None).unwrap();
         assert_eq!(read.method, name);
         for (request, cache) in batch.caches.iter().enumerate() {
             for layer in 0..layers {
@@ -98,24 +106,31 @@ fn a_file_is_as_large_as_the_ledger_and_gives_back_every_bit() {
 fn no_changed_byte_goes_unseen() {
     let dir = tempfile::tempdir().unwrap();
     let dump = dump(dir.path());
-    let out = dir.path().join("caches.kv");
-    let chain = Chain::parse("prefix+bff:tau=0.5,spare-layers=0+kivi:residual=4").unwrap().swap_remove(0);
-    encode(&EncodeOptions { dump, chain, block_size: 4, out: out.clone() }).unwrap();
+    let joint = format!("prefix+joint:codec={}", text(&trained(dir.path(), &dump)));
+    for chain in ["prefix+bff:tau=0.5,spare-layers=0+kivi:residual=4", &joint] {
+        let chain = Chain::parse(chain).unwrap().swap_remove(0);
+        no_change_goes_unseen(dir.path(), &dump, chain);
+    }
+}
+
+fn no_change_goes_unseen(dir: &Path, dump: &Path, chain: Chain) {
+    let out = dir.join("caches.kv");
+    encode(&EncodeOptions { dump: dump.to_owned(), chain, block_size: 4, out: out.clone() }).unwrap();
     let good = fs::read(&out).unwrap();
-    let damaged = dir.path().join("damaged.kv");
+    let damaged = dir.join("damaged.kv");
     for at in 0..good.len() {
         let mut bytes = good.clone();
         bytes[at] ^= 1 << (at % 8);
         fs::write(&damaged, bytes).unwrap();
-        let error = Encoded::read(&damaged).map(|_| ()).expect_err(&format!("byte {at}")).to_string();
+        let error = Encoded::read(&damaged, None).map(|_| ()).expect_err(&format!("byte {at}")).to_string();
         assert!(error.contains("damaged.kv") && !error.contains('\n'), "{error}");
     }
     for length in (0..good.len()).step_by(7) {
         fs::write(&damaged, &good[..length]).unwrap();
-        assert!(Encoded::read(&damaged).is_err(), "{length} bytes");
+        assert!(Encoded::read(&damaged, None).is_err(), "{length} bytes");
     }
     fs::write(&damaged, [&good[..], b"x"].concat()).unwrap();
-    refuse(&["decode", text(&damaged), "-o", text(&dir.path().join("d"))], &["damaged.kv", "after its end"]);
+    refuse(&["decode", text(&damaged), "-o", text(&dir.join("d"))], &["damaged.kv", "after its end"]);
 }
 
 #[test]

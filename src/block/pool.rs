@@ -204,6 +204,12 @@ impl BlockPool {
         self.slots[id.0 as usize].references
     }
 
+    /// All blocks alive.
+    pub fn pages(&self) -> impl Iterator<Item = BlockId> {
+        let alive = self.slots.iter().enumerate().filter(|(_, slot)| slot.references > 0);
+        alive.map(|(i, _)| BlockId(i as u32))
+    }
+
     /// Physical blocks alive.
     pub fn live_blocks(&self) -> usize {
         self.slots.len() - self.free.len()

@@ -4,7 +4,7 @@ use super::say;
 use crate::dump::{DumpDtype, DumpOptions, Sort, dump};
 use crate::files;
 use crate::model::registry::DEFAULT_MODEL;
-use crate::task::Draw;
+use crate::task::{Draw, Half};
 use anyhow::Result;
 use std::path::{Path, PathBuf};
 
@@ -41,6 +41,9 @@ pub struct Args {
     /// Put this many passages into every prompt, the question's own among them, in random order: retrieval-augmented generation
     #[arg(long, value_name = "K")]
     passages: Option<usize>,
+    /// Only questions about one half of the data's passages, as the file has them: train on one, test on the other
+    #[arg(long, value_enum)]
+    half: Option<Half>,
     /// Draw the passages of --passages from so many [default: all there are]
     #[arg(long, value_name = "P", requires = "passages", default_value_t = 0, hide_default_value = true)]
     pool: usize,
@@ -83,6 +86,7 @@ impl Args {
                 length: self.length,
                 passages: self.passages,
                 pool: self.pool,
+                half: self.half,
                 needles: self.needles,
                 tenants: self.tenants,
             },
@@ -145,13 +149,14 @@ fn default_name(args: &Args) -> Result<String> {
         format!("{}-{}-n{}-k{}-s{}", stem(&args.model), stem(&args.data), requests, args.shots, args.seed);
     let length = args.length.map(|l| format!("-l{l}")).unwrap_or_default();
     let rag = args.passages.map(|k| format!("-rag{k}of{}", args.pool)).unwrap_or_default();
+    let half = args.half.map(|h| format!("-{h:?}").to_lowercase()).unwrap_or_default();
     let optional = [("-m", args.needles - args.needles.min(1)), ("-t", args.tenants), ("-p", args.shift)];
     let optional = optional.iter().filter(|(_, n)| *n > 0).map(|(name, n)| format!("{name}{n}"));
     let dtype = format!("-{:?}", args.dtype).to_lowercase();
     let data = args.data.split_once(':').map(|(_, file)| Path::new(file)).filter(|file| file.is_file());
     let data = data.map_or(Ok(String::new()), files::sha256)?;
     let contents = files::sha256_bytes((crate::model::checksum(&args.model)? + &data).as_bytes());
-    let name = plain + &length + &rag + &longest + &optional.collect::<String>() + &flags + &dtype;
+    let name = plain + &half + &length + &rag + &longest + &optional.collect::<String>() + &flags + &dtype;
     Ok(format!("{name}-{}", &contents[..8]))
 }
 

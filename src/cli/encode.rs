@@ -29,6 +29,9 @@ pub struct EncodeArgs {
 pub struct DecodeArgs {
     /// File that `kvfuse encode` wrote
     file: PathBuf,
+    /// Trained file that it was encoded with, if that is not where it was
+    #[arg(long, value_name = "FILE")]
+    codec: Option<PathBuf>,
     /// Folder to write; must be empty
     #[arg(short, long)]
     out: PathBuf,
@@ -54,10 +57,14 @@ pub fn run(args: EncodeArgs) -> Result<()> {
     say(format!(
         "ledger {} bits, padding {} bits, frames {} bytes, header {} bytes",
         size.ledger_bits, size.padding_bits, size.frame_bytes, size.header_bytes
-    ))
+    ))?;
+    if size.trained_bits > 0 {
+        say(format!("share of the trained codec (not in the file) {} bits", size.trained_bits))?;
+    }
+    Ok(())
 }
 
 pub fn run_decode(args: DecodeArgs) -> Result<()> {
-    let manifest = decode(&args.file, &args.out)?;
+    let manifest = decode(&args.file, args.codec.as_deref(), &args.out)?;
     say(format!("{}: {} requests", args.out.display(), manifest.requests.len()))
 }

@@ -19,6 +19,7 @@ mod simulate;
 mod stats;
 mod sweep;
 mod table;
+mod train;
 
 use anyhow::{Context, Result};
 use clap::{Parser, Subcommand};
@@ -61,6 +62,8 @@ enum Command {
     Sweep(Box<sweep::Args>),
     Encode(encode::EncodeArgs),
     Decode(encode::DecodeArgs),
+    Train(train::Args),
+    Sensitivity(train::SensitivityArgs),
     Calibrate(calibrate::Args),
     Explain(explain::Args),
     Stats(stats::Args),
@@ -101,6 +104,8 @@ impl Command {
             Command::Sweep(args) => sweep::run(*args, typed),
             Command::Encode(args) => encode::run(args),
             Command::Decode(args) => encode::run_decode(args),
+            Command::Train(args) => train::run(args, typed),
+            Command::Sensitivity(args) => train::run_sensitivity(args),
             Command::Calibrate(args) => calibrate::run(args, typed),
             Command::Explain(args) => explain::run(args),
             Command::Stats(args) => stats::run(args, typed),

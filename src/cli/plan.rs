@@ -8,9 +8,11 @@ use std::path::{Path, PathBuf};
 use toml::de::{DeTable, DeValue};
 
 /// Steps in the order they run; a table of this name holds the options of the command of this name.
-pub const STEPS: [&str; 5] = ["dump", "calibrate", "stats", "sweep", "simulate"];
+pub const STEPS: [&str; 6] = ["dump", "train", "calibrate", "stats", "sweep", "simulate"];
+/// Tables of this name, in a list, hold options of `dump`: what `train` is given.
+const TRAINING: &str = "training";
 /// What `kvfuse run` fills in itself.
-const FILLED: [&str; 7] = ["model", "out", "dump", "stats", "against", "config", "json"];
+const FILLED: [&str; 8] = ["model", "out", "dump", "dumps", "stats", "against", "config", "json"];
 
 /// One experiment.
 #[derive(Debug)]
@@ -20,6 +22,8 @@ pub struct Plan {
     /// It is run once with each.
     pub models: Vec<String>,
     steps: Vec<Step>,
+    /// Dumps to train on.
+    training: Vec<Step>,
 }
 
 /// Options of one command.
@@ -52,10 +56,14 @@ impl Plan {
             let span = e.span().unwrap_or(0..0);
             reader.fault(span, e.message().replace('\n', " "))
         })?;
-        let mut plan =
-            Plan { path: path.to_owned(), title: String::new(), models: Vec::new(), steps: Vec::new() };
-        let mut small =
-            Plan { path: path.to_owned(), title: String::new(), models: Vec::new(), steps: Vec::new() };
+        let empty = || Plan {
+            path: path.to_owned(),
+            title: String::new(),
+            models: Vec::new(),
+            steps: Vec::new(),
+            training: Vec::new(),
+        };
+        let (mut plan, mut small) = (empty(), empty());
         for (key, value) in table.get_ref() {
             match (&key.get_ref()[..], value.get_ref()) {
                 ("title", DeValue::String(title)) => plan.title = title.to_string(),
@@ -85,6 +93,9 @@ impl Plan {
                 "[simulate] needs statistics: add a [stats] table, if only an empty one",
             ));
         }
+        if plan.has("train") == plan.training.is_empty() {
+            return Err(Error::file(path, "[train] needs [[training]] tables, and they need [train]"));
+        }
         Ok(plan)
     }
 
@@ -100,6 +111,9 @@ impl Plan {
     fn overlay(&mut self, small: Plan) {
         if !small.models.is_empty() {
             self.models = small.models;
+        }
+        if !small.training.is_empty() {
+            self.training = small.training;
         }
         for step in small.steps {
             match self.steps.iter_mut().find(|s| s.command == step.command) {
@@ -120,9 +134,24 @@ impl Plan {
         filled: &[String],
         names: &[(String, String)],
     ) -> Result<Vec<String>> {
+        self.line(command, self.step(command).map_or(&[][..], |s| &s.settings), filled, names)
+    }
+
+    /// The command lines of the dumps to train on.
+    pub fn training(&self, filled: &[String], names: &[(String, String)]) -> Result<Vec<Vec<String>>> {
+        self.training.iter().map(|step| self.line(step.command, &step.settings, filled, names)).collect()
+    }
+
+    fn line(
+        &self,
+        command: &str,
+        settings: &[Setting],
+        filled: &[String],
+        names: &[(String, String)],
+    ) -> Result<Vec<String>> {
         let mut line = vec!["kvfuse".to_owned(), command.to_owned()];
         line.extend_from_slice(filled);
-        for setting in self.step(command).map_or(&[][..], |s| &s.settings) {
+        for setting in settings {
             let mut value = setting.value.clone();
             for (name, meaning) in names {
                 value = value.replace(&format!("{{{name}}}"), meaning);
@@ -187,40 +216,47 @@ impl Reader<'_> {
                     plan.models.push(name.to_owned());
                 }
             }
-            (_, Some(command), DeValue::Table(table)) => {
-                let mut settings = Vec::new();
-                for (key, value) in table {
-                    let name = key.get_ref();
-                    if !options(command).any(|o| o == name.replace('_', "-")) {
-                        let mut known: Vec<String> = options(command).map(|o| o.replace('-', "_")).collect();
-                        known.sort();
-                        let problem =
-                            format!("unknown key '{name}' in [{command}]; there are {}", known.join(", "));
-                        return Err(self.fault(key.span(), problem));
-                    }
-                    let text = text(value.get_ref()).ok_or_else(|| {
-                        self.fault(
-                            value.span(),
-                            format!("{name}: write a number, a text, true, false or a list"),
-                        )
-                    })?;
-                    settings.push(Setting {
-                        key: name.to_string(),
-                        value: text,
-                        line: self.line(key.span()),
-                    });
+            (TRAINING, _, DeValue::Array(tables)) => {
+                for table in tables {
+                    let DeValue::Table(own) = table.get_ref() else {
+                        return Err(self.fault(table.span(), "training: write [[training]] tables"));
+                    };
+                    let settings = self.settings("dump", own)?;
+                    plan.training.push(Step { command: "dump", settings });
                 }
+            }
+            (_, Some(command), DeValue::Table(table)) => {
+                let settings = self.settings(command, table)?;
                 plan.steps.push(Step { command, settings });
             }
             _ => {
                 let problem = format!(
-                    "unknown or misplaced '{name}'; there are title, models, quick and the tables {}",
+                    "unknown or misplaced '{name}'; there are title, models, quick, [[training]] and the tables {}",
                     STEPS.join(", ")
                 );
                 return Err(self.fault(at, problem));
             }
         }
         Ok(())
+    }
+
+    /// Options of a command, as a table holds them.
+    fn settings(&self, command: &str, table: &DeTable) -> Result<Vec<Setting>> {
+        let mut settings = Vec::new();
+        for (key, value) in table {
+            let name = key.get_ref();
+            if !options(command).any(|o| o == name.replace('_', "-")) {
+                let mut known: Vec<String> = options(command).map(|o| o.replace('-', "_")).collect();
+                known.sort();
+                let problem = format!("unknown key '{name}' in [{command}]; there are {}", known.join(", "));
+                return Err(self.fault(key.span(), problem));
+            }
+            let text = text(value.get_ref()).ok_or_else(|| {
+                self.fault(value.span(), format!("{name}: write a number, a text, true, false or a list"))
+            })?;
+            settings.push(Setting { key: name.to_string(), value: text, line: self.line(key.span()) });
+        }
+        Ok(settings)
     }
 }
 
@@ -313,12 +349,13 @@ mod tests {
         let mut seen = 0;
         for entry in fs::read_dir(&folder).unwrap() {
             let path = entry.unwrap().path();
-            let names = ["xquad", "out", "root", "model"].map(|n| (n.to_owned(), "x".to_owned()));
+            let names = ["xquad", "out", "root", "model", "codec"].map(|n| (n.to_owned(), "x".to_owned()));
             for quick in [false, true] {
                 let plan = Plan::read(&path, quick).unwrap();
                 for step in &plan.steps {
                     let filled: &[String] = match step.command {
                         "calibrate" | "stats" => &["x".to_owned()],
+                        "train" => &["x".to_owned(), "--out=x".to_owned()],
                         "simulate" => &["--stats=x".to_owned()],
                         _ => &[],
                     };
@@ -326,6 +363,9 @@ mod tests {
                     if let Err(e) = clap::Parser::try_parse_from(&line).map(|_: Cli| ()) {
                         panic!("{}: {e}", path.display());
                     }
+                }
+                for line in plan.training(&[], &names).unwrap() {
+                    clap::Parser::try_parse_from(&line).map(|_: Cli| ()).unwrap();
                 }
                 assert!(quick || !plan.models.is_empty());
             }

@@ -108,6 +108,7 @@ impl Steps<'_> {
             let filled = match name {
                 "dump" => Vec::new(),
                 "simulate" => vec!["--stats=-".to_owned()],
+                "train" => vec!["-".to_owned(), "--out=-".to_owned()],
                 _ => vec!["-".to_owned()],
             };
             let checked = match self.parse(name, &filled)?.1 {
@@ -134,6 +135,7 @@ impl Steps<'_> {
             self.parse("dump", &[format!("--model={}", self.model), format!("--out={}", folder.display())])?;
         self.step(line, command)?;
         let identity = Manifest::read(&folder)?.identity()?;
+        self.train()?;
         let folder = folder.display().to_string();
         let thresholds = format!("--out={}", self.out.join("thresholds.toml").display());
         for (command, filled) in [("calibrate", &thresholds), ("stats", &out)] {
@@ -161,15 +163,62 @@ impl Steps<'_> {
         Ok(())
     }
 
-    /// A step's command line, and what it parses to.
-    fn parse(&self, command: &str, filled: &[String]) -> Result<(Vec<String>, Command)> {
+    /// Makes the dumps to train on, and the codec.
+    fn train(&self) -> Result<()> {
+        if !self.plan.has("train") {
+            return Ok(());
+        }
+        let (mut folders, mut identities) = (Vec::new(), String::new());
+        for line in self.plan.training(&[format!("--model={}", self.model)], &self.names())? {
+            let parse = |line: &[String]| -> Result<Command> {
+                Ok(Cli::try_parse_from(line).map_err(|e| self.plan.usage("dump", &words_of(&e)))?.command)
+            };
+            let Command::Dump(dump) = parse(&line)? else { bail!("[[training]] is no dump") };
+            let folder = super::dump::folder(&dump)?;
+            let line = [&line[..], &[format!("--out={}", folder.display())]].concat();
+            let command = parse(&line)?;
+            self.step(line, command)?;
+            identities += &Manifest::read(&folder)?.identity()?;
+            folders.push(folder.display().to_string());
+        }
+        let codec = PathBuf::from(format!("{}.safetensors", self.codec()));
+        if let Some(folder) = codec.parent() {
+            files::writable_folder(folder)?;
+        }
+        let there = if codec.exists() { files::sha256(&codec)? } else { String::new() };
+        folders.push(format!("--out={}", codec.display()));
+        // A codec that is missing or another is no finished step; a new one is known by the same inputs and its checksum.
+        let path = self.out.join("runs").join("codec.txt");
+        if fs::read_to_string(&path).unwrap_or_default() != there || there.is_empty() {
+            let _ = fs::remove_file(self.out.join("runs").join("steps.json"));
+        }
+        self.once("train", &folders, &identities)?;
+        let sum = files::sha256(&codec)?;
+        Ok(files::write_atomically(&path, |file| file.write_all(sum.as_bytes()))?)
+    }
+
+    /// Where the codec goes, without its ending: beside the dumps, since it is as large as one.
+    fn codec(&self) -> String {
+        let experiment = self.out.parent().and_then(Path::file_name).unwrap_or_default().to_string_lossy();
+        let size = if self.root.ends_with("quick") { "-quick" } else { "" };
+        let name = format!("{experiment}-{}{size}", self.short);
+        Path::new("dumps").join("codecs").join(name).display().to_string()
+    }
+
+    /// What names in the file stand for.
+    fn names(&self) -> Vec<(String, String)> {
         let own = [
             ("out".to_owned(), self.out.display().to_string()),
             ("root".to_owned(), self.root.display().to_string()),
             ("model".to_owned(), self.short.clone()),
+            ("codec".to_owned(), self.codec()),
         ];
-        let names: Vec<(String, String)> = self.define.iter().cloned().chain(own).collect();
-        let line = self.plan.command(command, filled, &names)?;
+        self.define.iter().cloned().chain(own).collect()
+    }
+
+    /// A step's command line, and what it parses to.
+    fn parse(&self, command: &str, filled: &[String]) -> Result<(Vec<String>, Command)> {
+        let line = self.plan.command(command, filled, &self.names())?;
         let parsed = Cli::try_parse_from(&line).map_err(|e| self.plan.usage(command, &words_of(&e)))?;
         Ok((line, parsed.command))
     }

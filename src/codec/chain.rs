@@ -3,9 +3,10 @@
 use super::fusion::{ChunkFusion, Fusion};
 use super::registry::{Chosen, build, known};
 use super::spec::{ChainText, bad, parse};
-use super::{CacheBatch, Codec, Coverage, Memo, PageShape, Role};
+use super::{CacheBatch, Codec, Coverage, Memo, Role};
 use crate::error::Result;
 use serde_json::{Map, Value};
+use std::path::Path;
 use std::sync::Arc;
 
 /// A method with its options.
@@ -38,6 +39,13 @@ impl std::fmt::Display for Stage {
             }
         }
         Ok(())
+    }
+}
+
+impl Stage {
+    /// As written, with this path in place of the name of its trained file: what reads its pages.
+    pub fn with_file(&self, path: &Path) -> String {
+        format!("{}:codec={}", self.name, path.display())
     }
 }
 
@@ -155,6 +163,11 @@ impl Chain {
                 (a, b) if b <= a => {
                     format!("{name} cannot follow {before}: sharing comes first, then fusion, then coding")
                 }
+                (_, Role::Code)
+                    if !self.stages[i].codec.takes_fused() && roles[..i].contains(&Role::Fuse) =>
+                {
+                    format!("{name} codes blocks as prefill left them; it cannot follow {before}")
+                }
                 _ => continue,
             };
             return Err(bad(text, written[i].at, problem));
@@ -226,8 +239,11 @@ impl Codec for Chain {
         Some(self.within_tenant())
     }
 
-    fn read_page(&self, shape: PageShape, bytes: &[u8]) -> Option<(Vec<f32>, Vec<f32>)> {
-        self.stages.iter().find_map(|s| s.codec.read_page(shape, bytes))
+    fn decode(&self, batch: &mut CacheBatch) -> Result<()> {
+        match self.stages.last() {
+            Some(stage) => stage.codec.decode(batch),
+            None => Ok(()),
+        }
     }
 
     /// Of its fusion, if it has one: the paper counts these layers.

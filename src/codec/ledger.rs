@@ -28,6 +28,8 @@ pub struct Ledger {
     pub table_bits: u64,
     /// Scales and zero points of quantised pages, and codebooks.
     pub codebook_bits: u64,
+    /// The share of a trained file that these caches pay for; an encoded file does not hold it.
+    pub trained_bits: u64,
     pub layers: Vec<LayerRate>,
 }
 
@@ -115,7 +117,14 @@ impl Ledger {
             }
             ledger.layers.push(layer);
         }
+        let tokens: usize = batch.caches.iter().map(|c| c.tokens).sum();
+        ledger.trained_bits = coverage.trained.share(tokens as u64);
         ledger
+    }
+
+    /// Bits that an encoded file of these caches holds.
+    pub fn file_bits(&self) -> u64 {
+        self.stored_element_bits() + self.scale_bits + self.table_bits + self.codebook_bits
     }
 
     /// Bits of KV numbers, which the pool must be holding: 16 for each of its elements that is not quantised.
@@ -124,7 +133,7 @@ impl Ledger {
     }
 
     pub fn total_bits(&self) -> u64 {
-        self.stored_element_bits() + self.scale_bits + self.table_bits + self.codebook_bits
+        self.file_bits() + self.trained_bits
     }
 
     /// Bits really stored for each KV number of the original caches; 16 for an empty cache.
@@ -160,6 +169,7 @@ impl AddAssign<&Ledger> for Ledger {
         self.scale_bits += other.scale_bits;
         self.table_bits += other.table_bits;
         self.codebook_bits += other.codebook_bits;
+        self.trained_bits += other.trained_bits;
         self.layers.resize(other.layers.len(), LayerRate::default());
         for (mine, theirs) in self.layers.iter_mut().zip(&other.layers) {
             mine.elements += theirs.elements;

@@ -4,6 +4,7 @@ mod chain;
 mod distortion;
 mod external;
 pub mod fusion;
+pub mod joint;
 mod ledger;
 mod prefix;
 pub mod quantize;
@@ -21,12 +22,13 @@ pub use quantize::PageShape;
 pub use registry::Method;
 
 use crate::block::{BlockPool, BlockShape, RequestCache, Storage};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::model::Ropes;
 use fusion::{Blocks, ChunkFusion, Fusion};
 use serde::Serialize;
 use std::collections::HashMap;
 use std::ops::Range;
+use std::path::Path;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 /// The caches of a batch of requests, and the tokens they hold.
@@ -91,12 +93,33 @@ pub struct Coverage {
     /// Only so many first tokens of every request were offered for fusion, counted in whole stretches of this; the paper's ratio
     /// counts these blocks alone. `None`: all full blocks.
     pub leaf_tokens: Option<usize>,
+    /// What was trained beforehand and is charged with the caches.
+    pub trained: Trained,
+}
+
+/// A trained file's bits, paid for by a number of cached tokens.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Trained {
+    pub bits: u64,
+    /// All requests' tokens together that the file serves; 0 if there is none.
+    pub tokens: u64,
+}
+
+impl Trained {
+    /// The share of so many tokens.
+    fn share(&self, tokens: u64) -> u64 {
+        if self.tokens == 0 {
+            0
+        } else {
+            (u128::from(self.bits) * u128::from(tokens) / u128::from(self.tokens)) as u64
+        }
+    }
 }
 
 impl Coverage {
     /// These layers, a table each.
     pub fn of(layers: Range<usize>) -> Self {
-        Coverage { layers, table_layers: 1, leaf_tokens: None }
+        Coverage { layers, table_layers: 1, leaf_tokens: None, trained: Trained::default() }
     }
 }
 
@@ -155,9 +178,22 @@ pub trait Codec: Send + Sync {
         None
     }
 
-    /// Keys and values of a page from the bytes that it was stored as; `None` if they are not this codec's.
-    fn read_page(&self, _shape: PageShape, _bytes: &[u8]) -> Option<(Vec<f32>, Vec<f32>)> {
+    /// Whether it takes blocks that were fused before, with scales or without positions.
+    fn takes_fused(&self) -> bool {
+        true
+    }
+
+    /// The trained file that it works with, if it does: where it is and its SHA-256.
+    fn trained_file(&self) -> Option<(&Path, &str)> {
         None
+    }
+
+    /// Rebuilds in place what [`Codec::encode`] coded: pages of the pool hold payloads, and zeros for their numbers.
+    ///
+    /// # Errors
+    /// Payloads that are not this codec's.
+    fn decode(&self, _batch: &mut CacheBatch) -> Result<()> {
+        Err(Error::argument("its pages are not coded"))
     }
 
     /// What it touches of a model of so many layers.

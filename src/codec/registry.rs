@@ -4,6 +4,7 @@
 use super::chain::Stage;
 use super::external::External;
 use super::fusion::{Bff, Cff};
+use super::joint::Joint;
 use super::prefix::Prefix;
 use super::quantize::{Fp8, Int8, Kivi, Rotated};
 use super::spec::{StageText, bad, nearest};
@@ -61,7 +62,7 @@ enum Problem {
 }
 
 /// The methods, in the order in which `kvfuse methods` lists them.
-pub static METHODS: [Entry; 9] = [
+pub static METHODS: [Entry; 10] = [
     entry::<Unfused>(),
     entry::<Prefix>(),
     entry::<Bff>(),
@@ -70,6 +71,7 @@ pub static METHODS: [Entry; 9] = [
     entry::<Fp8>(),
     entry::<Kivi>(),
     entry::<Rotated>(),
+    entry::<Joint>(),
     entry::<External>(),
 ];
 

@@ -2,18 +2,9 @@
 
 use super::manifest::Manifest;
 use crate::error::{Error, Result};
-use clap::ValueEnum;
-use serde::{Deserialize, Serialize};
+use crate::task::Half;
 use std::collections::HashMap;
 use std::path::Path;
-
-/// One of two parts of a dump's requests, which share no passage or context, by content.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
-#[serde(rename_all = "kebab-case")]
-pub enum Half {
-    First,
-    Second,
-}
 
 impl Manifest {
     /// The requests of a half, or all, in the order of the dump. Groups of requests that share texts go to the half that has

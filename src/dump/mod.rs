@@ -6,7 +6,7 @@ mod manifest;
 mod prefill;
 mod shard;
 
-pub use halves::Half;
+pub use crate::task::Half;
 pub(crate) use inspect::open_request;
 pub use inspect::{Summary, inspect};
 pub use manifest::{DataEntry, MANIFEST, Manifest, ModelEntry, RequestEntry};

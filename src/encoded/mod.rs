@@ -33,6 +33,9 @@ struct Header {
     method: String,
     /// The stage that reads coded pages.
     code: Option<String>,
+    /// SHA-256 of the trained file that it names.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    code_sha256: Option<String>,
     block_size: usize,
     /// Layers that the chain touches, and how many of them share a table.
     touched: Range<usize>,

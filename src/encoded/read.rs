@@ -1,7 +1,7 @@
 //! `kvfuse decode`: an encoded file back to a dump.
 
 use super::{FUSED, Header, MAGIC, SCALED, STRIPPED};
-use crate::block::{BlockId, BlockShape, BlockTable, Entry, RequestCache, Scale, Storage};
+use crate::block::{BlockId, BlockShape, BlockTable, Entry, Payload, RequestCache, Scale, Storage};
 use crate::codec::{CacheBatch, Chain, Codec, PageShape};
 use crate::dump::{DumpDtype, Manifest, write_shard};
 use crate::error::{Error, Result};
@@ -51,11 +51,11 @@ impl<'a> Reader<'a> {
 }
 
 impl Encoded {
-    /// Reads and checks a file.
+    /// Reads and checks a file. `codec`: where the trained file is that it was encoded with, if that was moved.
     ///
     /// # Errors
     /// Files of another kind or version, cut short, or with any byte changed.
-    pub fn read(path: &Path) -> Result<Self> {
+    pub fn read(path: &Path, codec: Option<&Path>) -> Result<Self> {
         let map = files::map(path)?;
         let mut reader = Reader { path, bytes: &map, at: 0 };
         let header = header(&mut reader)?;
@@ -65,10 +65,7 @@ impl Encoded {
             kv_heads: config.kv_heads,
             head_dim: config.head_dim,
         };
-        let code = match &header.code {
-            Some(text) => Some(Chain::parse(text)?.swap_remove(0)),
-            None => None,
-        };
+        let code = reading_stage(path, &header, codec)?;
         let longest = header.tokens.iter().map(Vec::len).max().unwrap_or(0);
         let ropes = Arc::new(Ropes::new(&config, longest));
         // Scales and positions come on top, so numbers stay as they are read.
@@ -82,8 +79,9 @@ impl Encoded {
             interrupt::check()?;
             let count = reader.word()?;
             let mut pages = Vec::new();
+            let mut tokens_left: usize = header.tokens.iter().map(Vec::len).sum();
             for _ in 0..count {
-                pages.push(page(&mut reader, &mut batch, code.as_ref(), shape)?);
+                pages.push(page(&mut reader, &mut batch, code.is_some(), shape, &mut tokens_left)?);
             }
             let mut sum = crc32fast::Hasher::new();
             sum.update(&count.to_le_bytes());
@@ -118,6 +116,18 @@ impl Encoded {
         if reader.at != reader.bytes.len() {
             return Err(reader.damaged("goes on after its end"));
         }
+        for (cache, tokens) in batch.caches.iter().zip(&header.tokens) {
+            let fits = cache.layers.iter().all(|table| {
+                let stored: usize = table.entries.iter().map(|e| batch.pool.tokens(e.block)).sum();
+                stored == tokens.len()
+            });
+            if !fits {
+                return Err(reader.damaged("has pages that hold more or fewer tokens than its requests have"));
+            }
+        }
+        if let Some(code) = &code {
+            code.decode(&mut batch).map_err(|e| Error::file(path, format!("{e}; encode it again")))?;
+        }
         Ok(Encoded { batch, method: header.method, manifest: header.manifest, tokens: header.tokens })
     }
 }
@@ -149,12 +159,35 @@ fn header(reader: &mut Reader) -> Result<Header> {
     if sound { Ok(header) } else { Err(reader.damaged("has a header that contradicts itself")) }
 }
 
-/// A page with its frame, put into the pool.
+/// The stage that reads coded pages, with its trained file checked.
+fn reading_stage(path: &Path, header: &Header, codec: Option<&Path>) -> Result<Option<Chain>> {
+    let Some(text) = &header.code else { return Ok(None) };
+    let text = match (codec, text.split_once(":codec=")) {
+        (Some(codec), Some((name, _))) => format!("{name}:codec={}", codec.display()),
+        _ => text.clone(),
+    };
+    let chain = Chain::parse(&text)?.swap_remove(0);
+    let own = chain.stages().last().and_then(|s| s.codec.trained_file());
+    if let (Some((trained, sum)), Some(expected)) = (own, &header.code_sha256)
+        && sum != expected
+    {
+        let problem = format!(
+            "was encoded with another codec than {} (SHA-256 {}...); pass that one with --codec",
+            trained.display(),
+            &expected[..expected.len().min(12)]
+        );
+        return Err(Error::file(path, problem));
+    }
+    Ok(Some(chain))
+}
+
+/// A page with its frame, put into the pool; a coded one as its bytes, with zeros for numbers.
 fn page(
     reader: &mut Reader,
     batch: &mut CacheBatch,
-    code: Option<&Chain>,
+    has_code: bool,
     shape: BlockShape,
+    tokens_left: &mut usize,
 ) -> Result<BlockId> {
     let from = reader.at;
     let first = reader.word()?;
@@ -170,21 +203,25 @@ fn page(
     }
     let page = PageShape { tokens, kv_heads: shape.kv_heads, head_dim: shape.head_dim };
     let unusable = || reader.damaged("has a page of another shape");
-    let (keys, values) = match (coded, code) {
-        (true, Some(code)) => code.read_page(page, bytes).ok_or_else(unusable)?,
-        (true, None) => return Err(unusable()),
-        (false, _) => {
-            let numbers: Vec<f32> =
-                bytes.as_chunks::<2>().0.iter().map(|b| f16::from_le_bytes(*b).to_f32()).collect();
-            let (keys, values) = numbers.split_at(numbers.len() / 2);
-            (keys.to_vec(), values.to_vec())
-        }
-    };
-    let right = tokens > 0 && tokens <= shape.block_size && keys.len() == page.numbers();
-    if !right || values.len() != keys.len() {
+    // No more tokens than the requests have: a small file cannot ask for much memory.
+    if tokens == 0 || tokens > shape.block_size || tokens > *tokens_left || (coded && !has_code) {
         return Err(unusable());
     }
-    Ok(batch.pool.allocate(&keys, &values))
+    *tokens_left -= tokens;
+    if coded {
+        let zeros = vec![0.0; page.numbers()];
+        let id = batch.pool.allocate(&zeros, &zeros);
+        let payload = Payload { bytes: bytes.to_vec(), code_bits: 8 * bytes.len() as u64, side_bits: 0 };
+        batch.pool.recode(id, zeros.clone(), zeros, payload);
+        return Ok(id);
+    }
+    let numbers: Vec<f32> =
+        bytes.as_chunks::<2>().0.iter().map(|b| f16::from_le_bytes(*b).to_f32()).collect();
+    let (keys, values) = numbers.split_at(numbers.len() / 2);
+    if keys.len() != page.numbers() || values.len() != keys.len() {
+        return Err(unusable());
+    }
+    Ok(batch.pool.allocate(keys, values))
 }
 
 fn entry(reader: &mut Reader) -> Result<(u32, Option<Scale>)> {
@@ -198,8 +235,8 @@ fn entry(reader: &mut Reader) -> Result<(u32, Option<Scale>)> {
 }
 
 /// Writes what attention reads of an encoded file as a dump of f32 numbers; returns its manifest.
-pub fn decode(file: &Path, out: &Path) -> Result<Manifest> {
-    let Encoded { batch, manifest, tokens, .. } = Encoded::read(file)?;
+pub fn decode(file: &Path, codec: Option<&Path>, out: &Path) -> Result<Manifest> {
+    let Encoded { batch, manifest, tokens, .. } = Encoded::read(file, codec)?;
     let _lock = FolderLock::take(out)?;
     files::writable_folder(out)?;
     if std::fs::read_dir(out).is_ok_and(|mut d| d.any(|e| e.is_ok_and(|e| e.file_name() != ".kvfuse-lock"))) {

@@ -26,6 +26,8 @@ pub struct EncodeOptions {
 pub struct Size {
     /// Bits that the ledger counts.
     pub ledger_bits: u64,
+    /// The share of a trained file that the ledger charges besides; the file does not hold it.
+    pub trained_bits: u64,
     /// Bits that fill up the last bytes of pages.
     pub padding_bits: u64,
     /// Lengths and checksums of pages and tables.
@@ -63,10 +65,15 @@ pub fn encode(options: &EncodeOptions) -> Result<Size> {
     let coverage = chain.coverage(config.layers);
     let ledger = Ledger::of(&batch, &coverage);
     let code = chain.stages().last().filter(|s| s.codec.role() == Role::Code);
+    let trained = code.and_then(|s| s.codec.trained_file());
     let mut header = Header {
         kvfuse_version: env!("CARGO_PKG_VERSION").to_owned(),
         method: chain.name(),
-        code: code.map(ToString::to_string),
+        code: match trained {
+            Some((path, _)) => code.map(|s| s.with_file(path)),
+            None => code.map(ToString::to_string),
+        },
+        code_sha256: trained.map(|(_, sum)| sum.to_owned()),
         block_size: *block_size,
         touched: 0..0,
         table_layers: 1,
@@ -83,15 +90,19 @@ pub fn encode(options: &EncodeOptions) -> Result<Size> {
     let sum = Sha256::digest(&bytes);
     bytes.extend(sum);
     let header_bytes = bytes.len() as u64;
-    let (mut frame_bytes, mut padding_bits) = (0, 0);
+    let (mut frame_bytes, mut page_bits) = (0, 0);
     for layer in 0..header.manifest.model.config.layers {
         let written = write_layer(&batch, layer, header.has_table(layer), &mut bytes);
         frame_bytes += (LAYER_FRAME + PAGE_FRAME * written.pages) as u64;
-        padding_bits += written.padding_bits;
+        page_bits += written.page_bits;
     }
     files::write_atomically(out, |file| file.write_all(&bytes))?;
+    // A codec of whole columns keeps all bytes with the first layer's page, so bits fit bytes only in sum.
+    let coded = ledger.stored_element_bits() + ledger.codebook_bits;
+    let padding_bits = page_bits.saturating_sub(coded);
     Ok(Size {
-        ledger_bits: ledger.total_bits(),
+        ledger_bits: ledger.file_bits(),
+        trained_bits: ledger.trained_bits,
         padding_bits,
         frame_bytes,
         header_bytes,
@@ -102,7 +113,8 @@ pub fn encode(options: &EncodeOptions) -> Result<Size> {
 
 struct Written {
     pages: usize,
-    padding_bits: u64,
+    /// Bits of the pages' own bytes.
+    page_bits: u64,
 }
 
 /// Number of pages, pages in the order in which tables first list them, tables, checksum of number and tables.
@@ -130,9 +142,9 @@ fn write_layer(batch: &CacheBatch, layer: usize, has_table: bool, bytes: &mut Ve
     }
     let count = (pages.len() as u32).to_le_bytes();
     bytes.extend(count);
-    let mut padding_bits = 0;
+    let mut page_bits = 0;
     for &page in &pages {
-        padding_bits += write_page(&batch.pool, page, bytes);
+        page_bits += write_page(&batch.pool, page, bytes);
     }
     let mut sum = crc32fast::Hasher::new();
     sum.update(&count);
@@ -142,10 +154,10 @@ fn write_layer(batch: &CacheBatch, layer: usize, has_table: bool, bytes: &mut Ve
         bytes.extend(&tables);
     }
     bytes.extend(sum.finalize().to_le_bytes());
-    Written { pages: pages.len(), padding_bits }
+    Written { pages: pages.len(), page_bits }
 }
 
-/// A page with its frame; returns the bits that fill up its last byte.
+/// A page with its frame; returns the bits of its own bytes.
 fn write_page(pool: &BlockPool, page: BlockId, bytes: &mut Vec<u8>) -> u64 {
     let halves = |numbers: &[f32]| -> Vec<u8> {
         numbers.iter().flat_map(|x| f16::from_f32(*x).to_le_bytes()).collect()
@@ -165,5 +177,5 @@ fn write_page(pool: &BlockPool, page: BlockId, bytes: &mut Vec<u8>) -> u64 {
     frame.extend(sum.finalize().to_le_bytes());
     bytes.extend(frame);
     bytes.extend(&own);
-    payload.map_or(0, |p| 8 * p.bytes.len() as u64 - p.code_bits - p.side_bits)
+    8 * own.len() as u64
 }

@@ -4,7 +4,7 @@ use crate::block::RequestCache;
 use crate::codec::CacheBatch;
 use crate::error::{Error, Result};
 use crate::interrupt;
-use crate::model::{Model, Segment, argmax, log_sum_exp};
+use crate::model::{Model, Segment, Tapped, argmax, log_sum_exp};
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
@@ -113,7 +113,8 @@ fn teacher_force(
     let hidden = on_forks(batch, |batch, forks| {
         let mut segments: Vec<Segment> =
             forks.iter_mut().zip(&inputs).map(|(cache, tokens)| Segment { cache, tokens }).collect();
-        model.decoder.forward(&mut batch.pool, &mut segments, Some(&mut attention))
+        let mut keep = |tapped: &Tapped| attention.extend_from_slice(tapped.attended);
+        model.decoder.forward(&mut batch.pool, &mut segments, Some(&mut keep))
     })
     .map_err(|f| f.of(|i| &prompts[i].id))?;
     let (width, vocab) = (model.decoder.config().hidden, model.decoder.config().vocab);

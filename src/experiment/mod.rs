@@ -23,7 +23,7 @@ pub use arms::{Arm, ArmColumns, Packing};
 pub use calibrate::{CalibrateOptions, LayerReport, Target, calibrate};
 pub use calibrate_model::calibrate_from_model;
 pub use differ::{Difference, Tolerance, compare_folders};
-pub use evaluate::FirstToken;
+pub use evaluate::{Base, FirstToken, Prompt, Reference};
 pub use explain::{ExplainOptions, Explanation, FusedBlock, Partner, explain};
 pub use grid::parse_taus;
 pub use labels::{Labelled, PACKING, series_labels};
@@ -35,5 +35,6 @@ pub use simulate::{
     MONTE_CARLO_CSV, PREDICTIONS_CSV, SCALE_CSV, SIMULATE_MANIFEST, SUMMARY_CSV, SimulateOptions, Simulation,
     simulate,
 };
+pub use stage::{load, targets};
 pub use sweep::{LAYERS_CSV, REQUESTS_CSV, SWEEP_CSV, TIMINGS_CSV, sweep};
 pub use table::{Columns, read_csv, write_csv};

@@ -283,7 +283,7 @@ pub fn load(
 /// The tokens a request's distributions are compared on, and how many of them are an answer's own: its first reference
 /// answer as it continues the prompt, or the no-fusion arm's own answer where there is none; then what ends it, the stop text
 /// of the data or the model's own token.
-fn targets(model: &Model, manifest: &Manifest, i: usize, answer: &[u32]) -> Result<(Vec<u32>, usize)> {
+pub fn targets(model: &Model, manifest: &Manifest, i: usize, answer: &[u32]) -> Result<(Vec<u32>, usize)> {
     let request = &manifest.requests[i].request;
     let tokenizer = &model.tokenizer;
     let follow = |text: &str| match manifest.chat {

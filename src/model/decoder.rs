@@ -25,6 +25,19 @@ pub struct Segment<'a> {
     pub tokens: &'a [u32],
 }
 
+/// What passes through the attention of a layer.
+pub struct Tapped<'a> {
+    pub layer: usize,
+    /// Queries as they meet the keys, with position: the first `heads * head_dim` numbers of each row of `[rows, stride]`.
+    pub queries: &'a [f32],
+    pub stride: usize,
+    /// What attention puts out: `[rows, heads * head_dim]`.
+    pub attended: &'a [f32],
+}
+
+/// Listens to every layer of a forward pass.
+pub type Tap<'a> = &'a mut dyn FnMut(&Tapped);
+
 /// A key, value or hidden state that cannot be used.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Fault {
@@ -82,8 +95,8 @@ impl Decoder {
 
     /// Runs all segments' tokens through the layers, appending their keys and values to the caches.
     ///
-    /// Returns the final hidden states after the last norm, `[rows, hidden]`, rows in segment order. With `tap`, the
-    /// attention outputs of every layer (`[layers, rows, heads * head_dim]`) are appended to it.
+    /// Returns the final hidden states after the last norm, `[rows, hidden]`, rows in segment order. `tap` is
+    /// shown every layer's attention.
     ///
     /// # Errors
     /// If a key or value cannot be stored in the pool, or a hidden state is not finite.
@@ -94,7 +107,7 @@ impl Decoder {
         &self,
         pool: &mut BlockPool,
         segments: &mut [Segment],
-        mut tap: Option<&mut Vec<f32>>,
+        mut tap: Option<Tap>,
     ) -> std::result::Result<Vec<f32>, Fault> {
         let hidden = self.config.hidden;
         let positions: Vec<usize> =
@@ -111,9 +124,9 @@ impl Decoder {
         let (epsilon, wide) = (self.config.rms_epsilon, self.config.intermediate);
         let gate = if traits.gelu { gelu_product } else { silu_product };
         for (n, layer) in self.weights.layers.iter().enumerate() {
-            let attended = self.attention(n, layer, &x, &positions, pool, segments)?;
-            if let Some(tap) = tap.as_deref_mut() {
-                tap.extend_from_slice(&attended);
+            let (qkv, attended) = self.attention(n, layer, &x, &positions, pool, segments)?;
+            if let Some(tap) = tap.as_mut() {
+                tap(&Tapped { layer: n, queries: &qkv, stride: layer.qkv.outputs(), attended: &attended });
             }
             let mut out = layer.attention_out.apply(&attended);
             if let Some([gain, _]) = &layer.post_norms {
@@ -145,7 +158,13 @@ impl Decoder {
         self.weights.head.apply(hidden)
     }
 
-    /// Norm, projections, RoPE, cache append and attention of one layer: `[rows, heads * head_dim]`.
+    /// What a layer makes of attention outputs: `[rows, heads * head_dim]` to `[rows, hidden]`.
+    pub fn attention_out(&self, layer: usize, attended: &[f32]) -> Vec<f32> {
+        self.weights.layers[layer].attention_out.apply(attended)
+    }
+
+    /// Norm, projections, RoPE, cache append and attention of one layer: queries, keys and values side by side
+    /// (`[rows, (heads + 2 kv_heads) * head_dim]`), and what attention makes of them (`[rows, heads * head_dim]`).
     fn attention(
         &self,
         n: usize,
@@ -154,7 +173,7 @@ impl Decoder {
         positions: &[usize],
         pool: &mut BlockPool,
         segments: &mut [Segment],
-    ) -> std::result::Result<Vec<f32>, Fault> {
+    ) -> std::result::Result<(Vec<f32>, Vec<f32>), Fault> {
         let c = &self.config;
         let normed = rms_norm(x, &layer.attention_norm, c.rms_epsilon);
         let mut qkv = layer.qkv.apply(&normed);
@@ -201,7 +220,8 @@ impl Decoder {
             scale: c.attention_scale(),
             window: c.window(n),
         };
-        Ok(attend(pool, rope, heads, &qkv, stride, &requests))
+        let attended = attend(pool, rope, heads, &qkv, stride, &requests);
+        Ok((qkv, attended))
     }
 }
 

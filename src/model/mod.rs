@@ -21,7 +21,7 @@ mod tokenizer;
 mod weights;
 
 pub use config::{ARCHITECTURES, ModelConfig, RopeConfig, Sliding, Traits, traits};
-pub use decoder::{Decoder, Fault, Segment};
+pub use decoder::{Decoder, Fault, Segment, Tap, Tapped};
 pub use generation::Generation;
 pub use gguf::Gguf;
 pub use hf::{HfFolder, to_f32};

@@ -121,10 +121,20 @@ pub struct Draw {
     /// generation); `pool` of 0: all there are.
     pub passages: Option<usize>,
     pub pool: usize,
+    /// Only questions about the first, or the last, half of the data's passages; other passages are not seen at all.
+    pub half: Option<Half>,
     /// Codes hidden in a prompt of `synth:niah`.
     pub needles: usize,
     /// Tenants that requests are dealt to; 0 for none.
     pub tenants: usize,
+}
+
+/// One of two parts of a set of texts, or of requests, that share no text.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum Half {
+    First,
+    Second,
 }
 
 impl Draw {
@@ -140,6 +150,7 @@ impl Draw {
             length: None,
             passages: None,
             pool: 0,
+            half: None,
             needles: 1,
             tenants: 0,
         }
@@ -176,6 +187,16 @@ impl Draw {
         self.limit.map_or((self.requests, self.requests), |limit| (1, limit))
     }
 
+    /// The passages that may be seen.
+    fn seen<'a>(&self, passages: &'a [squad::Passage]) -> &'a [squad::Passage] {
+        let (first, second) = passages.split_at(passages.len() / 2);
+        match self.half {
+            None => passages,
+            Some(Half::First) => first,
+            Some(Half::Second) => second,
+        }
+    }
+
     /// With as many requests as there are questions, if fewer than the limit.
     fn limited(&self, passages: &[squad::Passage]) -> Draw {
         let there: usize = passages.iter().map(|p| p.questions.len()).sum();
@@ -196,12 +217,16 @@ pub fn load(draw: &Draw, tokens: &dyn Fn(&str) -> Result<usize>) -> Result<Promp
     if draw.passages.is_some() && !matches!((kind, rest), ("builtin", "qa") | ("squad", _)) {
         return Err(Error::argument(format!("--passages does not go with --data {spec}")));
     }
+    if draw.half.is_some() && !matches!((kind, rest), ("builtin", "qa" | "longqa") | ("squad", _)) {
+        return Err(Error::argument(format!("--half does not go with --data {spec}")));
+    }
     let mut set = match (kind, rest) {
         ("builtin", "qa" | "longqa") => {
             let length = draw.length.or((rest == "longqa").then_some(qa::LONG));
             let passages = squad::parse(&PathBuf::from(spec), BUILTIN_QA)?;
-            let draw = Draw { length, ..draw.limited(&passages) };
-            qa::draw(&passages, BUILTIN_QA, &draw, tokens)
+            let passages = draw.seen(&passages);
+            let draw = Draw { length, ..draw.limited(passages) };
+            qa::draw(passages, BUILTIN_QA, &draw, tokens)
         }
         ("synth", "niah") => {
             niah::draw(&Draw { requests: draw.limit.unwrap_or(draw.requests), ..draw.clone() }, tokens)
@@ -211,7 +236,8 @@ pub fn load(draw: &Draw, tokens: &dyn Fn(&str) -> Result<usize>) -> Result<Promp
             match kind {
                 "squad" => {
                     let passages = squad::parse(&path, &text)?;
-                    qa::draw(&passages, &text, &draw.limited(&passages), tokens)
+                    let passages = draw.seen(&passages);
+                    qa::draw(passages, &text, &draw.limited(passages), tokens)
                 }
                 "longbench" => longbench::take(&path, &text, draw.counts()).and_then(fixed),
                 "ruler" => ruler::take(&path, &text, draw.counts()).and_then(fixed),

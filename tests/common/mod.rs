@@ -2,13 +2,16 @@
 #![allow(dead_code)]
 
 use assert_cmd::Command;
+use kvfuse::block::{BlockShape, BlockTable, RequestCache, Storage};
+use kvfuse::codec::CacheBatch;
+use kvfuse::model::{Rope, RopeConfig, Ropes};
 use safetensors::Dtype;
 use safetensors::tensor::TensorView;
 use serde_json::json;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Output;
-use std::sync::OnceLock;
+use std::sync::{Arc, OnceLock};
 use tokenizers::AddedToken;
 use tokenizers::models::bpe::{BPE, Vocab};
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
@@ -152,4 +155,108 @@ pub fn tiny(folder: &Path, vocab: usize, context: u64) {
     let index = json!({"metadata": {}, "weight_map": map});
     fs::write(folder.join("model.safetensors.index.json"), index.to_string()).unwrap();
     fs::write(folder.join("README.md"), "not asked for").unwrap();
+}
+
+/// Caches that look a little like real ones: tokens with numbers of their own, layers that follow from the layers below, and what
+/// stands before. Requests share beginnings and phrases; the last is one token long.
+pub fn made_up(
+    seed: u64,
+    requests: usize,
+    longest: usize,
+    block_size: usize,
+    tenants: &[&str],
+) -> CacheBatch {
+    use rand::{RngExt, SeedableRng};
+    const LAYERS: usize = 3;
+    let shape = BlockShape { block_size, kv_heads: 2, head_dim: 4 };
+    let width = 2 * shape.token_width();
+    let ropes = Arc::new(Ropes::same(Rope::new(&RopeConfig::plain(100.0, 4), 512)));
+    let mut batch = CacheBatch::empty(shape, Storage::F16, ropes);
+    // What a token is, and how a layer follows from the one below, is the same for all seeds.
+    let hash = |a: u64, b: u64| {
+        let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(a.wrapping_mul(1_000_003) ^ b);
+        rng.random_range(-1.0f32..1.0)
+    };
+    let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(seed);
+    for request in 0..requests {
+        let length = if request + 1 == requests { 1 } else { rng.random_range(1..=longest) };
+        let shared = rng.random_range(0..=length);
+        let tokens: Vec<u32> =
+            (0..length).map(|t| if t < shared { t as u32 % 7 } else { rng.random_range(0..9) }).collect();
+        let mut cache = RequestCache { layers: Vec::new(), tokens: length };
+        let mut below: Vec<Vec<f32>> =
+            tokens.iter().map(|t| (0..width as u64).map(|i| hash(u64::from(*t), i)).collect()).collect();
+        for layer in 0..LAYERS {
+            let mut rows = Vec::new();
+            for t in 0..length {
+                let before = if t > 0 { tokens[t - 1] } else { 99 };
+                let row: Vec<f32> = (0..width)
+                    .map(|i| {
+                        let mixed = below[t][i] + 0.5 * below[t][(i + 3) % width];
+                        let context = 0.2 * hash(1000 + u64::from(before), (layer * width + i) as u64);
+                        let new = 0.1 * rng.random_range(-1.0f32..1.0);
+                        mixed + context + new
+                    })
+                    .collect();
+                rows.push(row);
+            }
+            let mut table = BlockTable::default();
+            let half = width / 2;
+            for (b, rows) in rows.chunks(block_size).enumerate() {
+                let mut keys: Vec<f32> = rows.iter().flat_map(|r| &r[..half]).copied().collect();
+                batch.ropes.layer(layer).rotate_tokens(&mut keys, half, b * block_size);
+                let values: Vec<f32> = rows.iter().flat_map(|r| &r[half..]).copied().collect();
+                table.push(batch.pool.allocate(&keys, &values));
+            }
+            cache.layers.push(table);
+            below = rows;
+        }
+        batch.push(cache, tokens, tenants[request % tenants.len()]);
+    }
+    batch
+}
+
+/// The same numbers in a new pool, without payloads.
+pub fn plain_copy(batch: &CacheBatch) -> CacheBatch {
+    let mut copy = CacheBatch::empty(batch.pool.shape(), Storage::F16, batch.ropes.clone());
+    for (request, cache) in batch.caches.iter().enumerate() {
+        let mut own = RequestCache { layers: Vec::new(), tokens: cache.tokens };
+        for old in &cache.layers {
+            let mut table = BlockTable::default();
+            for entry in &old.entries {
+                table.push(copy.pool.allocate(batch.pool.keys(entry.block), batch.pool.values(entry.block)));
+            }
+            own.layers.push(table);
+        }
+        copy.push(own, batch.tokens[request].clone(), &batch.tenants[request]);
+    }
+    copy
+}
+
+/// Trains a joint codec on caches and writes it; all errors weigh the same.
+pub fn joint_codec(path: &Path, batch: &CacheBatch) {
+    use kvfuse::codec::joint::{book, corpus_of, eighths, train};
+    let shape = batch.pool.shape();
+    let layers = batch.caches[0].layers.len();
+    let corpus = corpus_of(batch, &vec![0; batch.caches.len()]).unwrap();
+    let d = shape.head_dim;
+    let unit: Vec<f64> = (0..d * d).map(|i| if i % (d + 1) == 0 { 1.0 } else { 0.0 }).collect();
+    let metrics = vec![vec![unit; 2 * shape.kv_heads]; layers];
+    let training = train::Training { step: eighths(0.1), taps: 2, klt: true, ridge: 1e-2, rank: 16 };
+    let (books, tables) = train::train(&corpus, &metrics, &training, |_, _| ()).unwrap();
+    let origin = book::Origin {
+        schema: book::SCHEMA,
+        kvfuse_version: String::new(),
+        command: Vec::new(),
+        model: "made up".into(),
+        model_sha256: String::new(),
+        layers,
+        kv_heads: shape.kv_heads,
+        head_dim: d,
+        step: training.step,
+        training_tokens: corpus.tokens(),
+        contexts: Vec::new(),
+        dumps: Vec::new(),
+    };
+    book::write(path, &origin, &books, &tables).unwrap();
 }

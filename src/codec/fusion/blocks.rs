@@ -23,7 +23,8 @@ pub struct Place {
 }
 
 /// Keys or values.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize)]
+#[serde(rename_all = "lowercase")]
 pub enum Part {
     Key,
     Value,

@@ -175,6 +175,7 @@ impl Codec for Fusion {
         Coverage {
             layers: self.only.clone().unwrap_or(touched),
             table_layers: self.choices.group_layers,
+            trained: super::Trained::default(),
             leaf_tokens: None,
         }
     }

@@ -18,7 +18,7 @@ pub use rotated::Rotated;
 use super::fusion::Part;
 use super::{CacheBatch, Codec, Coverage, Memo, Role};
 use crate::block::{BlockId, Payload};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use half::f16;
 use rayon::prelude::*;
 use std::collections::BTreeMap;
@@ -71,11 +71,28 @@ impl<Q: Quantizer> Codec for Quantized<Q> {
         Coverage::of(0..layers)
     }
 
-    fn read_page(&self, shape: PageShape, bytes: &[u8]) -> Option<(Vec<f32>, Vec<f32>)> {
-        let mut source = BitSource::new(bytes);
-        let keys = self.0.decode(Part::Key, shape, &mut source);
-        let values = self.0.decode(Part::Value, shape, &mut source);
-        (source.bytes_taken() == bytes.len()).then_some((keys, values))
+    fn decode(&self, batch: &mut CacheBatch) -> Result<()> {
+        let block = batch.pool.shape();
+        let pool = &batch.pool;
+        let coded: Vec<BlockId> = pool.pages().filter(|id| pool.payload(*id).is_some()).collect();
+        let read: Vec<Option<(Vec<f32>, Vec<f32>)>> = coded
+            .par_iter()
+            .map(|&id| {
+                let shape =
+                    PageShape { tokens: pool.tokens(id), kv_heads: block.kv_heads, head_dim: block.head_dim };
+                let bytes = &pool.payload(id)?.bytes;
+                let mut source = BitSource::new(bytes);
+                let keys = self.0.decode(Part::Key, shape, &mut source);
+                let values = self.0.decode(Part::Value, shape, &mut source);
+                (source.bytes_taken() == bytes.len()).then_some((keys, values))
+            })
+            .collect();
+        for (id, read) in coded.into_iter().zip(read) {
+            let (keys, values) = read.ok_or_else(|| Error::argument("has a page of another shape"))?;
+            let payload = batch.pool.payload(id).cloned().unwrap_or_default();
+            batch.pool.recode(id, keys, values, payload);
+        }
+        Ok(())
     }
 
     fn encode(&self, batch: &mut CacheBatch, _memo: &Memo) -> Result<()> {

@@ -1,0 +1,323 @@
+//! The trained file of a joint codec.
+
+use super::entropy::{CENTROIDS, CONTEXTS, SYMBOLS, Tables, WIDTHS};
+use super::reference::CLASSES;
+use crate::block::BlockShape;
+use crate::error::{Error, Result};
+use crate::files;
+use crate::model::gemm::{View, product};
+use faer::linalg::solvers::DenseSolveCore;
+use faer::{Mat, Side};
+use half::f16;
+use rayon::prelude::*;
+use safetensors::tensor::TensorView;
+use safetensors::{Dtype, SafeTensors};
+use serde::{Deserialize, Serialize};
+use std::collections::HashMap;
+use std::path::Path;
+
+/// Raised whenever a file of an older version would decode to something else.
+pub const SCHEMA: u32 = 1;
+
+/// Where a codec comes from and what it fits.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Origin {
+    pub schema: u32,
+    pub kvfuse_version: String,
+    pub command: Vec<String>,
+    pub model: String,
+    pub model_sha256: String,
+    pub layers: usize,
+    pub kv_heads: usize,
+    pub head_dim: usize,
+    /// The step it was trained at, in eighths of an octave.
+    pub step: i32,
+    pub training_tokens: usize,
+    /// Checksums of the texts that it was trained on.
+    pub contexts: Vec<String>,
+    pub dumps: Vec<serde_json::Value>,
+}
+
+/// One layer: how to predict it and how to turn what the prediction misses.
+#[derive(Debug, Clone)]
+pub struct LayerBook {
+    /// `[width]`.
+    pub mean: Vec<f32>,
+    /// Numbers between the two factors of the predictor.
+    pub rank: usize,
+    /// `[taps * width, rank]`, and `[rank, width]`: numbers of the layers below, the nearest first, to a prediction.
+    pub down: Vec<f32>,
+    pub up: Vec<f32>,
+    pub components: usize,
+    /// Symmetric roots of the metric, head by head: `[2 * kv_heads][head_dim, head_dim]`, keys first.
+    pub root: Vec<Vec<f32>>,
+    /// Orthonormal columns: `[width, components]`.
+    pub turn: Vec<f32>,
+    /// `[width, components]`: what is missed to components; follows from `root` and `turn`. Only encoders need it.
+    pub analysis: Vec<f32>,
+    /// `[components, width]`: back, from them too.
+    pub synthesis: Vec<f32>,
+    /// Standard deviations of components that are left by a reference of each class, in eighths of an octave:
+    /// `[CLASSES, components]`.
+    pub sigma: Vec<i16>,
+    /// What of a reference's component is expected again: `[CLASSES, components]`.
+    pub gain: Vec<f32>,
+}
+
+pub struct Book {
+    pub origin: Origin,
+    pub layers: Vec<LayerBook>,
+    pub tables: Tables,
+    /// Bits of the whole file.
+    pub bits: u64,
+}
+
+impl Book {
+    /// Of parts, without a file.
+    pub fn of(layers: &[LayerBook], tables: &TableParts, step: i32, shape: BlockShape) -> Result<Self> {
+        let origin = Origin {
+            schema: SCHEMA,
+            kvfuse_version: String::new(),
+            command: Vec::new(),
+            model: String::new(),
+            model_sha256: String::new(),
+            layers: layers.len(),
+            kv_heads: shape.kv_heads,
+            head_dim: shape.head_dim,
+            step,
+            training_tokens: 0,
+            contexts: Vec::new(),
+            dumps: Vec::new(),
+        };
+        let tables = Tables::new(&tables.probabilities, &tables.means, &tables.centroids)
+            .ok_or_else(|| Error::Number("tables of a codec are not finite".into()))?;
+        Ok(Book { origin, layers: layers.to_vec(), tables, bits: 0 })
+    }
+
+    /// Numbers of a token in one layer: keys and values.
+    pub fn width(&self) -> usize {
+        2 * self.origin.kv_heads * self.origin.head_dim
+    }
+}
+
+/// What [`Tables`] are made of.
+pub struct TableParts {
+    pub probabilities: Vec<u16>,
+    pub means: Vec<u32>,
+    pub centroids: Vec<f32>,
+}
+
+fn f16_bytes(numbers: &[f32]) -> Vec<u8> {
+    numbers.iter().flat_map(|x| f16::from_f32(*x).to_le_bytes()).collect()
+}
+
+fn f32_bytes(numbers: &[f32]) -> Vec<u8> {
+    numbers.iter().flat_map(|x| x.to_le_bytes()).collect()
+}
+
+/// Rows of numbers as signed bytes, each column with a factor of its own.
+fn bytes_by_column(numbers: &[f32], columns: usize) -> (Vec<u8>, Vec<f32>) {
+    let mut factors = vec![0.0f32; columns];
+    for row in numbers.chunks_exact(columns) {
+        factors.iter_mut().zip(row).for_each(|(f, x)| *f = f.max(x.abs() / 127.0));
+    }
+    let byte = |(x, f): (&f32, &f32)| if *f > 0.0 { (x / f).round() as i8 as u8 } else { 0 };
+    let bytes = numbers.chunks_exact(columns).flat_map(|row| row.iter().zip(&factors).map(byte)).collect();
+    (bytes, factors)
+}
+
+/// Writes a codec; what is read back is what encoders and decoders use.
+pub fn write(path: &Path, origin: &Origin, layers: &[LayerBook], tables: &TableParts) -> Result<()> {
+    let width = 2 * origin.kv_heads * origin.head_dim;
+    let mut tensors: Vec<(String, Dtype, Vec<usize>, Vec<u8>)> = Vec::new();
+    for (n, layer) in layers.iter().enumerate() {
+        let r = layer.components;
+        let mut add = |name: &str, dtype, shape: Vec<usize>, bytes| {
+            tensors.push((format!("layers.{n}.{name}"), dtype, shape, bytes));
+        };
+        add("mean", Dtype::F32, vec![width], f32_bytes(&layer.mean));
+        if layer.rank > 0 {
+            let (bytes, factors) = bytes_by_column(&layer.down, layer.rank);
+            add("down", Dtype::I8, vec![layer.down.len() / layer.rank, layer.rank], bytes);
+            add("down_factors", Dtype::F32, vec![layer.rank], f32_bytes(&factors));
+            let (bytes, factors) = bytes_by_column(&layer.up, width);
+            add("up", Dtype::I8, vec![layer.rank, width], bytes);
+            add("up_factors", Dtype::F32, vec![width], f32_bytes(&factors));
+        }
+        let root: Vec<f32> = layer.root.concat();
+        let scale = root.iter().fold(1e-30f32, |m, x| m.max(x.abs()));
+        let scaled: Vec<f32> = root.iter().map(|x| x / scale).collect();
+        let d = origin.head_dim;
+        add("root", Dtype::F16, vec![2 * origin.kv_heads, d, d], f16_bytes(&scaled));
+        add("root_factor", Dtype::F32, vec![1], f32_bytes(&[scale]));
+        let (bytes, factors) = bytes_by_column(&layer.turn, r);
+        add("turn", Dtype::I8, vec![width, r], bytes);
+        add("turn_factors", Dtype::F32, vec![r], f32_bytes(&factors));
+        let sigma = layer.sigma.iter().flat_map(|s| s.to_le_bytes()).collect();
+        add("sigma", Dtype::I16, vec![CLASSES, r], sigma);
+        add("gain", Dtype::F16, vec![CLASSES, r], f16_bytes(&layer.gain));
+    }
+    let probabilities = tables.probabilities.iter().flat_map(|p| p.to_le_bytes()).collect();
+    tensors.push(("tables.probabilities".into(), Dtype::U16, vec![WIDTHS, CONTEXTS, SYMBOLS], probabilities));
+    let means = tables.means.iter().flat_map(|p| p.to_le_bytes()).collect();
+    tensors.push(("tables.means".into(), Dtype::U32, vec![WIDTHS], means));
+    let centroids = f32_bytes(&tables.centroids);
+    tensors.push(("tables.centroids".into(), Dtype::F32, vec![WIDTHS, CENTROIDS], centroids));
+    let unusable = |e: String| Error::file(path, e);
+    let views: Vec<(&str, TensorView)> = tensors
+        .iter()
+        .map(|(name, dtype, shape, bytes)| Ok((&name[..], TensorView::new(*dtype, shape.clone(), bytes)?)))
+        .collect::<std::result::Result<_, safetensors::SafeTensorError>>()
+        .map_err(|e| unusable(e.to_string()))?;
+    let json = serde_json::to_string(origin).map_err(|e| unusable(e.to_string()))?;
+    let metadata = HashMap::from([("kvfuse_joint".to_owned(), json)]);
+    let bytes = safetensors::serialize(views, Some(metadata)).map_err(|e| unusable(e.to_string()))?;
+    files::write_atomically(path, |file| file.write_all(&bytes))
+}
+
+/// A tensor of a codec's file, checked.
+struct Reader<'a> {
+    path: &'a Path,
+    tensors: SafeTensors<'a>,
+}
+
+impl Reader<'_> {
+    fn bad(&self, what: &str) -> Error {
+        Error::file(self.path, format!("{what}; train it again"))
+    }
+
+    fn bytes(&self, name: &str, dtype: Dtype, shape: &[usize]) -> Result<&[u8]> {
+        let tensor = self.tensors.tensor(name).map_err(|_| self.bad(&format!("has no tensor {name}")))?;
+        if tensor.dtype() != dtype || tensor.shape() != shape {
+            return Err(self.bad(&format!(
+                "tensor {name} is {:?} {:?}, expected {dtype:?} {shape:?}",
+                tensor.dtype(),
+                tensor.shape()
+            )));
+        }
+        Ok(tensor.data())
+    }
+
+    fn finite(&self, name: &str, numbers: Vec<f32>) -> Result<Vec<f32>> {
+        match numbers.iter().all(|x| x.is_finite()) {
+            true => Ok(numbers),
+            false => Err(self.bad(&format!("tensor {name} holds a number that is not finite"))),
+        }
+    }
+
+    fn f32(&self, name: &str, shape: &[usize]) -> Result<Vec<f32>> {
+        let bytes = self.bytes(name, Dtype::F32, shape)?;
+        self.finite(name, bytes.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect())
+    }
+
+    fn f16(&self, name: &str, shape: &[usize]) -> Result<Vec<f32>> {
+        let bytes = self.bytes(name, Dtype::F16, shape)?;
+        let halves = bytes.as_chunks::<2>().0.iter();
+        self.finite(name, halves.map(|b| f16::from_le_bytes(*b).to_f32()).collect())
+    }
+
+    /// A matrix of signed bytes, each column with a factor.
+    fn i8(&self, name: &str, rows: usize, columns: usize) -> Result<Vec<f32>> {
+        let bytes = self.bytes(name, Dtype::I8, &[rows, columns])?;
+        let factors = self.f32(&format!("{name}_factors"), &[columns])?;
+        Ok(bytes.iter().zip(factors.iter().cycle()).map(|(b, f)| f32::from(*b as i8) * f).collect())
+    }
+
+    fn layer(&self, n: usize, heads: usize, d: usize) -> Result<LayerBook> {
+        let width = heads * d;
+        let name = |part: &str| format!("layers.{n}.{part}");
+        let shape =
+            |part: &str| self.tensors.tensor(&name(part)).map(|t| t.shape().to_vec()).unwrap_or_default();
+        let components = shape("turn").get(1).copied().unwrap_or(0);
+        let (inputs, rank) = match shape("down")[..] {
+            [inputs, rank] => (inputs, rank),
+            _ => (0, 0),
+        };
+        let (down, up) = if rank == 0 {
+            (Vec::new(), Vec::new())
+        } else {
+            if inputs % width != 0 || inputs / width > n {
+                return Err(self.bad(&format!("layer {n} is predicted from {inputs} numbers")));
+            }
+            (self.i8(&name("down"), inputs, rank)?, self.i8(&name("up"), rank, width)?)
+        };
+        let scale = self.f32(&name("root_factor"), &[1])?[0];
+        let root = self.f16(&name("root"), &[heads, d, d])?;
+        let root: Vec<Vec<f32>> =
+            root.chunks_exact(d * d).map(|block| block.iter().map(|x| x * scale).collect()).collect();
+        let turn = self.i8(&name("turn"), width, components)?;
+        let (analysis, synthesis) = both_ways(&root, &turn, components)
+            .ok_or_else(|| self.bad(&format!("layer {n} has a metric that cannot be inverted")))?;
+        let sigma = self.bytes(&name("sigma"), Dtype::I16, &[CLASSES, components])?;
+        Ok(LayerBook {
+            mean: self.f32(&name("mean"), &[width])?,
+            rank,
+            down,
+            up,
+            components,
+            root,
+            turn,
+            analysis,
+            synthesis,
+            sigma: sigma.as_chunks::<2>().0.iter().map(|b| i16::from_le_bytes(*b)).collect(),
+            gain: self.f16(&name("gain"), &[CLASSES, components])?,
+        })
+    }
+}
+
+/// `root * turn` and `turn^T * root^-1`, for roots head by head. `None` if a root has no inverse.
+pub fn both_ways(root: &[Vec<f32>], turn: &[f32], components: usize) -> Option<(Vec<f32>, Vec<f32>)> {
+    let d = root.first()?.len().isqrt();
+    let (mut analysis, mut synthesis) = (Vec::new(), vec![0.0; turn.len()]);
+    let width = root.len() * d;
+    for (h, block) in root.iter().enumerate() {
+        let own = &turn[h * d * components..][..d * components];
+        let mut out = vec![0.0; d * components];
+        product(View::row_major(block, d, d), View::row_major(own, d, components), &mut out);
+        analysis.extend(out);
+        let matrix = Mat::from_fn(d, d, |i, j| f64::from(block[i * d + j]));
+        let inverse = matrix.llt(Side::Lower).ok()?.inverse();
+        for k in 0..components {
+            for j in 0..d {
+                let sum: f64 = (0..d).map(|i| f64::from(own[i * components + k]) * inverse[(i, j)]).sum();
+                synthesis[k * width + h * d + j] = sum as f32;
+            }
+        }
+    }
+    synthesis.iter().all(|x| x.is_finite()).then_some((analysis, synthesis))
+}
+
+impl Book {
+    /// Reads and checks a file of `kvfuse train`.
+    pub fn read(path: &Path) -> Result<Self> {
+        let map = files::map(path)?;
+        let foreign = || Error::file(path, "is no codec of `kvfuse train`");
+        let (_, header) = SafeTensors::read_metadata(&map).map_err(|_| foreign())?;
+        let json = header.metadata().as_ref().and_then(|m| m.get("kvfuse_joint")).ok_or_else(foreign)?;
+        let origin: Origin = serde_json::from_str(json).map_err(|_| foreign())?;
+        if origin.schema != SCHEMA {
+            let problem = format!("has schema {}, this kvfuse reads {SCHEMA}; train it again", origin.schema);
+            return Err(Error::file(path, problem));
+        }
+        let tensors =
+            SafeTensors::deserialize(&map).map_err(|e| Error::file(path, format!("{e}; train it again")))?;
+        let reader = Reader { path, tensors };
+        let width = 2 * origin.kv_heads * origin.head_dim;
+        if width == 0 {
+            return Err(reader.bad("is for a model without a cache"));
+        }
+        let layers = (0..origin.layers)
+            .into_par_iter()
+            .map(|n| reader.layer(n, 2 * origin.kv_heads, origin.head_dim))
+            .collect::<Result<_>>()?;
+        let probabilities = reader.bytes("tables.probabilities", Dtype::U16, &[WIDTHS, CONTEXTS, SYMBOLS])?;
+        let probabilities: Vec<u16> =
+            probabilities.as_chunks::<2>().0.iter().map(|b| u16::from_le_bytes(*b)).collect();
+        let means = reader.bytes("tables.means", Dtype::U32, &[WIDTHS])?;
+        let means: Vec<u32> = means.as_chunks::<4>().0.iter().map(|b| u32::from_le_bytes(*b)).collect();
+        let centroids = reader.f32("tables.centroids", &[WIDTHS, CENTROIDS])?;
+        let tables = Tables::new(&probabilities, &means, &centroids)
+            .ok_or_else(|| reader.bad("has tables that are none"))?;
+        Ok(Book { origin, layers, tables, bits: 8 * map.len() as u64 })
+    }
+}

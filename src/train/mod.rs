@@ -1,0 +1,135 @@
+//! `kvfuse train` and `kvfuse sensitivity`: what a joint codec is made of, measured on the model.
+
+mod collect;
+mod metric;
+mod sensitivity;
+
+pub use sensitivity::{Sensitivity, SensitivityOptions, sensitivity};
+
+use crate::codec::joint::book::{Origin, SCHEMA, write};
+use crate::codec::joint::rebuild;
+use crate::codec::joint::train::{Metric, Training, train as fit};
+use crate::dump::Manifest;
+use crate::error::{Error, Result};
+use crate::model::Model;
+use crate::progress::{Progress, Unit};
+use std::path::{Path, PathBuf};
+
+/// A part of the codec that can be left out, to see what it is worth.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum Part {
+    /// Prediction from the layers below.
+    Prediction,
+    /// Uncorrelated components.
+    Klt,
+    /// Weights of errors by what they do; numbers' own variances in their place.
+    Metric,
+}
+
+impl Part {
+    /// The file of the codec without it, beside the whole one.
+    pub fn path(self, whole: &Path) -> PathBuf {
+        let stem = whole.file_stem().unwrap_or_default().to_string_lossy();
+        let name = format!("{stem}-without-{self:?}.safetensors").to_lowercase();
+        whole.with_file_name(name)
+    }
+}
+
+/// What to train on, and how.
+#[derive(Debug, Clone)]
+pub struct TrainOptions {
+    pub dumps: Vec<PathBuf>,
+    pub out: PathBuf,
+    pub training: Training,
+    /// Parts to leave out, each in a codec of its own beside the whole one.
+    pub without: Vec<Part>,
+    /// Requests whose answers errors are measured on.
+    pub questions: usize,
+    /// How often errors are weighted anew by what the codec's own errors do.
+    pub rounds: usize,
+    pub seed: u64,
+    /// Arguments to record in the file.
+    pub command: Vec<String>,
+}
+
+/// What training came to, for people.
+pub struct Trained {
+    pub tokens: usize,
+    pub components: Vec<usize>,
+    pub bytes: u64,
+}
+
+/// Trains a joint codec and writes it.
+///
+/// # Errors
+/// Dumps of different models, damaged dumps, too little text; files that cannot be written; Ctrl-C.
+pub fn train(options: &TrainOptions) -> Result<Trained> {
+    let manifests: Vec<Manifest> = options.dumps.iter().map(|d| Manifest::read(d)).collect::<Result<_>>()?;
+    let first = manifests.first().ok_or_else(|| Error::argument("no dump to train on"))?;
+    for (dump, manifest) in options.dumps.iter().zip(&manifests) {
+        if manifest.model.sha256 != first.model.sha256 {
+            let problem = format!("is of another model than {}", options.dumps[0].display());
+            return Err(Error::file(dump, problem));
+        }
+    }
+    let model = Model::load(&first.model.name)?;
+    if model.sha256 != first.model.sha256 {
+        return Err(Error::file(
+            &options.dumps[0],
+            "was made by another version of its model; dump it again",
+        ));
+    }
+    let config = model.decoder.config().clone();
+    let corpus = collect::corpus(&options.dumps, &manifests, &model)?;
+    let fitted = |metrics: &[Metric], training: &Training| {
+        let progress = Progress::new("training layers", config.layers as u64, Unit::Items("layers"));
+        let fitted = fit(&corpus, metrics, training, |_, _| progress.increment())?;
+        progress.finish();
+        Ok::<_, Error>(fitted)
+    };
+    let training = options.training;
+    let mut metrics = metric::base(&options.dumps[0], first, &model, options.questions, options.seed)?;
+    let bench = sensitivity::Bench::new(&options.dumps[0], first, &model, options.questions)?;
+    let noise = bench.measure(&metrics, options.seed)?;
+    metric::weigh(&mut metrics, &noise);
+    let (mut layers, mut tables) = fitted(&metrics, &training)?;
+    for _ in 0..options.rounds {
+        let errors = bench.own_errors(&metrics, |batch| rebuild(batch, &layers, &tables, &training))?;
+        metric::weigh(&mut metrics, &errors);
+        (layers, tables) = fitted(&metrics, &training)?;
+    }
+    let mut contexts: Vec<String> = manifests
+        .iter()
+        .flat_map(|m| {
+            let all: Vec<usize> = (0..m.requests.len()).collect();
+            m.contexts(&all).into_iter().map(str::to_owned).collect::<Vec<_>>()
+        })
+        .collect();
+    contexts.sort_unstable();
+    contexts.dedup();
+    let origin = Origin {
+        schema: SCHEMA,
+        kvfuse_version: env!("CARGO_PKG_VERSION").to_owned(),
+        command: options.command.clone(),
+        model: first.model.name.clone(),
+        model_sha256: first.model.sha256.clone(),
+        layers: config.layers,
+        kv_heads: config.kv_heads,
+        head_dim: config.head_dim,
+        step: options.training.step,
+        training_tokens: corpus.tokens(),
+        contexts,
+        dumps: manifests.iter().map(|m| m.origin()).collect::<Result<_>>()?,
+    };
+    write(&options.out, &origin, &layers, &tables)?;
+    for &part in &options.without {
+        let (layers, tables) = match part {
+            Part::Prediction => fitted(&metrics, &Training { taps: 0, ..training })?,
+            Part::Klt => fitted(&metrics, &Training { klt: false, ..training })?,
+            Part::Metric => fitted(&metric::plain(&corpus, &config), &training)?,
+        };
+        write(&part.path(&options.out), &origin, &layers, &tables)?;
+    }
+    let bytes = std::fs::metadata(&options.out).map(|m| m.len()).unwrap_or(0);
+    Ok(Trained { tokens: corpus.tokens(), components: layers.iter().map(|l| l.components).collect(), bytes })
+}
