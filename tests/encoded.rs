@@ -202,3 +202,54 @@ fn an_external_method_is_an_arm() {
     refuse(&["sweep", text(&dump), "--method", "external"], &["dir"]);
     refuse(&["sweep", text(&dump), "--method", "external:dir=nowhere"], &["nowhere"]);
 }
+
+#[test]
+fn a_codec_is_trained_the_same_twice_and_known_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let dump = dump(dir.path());
+    let path = |name: &str| dir.path().join(name);
+    let train = |name: &str, threads: &str, more: &[&str]| {
+        let out = path(name);
+        let arguments = ["train", text(&dump), "-o", text(&out), "--rank", "4", "--threads", threads];
+        succeed(&[&arguments[..], more].concat());
+        out
+    };
+    let (one, two) = (train("a.safetensors", "1", &[]), train("b.safetensors", "2", &[]));
+    let whole = |file: &Path| fs::read(file).unwrap();
+    // The metadata hold the command, which differs; tensors do not.
+    let tensors = |file: &Path| {
+        let bytes = whole(file);
+        bytes[8 + u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize..].to_vec()
+    };
+    assert!(tensors(&one) == tensors(&two));
+    let other = train("c.safetensors", "2", &["--step", "0.1", "--without", "klt,metric,prediction"]);
+    for part in ["klt", "metric", "prediction"] {
+        assert!(path(&format!("c-without-{part}.safetensors")).exists());
+    }
+
+    let file = path("caches.kv");
+    let method = format!("joint:codec={}", text(&one));
+    succeed(&["encode", text(&dump), "--method", &method, "-o", text(&file)]);
+    let moved = path("moved.safetensors");
+    fs::rename(&one, &moved).unwrap();
+    refuse(&["decode", text(&file), "-o", text(&path("d"))], &["a.safetensors"]);
+    let with = |codec: &Path| {
+        ["decode", text(&file), "--codec", text(codec), "-o", text(&path("d"))].map(str::to_owned)
+    };
+    let refused = with(&other);
+    refuse(&refused.each_ref().map(|a| &a[..]), &["caches.kv", "another codec"]);
+    succeed(&with(&moved).each_ref().map(|a| &a[..]));
+
+    fs::write(&moved, &whole(&two)[..1000]).unwrap();
+    refuse(
+        &["encode", text(&dump), "--method", &format!("joint:codec={}", text(&moved)), "-o", text(&file)],
+        &["moved"],
+    );
+    refuse(&["train", text(&path("nowhere")), "-o", text(&moved)], &["nowhere"]);
+
+    let csv = path("sensitivity.csv");
+    succeed(&["sensitivity", text(&dump), "-o", text(&csv)]);
+    let table = fs::read_to_string(&csv).unwrap();
+    assert!(table.starts_with("layer,part,kl_per_unit,kl,units,kl_per_variance\n0,key,"), "{table}");
+    assert_eq!(table.lines().count(), 3);
+}

@@ -4,7 +4,9 @@ mod common;
 
 use common::{run, small_dump, succeed, text};
 
-const COMMANDS: [&str; 19] = [
+const COMMANDS: [&str; 21] = [
+    "train",
+    "sensitivity",
     "encode",
     "decode",
     "methods",

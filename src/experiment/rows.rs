@@ -274,7 +274,7 @@ impl Row {
             untouched_bits: ledger.untouched_bits,
             scale_bits: ledger.scale_bits,
             table_bits: ledger.table_bits,
-            codebook_bits: ledger.codebook_bits,
+            codebook_bits: ledger.codebook_bits + ledger.trained_bits,
             bits_per_element: rounded(ledger.bits_per_element()),
             cr_audited: rounded(cr),
             cr_paper: rounded(ledger.cr_paper()),

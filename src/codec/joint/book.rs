@@ -100,7 +100,7 @@ impl Book {
     }
 }
 
-/// What [`Tables`] are made of.
+/// What the entropy coder's tables are made of.
 pub struct TableParts {
     pub probabilities: Vec<u16>,
     pub means: Vec<u32>,
