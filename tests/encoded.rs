@@ -2,7 +2,7 @@
 
 mod common;
 
-use common::{refuse, succeed, text, tiny};
+use common::{refuse, run, succeed, text, tiny};
 use kvfuse::codec::registry::METHODS;
 use kvfuse::codec::{Chain, Codec, Ledger, Memo};
 use kvfuse::dump::Manifest;
@@ -252,4 +252,22 @@ fn a_codec_is_trained_the_same_twice_and_known_again() {
     let table = fs::read_to_string(&csv).unwrap();
     assert!(table.starts_with("layer,part,kl_per_unit,kl,units,kl_per_variance\n0,key,"), "{table}");
     assert_eq!(table.lines().count(), 3);
+
+    // A search finds what a sweep of all would: the fewest bits within the KL.
+    let shown =
+        succeed(&["search", text(&dump), "--method", "prefix+kivi:residual=4", "--max-kl", "1e9", "--json"]);
+    let tried: Vec<serde_json::Value> = shown.lines().map(|l| serde_json::from_str(l).unwrap()).collect();
+    let best: Vec<_> = tried.iter().filter(|t| t["best"] == true).collect();
+    assert_eq!(best.len(), 1, "{shown}");
+    assert!(best[0]["method"].as_str().unwrap().contains("bits=1"), "{shown}");
+    let method = format!("prefix+joint:codec={}", text(&other));
+    let shown = succeed(&["search", text(&dump), "--method", &method, "--max-kl", "1e-4"]);
+    assert!(shown.contains("best"), "{shown}");
+    for (method, words) in
+        [("prefix", "turned"), ("kivi:bits=4", "bits"), ("kivi,int8", "one chain"), ("cff", "turned")]
+    {
+        let output = run(&["search", text(&dump), "--method", method, "--max-kl", "1"]);
+        assert_eq!(output.status.code(), Some(2), "{method}");
+        assert!(String::from_utf8_lossy(&output.stderr).contains(words), "{method}");
+    }
 }

@@ -4,7 +4,8 @@ mod common;
 
 use common::{run, small_dump, succeed, text};
 
-const COMMANDS: [&str; 21] = [
+const COMMANDS: [&str; 22] = [
+    "search",
     "train",
     "sensitivity",
     "encode",

@@ -15,6 +15,7 @@ mod plan;
 mod plot;
 mod report;
 mod run;
+mod search;
 mod simulate;
 mod stats;
 mod sweep;
@@ -64,6 +65,7 @@ enum Command {
     Decode(encode::DecodeArgs),
     Train(train::Args),
     Sensitivity(train::SensitivityArgs),
+    Search(search::Args),
     Calibrate(calibrate::Args),
     Explain(explain::Args),
     Stats(stats::Args),
@@ -106,6 +108,7 @@ impl Command {
             Command::Decode(args) => encode::run_decode(args),
             Command::Train(args) => train::run(args, typed),
             Command::Sensitivity(args) => train::run_sensitivity(args),
+            Command::Search(args) => search::run(args),
             Command::Calibrate(args) => calibrate::run(args, typed),
             Command::Explain(args) => explain::run(args),
             Command::Stats(args) => stats::run(args, typed),

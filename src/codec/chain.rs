@@ -1,7 +1,7 @@
 //! Chains: codecs one after the other, each encoding what the one before left. A chain is a codec itself.
 
 use super::fusion::{ChunkFusion, Fusion};
-use super::registry::{Chosen, build, known};
+use super::registry::{Chosen, Search, build, known};
 use super::spec::{ChainText, bad, parse};
 use super::{CacheBatch, Codec, Coverage, Memo, Role};
 use crate::error::Result;
@@ -228,6 +228,56 @@ fn expand(text: &str, written: ChainText) -> Result<Vec<Chain>> {
             .collect();
     }
     all.into_iter().map(|stages| Chain { stages }.check(text, &written)).collect()
+}
+
+/// One chain with a dial that can be turned from fine to coarse: that of its last stage that has one.
+pub struct Turnable {
+    text: String,
+    /// Where the option goes, and what comes before its name.
+    at: usize,
+    mark: char,
+    search: Search,
+}
+
+impl Turnable {
+    /// # Errors
+    /// Several chains; a chain without a dial, or whose dial is turned; one that prefills anew.
+    pub fn of(text: &str) -> Result<Self> {
+        let written = match &parse(text)?[..] {
+            [one] => one.clone(),
+            _ => return Err(bad(text, 0, "one chain is needed")),
+        };
+        let entries: Vec<_> = written.iter().map(|s| known(text, s)).collect::<Result<_>>()?;
+        let found = entries.iter().enumerate().rev().find_map(|(i, e)| Some((i, e.search?)));
+        let (i, search) =
+            found.ok_or_else(|| bad(text, 0, "nothing in it can be turned from fine to coarse"))?;
+        if let Some(own) = written[i].options.iter().find(|o| entries[i].dials.contains(&&o.name[..])) {
+            return Err(bad(text, own.at, format!("{} is what is looked for; leave it out", own.name)));
+        }
+        // A stage ends before the + of the next.
+        let at = written.get(i + 1).map_or(text.len(), |next| next.at - 1);
+        let mark = if written[i].options.is_empty() { ':' } else { ',' };
+        let turnable = Turnable { text: text.to_owned(), at, mark, search };
+        if turnable.chain(0.5)?.chunks().is_some() {
+            return Err(bad(text, 0, "it prefills anew; sweep it"));
+        }
+        Ok(turnable)
+    }
+
+    /// The chain at a share of the way from fine to coarse.
+    pub fn chain(&self, share: f64) -> Result<Chain> {
+        let (before, after) = self.text.split_at(self.at);
+        let value = self.search.at(share);
+        // Four digits are enough to meet a bound, and can be read.
+        let digits = (3 - value.abs().log10().floor() as i32).clamp(0, 12) as usize;
+        let value: f64 = format!("{value:.digits$}").parse().unwrap_or(value);
+        let text = format!("{before}{}{}={value}{after}", self.mark, self.search.option);
+        let mut chains = Chain::parse(&text)?;
+        if chains.len() != 1 {
+            return Err(bad(&self.text, 0, "one chain is needed, without alternatives"));
+        }
+        Ok(chains.swap_remove(0))
+    }
 }
 
 impl Codec for Chain {

@@ -12,7 +12,7 @@ pub mod registry;
 mod sharing;
 pub mod spec;
 
-pub use chain::{Chain, Stage};
+pub use chain::{Chain, Stage, Turnable};
 pub use distortion::{
     Distortion, Drift, distortion, distortion_by_layer, distortion_in, relative, relative_error,
 };

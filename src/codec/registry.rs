@@ -25,6 +25,8 @@ pub trait Method: Args + FromArgMatches + Serialize + Clone {
     const PAPER: &'static str;
     /// Options along which its curve is drawn: rows that differ in these alone are one series.
     const DIALS: &'static [&'static str] = &[];
+    /// The option that is turned to meet a KL.
+    const SEARCH: Option<Search> = None;
     /// Whether what is read back equals what was stored.
     const LOSSLESS: bool = false;
     /// What a text that turns no dial means.
@@ -43,6 +45,35 @@ pub trait Method: Args + FromArgMatches + Serialize + Clone {
     fn codec(&self) -> Result<Arc<dyn Codec>>;
 }
 
+/// Values of an option from the finest to the coarsest.
+#[derive(Debug, Clone, Copy)]
+pub struct Search {
+    pub option: &'static str,
+    pub fine: f64,
+    pub coarse: f64,
+    pub scale: Scale,
+}
+
+/// How values lie between two ends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Scale {
+    Linear,
+    Logarithmic,
+    /// Whole numbers.
+    Whole,
+}
+
+impl Search {
+    /// The value at a share of the way.
+    pub fn at(&self, share: f64) -> f64 {
+        match self.scale {
+            Scale::Linear => self.fine + share * (self.coarse - self.fine),
+            Scale::Logarithmic => self.fine * (self.coarse / self.fine).powf(share),
+            Scale::Whole => (self.fine + share * (self.coarse - self.fine)).round(),
+        }
+    }
+}
+
 /// A row of the registry.
 pub struct Entry {
     pub name: &'static str,
@@ -51,6 +82,7 @@ pub struct Entry {
     pub dials: &'static [&'static str],
     pub lossless: bool,
     pub grid: Option<(&'static str, &'static str)>,
+    pub search: Option<Search>,
     command: fn() -> Command,
     build: fn(&Command, &[String]) -> std::result::Result<Stage, Problem>,
 }
@@ -83,6 +115,7 @@ const fn entry<M: Method>() -> Entry {
         dials: M::DIALS,
         lossless: M::LOSSLESS,
         grid: M::GRID,
+        search: M::SEARCH,
         command: || M::augment_args(Command::new(M::NAME).no_binary_name(true).disable_help_flag(true)),
         build: |command, arguments| {
             let text = |e| Problem::Text(Box::new(e));

@@ -13,6 +13,7 @@ mod labels;
 mod measure;
 mod rows;
 mod runs;
+mod search;
 mod settings;
 mod simulate;
 mod stage;
@@ -30,6 +31,7 @@ pub use labels::{Labelled, PACKING, series_labels};
 pub use measure::{STATS_CSV, STATS_MANIFEST, StatsOptions, measure, read_stats};
 pub use rows::{LayerRow, LayerScore, RequestRow, RequestScore, Row, Timings};
 pub use runs::RunRecord;
+pub use search::{SearchOptions, Tried, search};
 pub use settings::{Settings, SweepOptions};
 pub use simulate::{
     MONTE_CARLO_CSV, PREDICTIONS_CSV, SCALE_CSV, SIMULATE_MANIFEST, SUMMARY_CSV, SimulateOptions, Simulation,

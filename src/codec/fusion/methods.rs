@@ -5,7 +5,7 @@ use super::rule::Rule;
 use super::thresholds::Thresholds;
 use super::{ChunkFusion, Fusion};
 use crate::codec::Codec;
-use crate::codec::registry::Method;
+use crate::codec::registry::{Method, Scale, Search};
 use crate::error::{Error, Result};
 use serde::{Serialize, Serializer};
 use serde_json::{Value, json};
@@ -198,6 +198,8 @@ impl Method for Bff {
                                  factors of its own. The defaults are the paper's (docs/fusion.md).";
     const PAPER: &'static str = PAPER;
     const DIALS: &'static [&'static str] = DIALS;
+    const SEARCH: Option<Search> =
+        Some(Search { option: "tau", fine: 0.995, coarse: 0.3, scale: Scale::Linear });
     const GRID: Option<(&'static str, &'static str)> = GRID;
 
     fn normal(self) -> Self {

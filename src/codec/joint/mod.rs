@@ -6,7 +6,7 @@ mod entropy;
 pub mod reference;
 pub mod train;
 
-use super::registry::Method;
+use super::registry::{Method, Scale, Search};
 use super::{CacheBatch, Codec, Coverage, Memo, Role};
 use crate::block::{BlockId, Payload};
 use crate::error::{Error, Result};
@@ -95,6 +95,8 @@ impl Method for Joint {
                                  codes it. Needs a codec that was trained for the model (`kvfuse train`).";
     const PAPER: &'static str = "kvfuse, docs/joint.md";
     const DIALS: &'static [&'static str] = &["step"];
+    const SEARCH: Option<Search> =
+        Some(Search { option: "step", fine: 1e-4, coarse: 1.0, scale: Scale::Logarithmic });
 
     fn effective(&self) -> Result<serde_json::Value> {
         let mut all = serde_json::to_value(self).map_err(|e| Error::argument(e.to_string()))?;

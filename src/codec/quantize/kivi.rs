@@ -3,7 +3,7 @@
 use super::{BitSink, BitSource, Cost, PageShape, Quantized, Quantizer, put_f16, take_f16};
 use crate::codec::Codec;
 use crate::codec::fusion::Part;
-use crate::codec::registry::Method;
+use crate::codec::registry::{Method, Scale, Search};
 use crate::error::Result;
 use serde::Serialize;
 use std::sync::Arc;
@@ -27,6 +27,8 @@ impl Method for Kivi {
                                  point each; the last tokens of a request stay raw.";
     const PAPER: &'static str = "Liu et al. 2024, KIVI (arXiv 2402.02750)";
     const DIALS: &'static [&'static str] = &["bits"];
+    const SEARCH: Option<Search> =
+        Some(Search { option: "bits", fine: 8.0, coarse: 1.0, scale: Scale::Whole });
 
     fn codec(&self) -> Result<Arc<dyn Codec>> {
         Ok(Arc::new(Quantized(*self)))

@@ -4,7 +4,7 @@
 use super::{BitSink, BitSource, Cost, PageShape, Quantized, Quantizer, put_f16, take_f16};
 use crate::codec::Codec;
 use crate::codec::fusion::Part;
-use crate::codec::registry::Method;
+use crate::codec::registry::{Method, Scale, Search};
 use crate::error::Result;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -29,6 +29,8 @@ impl Method for Rotated {
     const PAPER: &'static str =
         "after Zandieh et al. 2025, TurboQuant (arXiv 2504.19874); Lloyd 1982, Max 1960";
     const DIALS: &'static [&'static str] = &["bits"];
+    const SEARCH: Option<Search> =
+        Some(Search { option: "bits", fine: 8.0, coarse: 1.0, scale: Scale::Whole });
 
     fn codec(&self) -> Result<Arc<dyn Codec>> {
         Ok(Arc::new(Quantized(Turning {

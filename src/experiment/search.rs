@@ -1,0 +1,126 @@
+//! `kvfuse search`: the cheapest setting of a chain that keeps to a KL.
+
+use super::arms::Packing;
+use super::evaluate::FirstToken;
+use super::settings::{Settings, SweepOptions};
+use super::stage::Stage;
+use super::sweep::open_model;
+use crate::codec::Turnable;
+use crate::dump::{Half, Manifest};
+use crate::error::{Error, Result};
+use crate::interrupt;
+use crate::progress::{Progress, Unit};
+use serde::Serialize;
+use std::path::PathBuf;
+
+/// What to search.
+pub struct SearchOptions {
+    pub dump: PathBuf,
+    /// One chain whose dial is not turned.
+    pub method: String,
+    /// KL from no encoding, nats a token, mean over requests, at most.
+    pub max_kl: f64,
+    pub block_size: usize,
+    /// Requests encoded together.
+    pub batch: usize,
+    pub first_token: FirstToken,
+    pub half: Option<Half>,
+    /// Settings to try, at most.
+    pub evaluations: usize,
+}
+
+/// A setting that was tried.
+#[derive(Debug, Clone, Serialize)]
+pub struct Tried {
+    pub method: String,
+    pub cr_audited: f64,
+    pub bits_per_element: f64,
+    pub kl: f64,
+    /// Whether it keeps to the KL, and none that does stores less.
+    pub best: bool,
+}
+
+/// As near to the bound as is worth another try.
+const NEAR: f64 = 0.97;
+
+/// Tries settings between the finest and the coarsest, where KL should meet the bound if its logarithm were straight between
+/// those tried; in the order tried.
+///
+/// # Errors
+/// Chains without a dial, or with one turned; chains that prefill anew; bad dumps; no setting that keeps to the KL.
+pub fn search(options: &SearchOptions) -> Result<Vec<Tried>> {
+    let dial = Turnable::of(&options.method)?;
+    let manifest = Manifest::read(&options.dump)?;
+    let requests = manifest.half(options.half, &options.dump)?;
+    let model = open_model(&options.dump, None, &manifest)?;
+    let sweep = SweepOptions {
+        dump: options.dump.clone(),
+        out: PathBuf::new(),
+        model: None,
+        chains: Vec::new(),
+        block_sizes: vec![options.block_size],
+        first_tokens: vec![options.first_token],
+        half: options.half,
+        batches: vec![options.batch],
+        max_new_tokens: None,
+        resamples: 0,
+        seed: 0,
+        given: Settings::default(),
+        command: Vec::new(),
+    };
+    let packing =
+        Packing { block_size: options.block_size, batch: options.batch, first_token: options.first_token };
+    let mut stage = Stage::new(&model, &sweep, &manifest, &requests, packing, None)?;
+    let progress = Progress::new("searching", options.evaluations as u64, Unit::Items("settings"));
+    let mut tried: Vec<Tried> = Vec::new();
+    // Place between fine and coarse, and KL there.
+    let (mut fine, mut coarse): ((f64, Option<f64>), (f64, Option<f64>)) = ((0.0, None), (1.0, None));
+    for _ in 0..options.evaluations {
+        interrupt::check()?;
+        let at = fine.0 + (coarse.0 - fine.0) * share(fine.1, coarse.1, options.max_kl);
+        let chain = dial.chain(at)?;
+        // Whole numbers run out.
+        if tried.iter().any(|t| t.method == chain.name()) {
+            break;
+        }
+        let (ledger, kl) = stage.rate_and_kl(&chain)?;
+        tried.push(Tried {
+            method: chain.name(),
+            cr_audited: ledger.cr_audited(),
+            bits_per_element: ledger.bits_per_element(),
+            kl,
+            best: false,
+        });
+        progress.increment();
+        if kl <= options.max_kl {
+            fine = (at, Some(kl));
+            if kl >= NEAR * options.max_kl {
+                break;
+            }
+        } else {
+            coarse = (at, Some(kl));
+        }
+    }
+    progress.finish();
+    let within = tried.iter_mut().filter(|t| t.kl <= options.max_kl);
+    match within.max_by(|a, b| a.cr_audited.total_cmp(&b.cr_audited)) {
+        Some(best) => best.best = true,
+        None => {
+            let least = tried.iter().map(|t| t.kl).fold(f64::INFINITY, f64::min);
+            return Err(Error::argument(format!(
+                "{}: no setting that was tried keeps the KL below {}; the least was {least:.4}",
+                options.method, options.max_kl
+            )));
+        }
+    }
+    Ok(tried)
+}
+
+/// How far from fine to coarse the next try is: where the line between the logarithms of both KLs meets the bound, never close to
+/// an end; in the middle while one is unknown.
+fn share(fine: Option<f64>, coarse: Option<f64>, bound: f64) -> f64 {
+    match (fine.filter(|kl| *kl > 0.0), coarse) {
+        (Some(a), Some(b)) if b > a => ((bound / a).ln() / (b / a).ln()).clamp(0.1, 0.9),
+        _ => 0.5,
+    }
+}
