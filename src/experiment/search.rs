@@ -92,6 +92,10 @@ pub fn search(options: &SearchOptions) -> Result<Vec<Tried>> {
             best: false,
         });
         progress.increment();
+        // Settings that round to the same: nothing lies between.
+        if tried.iter().filter(|t| t.kl == kl && t.cr_audited == ledger.cr_audited()).count() > 1 {
+            break;
+        }
         if kl <= options.max_kl {
             fine = (at, Some(kl));
             if kl >= NEAR * options.max_kl {

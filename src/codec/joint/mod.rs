@@ -28,7 +28,7 @@ pub struct Joint {
     /// File of `kvfuse train`
     #[arg(long, value_name = "FILE", value_parser = Trained::read, value_hint = clap::ValueHint::FilePath)]
     codec: Option<Trained>,
-    /// Step of the quantiser; the step that the file was trained at if it is left out
+    /// Step of the quantiser, rounded to an eighth of an octave; the step that the file was trained at if it is left out
     #[arg(long, value_parser = step)]
     step: Option<f64>,
     /// Predict tokens from earlier tokens that stand behind the same text
