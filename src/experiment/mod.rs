@@ -38,5 +38,5 @@ pub use simulate::{
     simulate,
 };
 pub use stage::{load, targets};
-pub use sweep::{LAYERS_CSV, REQUESTS_CSV, SWEEP_CSV, TIMINGS_CSV, sweep};
+pub use sweep::{LAYERS_CSV, REQUESTS_CSV, SWEEP_CSV, TIMINGS_CSV, open_model, sweep};
 pub use table::{Columns, read_csv, write_csv};

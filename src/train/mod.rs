@@ -11,7 +11,7 @@ use crate::codec::joint::rebuild;
 use crate::codec::joint::train::{Metric, Training, train as fit};
 use crate::dump::Manifest;
 use crate::error::{Error, Result};
-use crate::model::Model;
+use crate::experiment::open_model;
 use crate::progress::{Progress, Unit};
 use std::path::{Path, PathBuf};
 
@@ -72,18 +72,12 @@ pub fn train(options: &TrainOptions) -> Result<Trained> {
             return Err(Error::file(dump, problem));
         }
     }
-    let model = Model::load(&first.model.name)?;
-    if model.sha256 != first.model.sha256 {
-        return Err(Error::file(
-            &options.dumps[0],
-            "was made by another version of its model; dump it again",
-        ));
-    }
+    let model = open_model(&options.dumps[0], None, first)?;
     let config = model.decoder.config().clone();
     let corpus = collect::corpus(&options.dumps, &manifests, &model)?;
     let fitted = |metrics: &[Metric], training: &Training| {
         let progress = Progress::new("training layers", config.layers as u64, Unit::Items("layers"));
-        let fitted = fit(&corpus, metrics, training, |_, _| progress.increment())?;
+        let fitted = fit(&corpus, metrics, training, || progress.increment())?;
         progress.finish();
         Ok::<_, Error>(fitted)
     };

@@ -7,7 +7,7 @@ use crate::codec::joint::train::{Metric, inverse_root};
 use crate::codec::{CacheBatch, Codec, Memo, Prefix};
 use crate::dump::Manifest;
 use crate::error::{Error, Result};
-use crate::experiment::{Base, FirstToken, Prompt, Reference, load, targets};
+use crate::experiment::{Base, FirstToken, Prompt, Reference, load, open_model, targets};
 use crate::interrupt;
 use crate::model::Model;
 use crate::progress::{Progress, Unit};
@@ -50,7 +50,7 @@ pub struct SensitivityOptions {
 /// Damaged dumps; dumps without questions; Ctrl-C.
 pub fn sensitivity(options: &SensitivityOptions) -> Result<Vec<Sensitivity>> {
     let manifest = Manifest::read(&options.dump)?;
-    let model = Model::load(&manifest.model.name)?;
+    let model = open_model(&options.dump, None, &manifest)?;
     let base = metric::base(&options.dump, &manifest, &model, options.questions, options.seed)?;
     Bench::new(&options.dump, &manifest, &model, options.questions)?.measure(&base, options.seed)
 }
@@ -90,21 +90,13 @@ impl<'a> Bench<'a> {
             let rope = batch.ropes.clone();
             let mut errors = Vec::new();
             for (&id, &first) in &self.pages[layer] {
-                let pick = |batch: &CacheBatch| match part {
-                    Part::Key => batch.pool.keys(id).to_vec(),
-                    Part::Value => batch.pool.values(id).to_vec(),
-                };
-                let (before, after) = (pick(&self.base.batch), pick(&coded));
-                let mut error: Vec<f32> = before.iter().zip(&after).map(|(x, y)| x - y).collect();
-                let (keys, values) = match part {
-                    Part::Key => {
-                        rope.layer(layer).strip_tokens(&mut error, own.len() * d, first);
-                        (after, batch.pool.values(id).to_vec())
-                    }
-                    Part::Value => (batch.pool.keys(id).to_vec(), after),
-                };
+                let (before, after) = (numbers(&self.base.batch, part, id), numbers(&coded, part, id));
+                let mut error: Vec<f32> = before.iter().zip(after).map(|(x, y)| x - y).collect();
+                if part == Part::Key {
+                    rope.layer(layer).strip_tokens(&mut error, own.len() * d, first);
+                }
                 errors.push(error);
-                batch.pool.recode(id, keys, values, Payload::default());
+                replace(&mut batch, part, id, after.to_vec());
             }
             // Errors have no mean to speak of.
             let units = weighted_variance(&errors, own, d);
@@ -168,11 +160,7 @@ impl<'a> Bench<'a> {
         let ropes = std::sync::Arc::clone(&batch.ropes);
         let rope = ropes.layer(layer);
         let read = |id: BlockId, first: usize| {
-            let mut numbers = match part {
-                Part::Key => batch.pool.keys(id),
-                Part::Value => batch.pool.values(id),
-            }
-            .to_vec();
+            let mut numbers = numbers(&batch, part, id).to_vec();
             if part == Part::Key {
                 rope.strip_tokens(&mut numbers, width, first);
             }
@@ -193,20 +181,33 @@ impl<'a> Bench<'a> {
                     }
                 }
             }
-            let (keys, values) = match part {
-                Part::Key => {
-                    rope.rotate_tokens(&mut numbers, width, first);
-                    (numbers, batch.pool.values(id).to_vec())
-                }
-                Part::Value => (batch.pool.keys(id).to_vec(), numbers),
-            };
-            batch.pool.recode(id, keys, values, Payload::default());
+            if part == Part::Key {
+                rope.rotate_tokens(&mut numbers, width, first);
+            }
+            replace(&mut batch, part, id, numbers);
         }
         let kl = self.kl(&mut batch)?;
         let units = f64::from(amplitude).powi(2) * width as f64;
         let unit = if units > 0.0 { kl / units } else { 0.0 };
         Ok(Sensitivity { layer, part, kl_per_unit: unit, kl, units, kl_per_variance: kl / NOISE })
     }
+}
+
+/// A page's keys or values, as they lie in the pool.
+fn numbers(batch: &CacheBatch, part: Part, id: BlockId) -> &[f32] {
+    match part {
+        Part::Key => batch.pool.keys(id),
+        Part::Value => batch.pool.values(id),
+    }
+}
+
+/// Puts others in their place, for all that point at the page.
+fn replace(batch: &mut CacheBatch, part: Part, id: BlockId, numbers: Vec<f32>) {
+    let (keys, values) = match part {
+        Part::Key => (numbers, batch.pool.values(id).to_vec()),
+        Part::Value => (batch.pool.keys(id).to_vec(), numbers),
+    };
+    batch.pool.recode(id, keys, values, Payload::default());
 }
 
 /// Runs the keys and the values of every layer, with their part of the metric.

@@ -243,7 +243,7 @@ pub fn joint_codec(path: &Path, batch: &CacheBatch) {
     let unit: Vec<f64> = (0..d * d).map(|i| if i % (d + 1) == 0 { 1.0 } else { 0.0 }).collect();
     let metrics = vec![vec![unit; 2 * shape.kv_heads]; layers];
     let training = train::Training { step: eighths(0.1), taps: 2, klt: true, ridge: 1e-2, rank: 16 };
-    let (books, tables) = train::train(&corpus, &metrics, &training, |_, _| ()).unwrap();
+    let (books, tables) = train::train(&corpus, &metrics, &training, || ()).unwrap();
     let origin = book::Origin {
         schema: book::SCHEMA,
         kvfuse_version: String::new(),

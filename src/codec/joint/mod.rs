@@ -34,8 +34,8 @@ pub struct Joint {
     /// Predict tokens from earlier tokens that stand behind the same text
     #[arg(long, action = clap::ArgAction::Set, default_value_t = true, value_name = "BOOL")]
     reference: bool,
-    /// Finer steps for blocks that several requests or references read: the step goes with their number to this power, negative
-    #[arg(long, default_value_t = 0.25)]
+    /// Finer steps for blocks that several requests share: the step is divided by their number to this power
+    #[arg(long, default_value_t = SPREAD)]
     spread: f64,
     /// Squared error, in steps, that a saved bit is worth in rounding
     #[arg(long, default_value_t = 0.0)]
@@ -47,6 +47,9 @@ pub struct Joint {
     #[arg(long, default_value_t = 1_000_000)]
     charge_tokens: u64,
 }
+
+/// The usual [`Joint::spread`], which codecs are trained with too.
+const SPREAD: f64 = 0.25;
 
 fn step(text: &str) -> std::result::Result<f64, String> {
     match text.parse::<f64>() {
@@ -197,30 +200,21 @@ pub struct Reference {
 /// Of each token of a column.
 pub type Sources = Vec<Option<Reference>>;
 
-/// What all tokens are predicted from.
-pub struct References {
-    /// By column.
-    pub of: Vec<Sources>,
-    /// Tokens that refer to each column.
-    pub readers: Vec<usize>,
-}
-
-/// Finds the references of all columns; only requests of the same group refer to one another.
+/// Finds the references of all columns, column by column; only requests of the same group refer to one another.
 pub fn references(
     batch: &CacheBatch,
     columns: &[Column],
     of_requests: &[Vec<usize>],
     within_tenant: bool,
-) -> References {
+) -> Vec<Sources> {
     let size = batch.pool.shape().block_size;
     let group = |request: usize| match within_tenant {
         true => batch.tenants.iter().position(|t| *t == batch.tenants[request]).unwrap_or(0) as u64,
         false => 0,
     };
     let mut index = Index::new(&batch.tokens);
-    let mut readers = vec![0; columns.len()];
     let column_of = |place: Place| of_requests[place.request].get(place.token / size).copied();
-    let of = columns
+    columns
         .iter()
         .enumerate()
         .map(|(number, column)| {
@@ -235,15 +229,13 @@ pub fn references(
                 previous = found.map(|m| m.place);
                 let Match { place, class } = found?;
                 let from = column_of(place)?;
-                readers[from] += 1;
                 Some(Reference { column: from, token: place.token % size, class })
             });
             let own = own.collect();
             index.add(column.request, first..first + column.tokens, group);
             own
         })
-        .collect();
-    References { of, readers }
+        .collect()
 }
 
 /// Columns in groups, each of which refers to earlier groups only.
@@ -274,7 +266,7 @@ pub fn corpus_of(batch: &CacheBatch, folds: &[u8]) -> Result<train::Corpus> {
         source: Vec::new(),
     };
     let mut first_row = Vec::with_capacity(all.len());
-    for (column, sources) in all.iter().zip(&found.of) {
+    for (column, sources) in all.iter().zip(&found) {
         first_row.push(corpus.raw.len());
         for (t, source) in sources.iter().enumerate() {
             corpus.raw.push(column.block == 0 && t == 0);
@@ -304,7 +296,7 @@ pub fn rebuild(
         codec: None,
         step: None,
         reference: true,
-        spread: 0.25,
+        spread: SPREAD,
         lambda: 0.0,
         within_tenant: false,
         charge_tokens: 0,
@@ -398,18 +390,18 @@ impl Codec for Coding {
         let found = if self.options.reference {
             references(batch, &all, &of_requests, self.options.within_tenant)
         } else {
-            References { of: all.iter().map(|c| vec![None; c.tokens]).collect(), readers: vec![0; all.len()] }
+            all.iter().map(|c| vec![None; c.tokens]).collect()
         };
         let step = self.options.step.map_or(self.book.origin.step, entropy::eighths);
         let mut components: Vec<Components> = vec![Components::default(); all.len()];
-        for wave in waves(&found.of) {
+        for wave in waves(&found) {
             let coded: Vec<(Rebuilt, Vec<u8>)> = wave
                 .par_iter()
                 .map(|&number| {
                     let column = &all[number];
                     let readers = column.readers as f64;
                     let finer = (8.0 * self.options.spread * readers.max(1.0).log2()).round() as i32;
-                    self.encode_column(batch, column, &found.of[number], step - finer, &components)
+                    self.encode_column(batch, column, &found[number], step - finer, &components)
                 })
                 .collect();
             for (&number, (rebuilt, bytes)) in wave.iter().zip(coded) {

@@ -87,7 +87,7 @@ struct Fitted {
     left: Vec<f16>,
 }
 
-/// Trains all layers; `progress` is told of each.
+/// Trains all layers; `progress` is called after each.
 ///
 /// # Errors
 /// Singular matrices; Ctrl-C.
@@ -95,7 +95,7 @@ pub fn train(
     corpus: &Corpus,
     metrics: &[Metric],
     training: &Training,
-    mut progress: impl FnMut(usize, &LayerBook),
+    mut progress: impl FnMut(),
 ) -> Result<(Vec<LayerBook>, TableParts)> {
     let mut books: Vec<LayerBook> = Vec::new();
     let mut below: Vec<Vec<f32>> = Vec::new();
@@ -107,7 +107,7 @@ pub fn train(
         if below.len() > training.taps {
             below.remove(0);
         }
-        progress(n, &fitted.book);
+        progress();
         books.push(fitted.book);
         left.push(fitted.left);
     }
