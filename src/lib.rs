@@ -2,12 +2,12 @@
 
 pub mod bench;
 pub mod block;
+pub mod calibrate;
 pub mod cli;
 pub mod codec;
 pub mod dump;
 pub mod encoded;
 pub mod error;
-pub mod experiment;
 pub mod files;
 pub mod interrupt;
 pub mod lock;
@@ -16,6 +16,8 @@ pub mod plot;
 pub mod progress;
 pub mod report;
 pub mod stats;
+pub mod sweep;
+pub mod tables;
 pub mod task;
 pub mod theory;
 pub mod train;

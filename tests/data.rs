@@ -2,7 +2,7 @@
 
 mod common;
 
-use common::{refuse, run, succeed, text};
+use common::{refuse, run, small_model, succeed, text};
 use serde_json::Value;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -17,7 +17,9 @@ fn spec(kind: &str, path: &Path) -> String {
 
 /// Dumps and reads the manifest back.
 fn dumped(out: &Path, arguments: &[&str]) -> Value {
-    succeed(&[&["dump", "--dtype", "f16", "-o", text(out)], arguments].concat());
+    succeed(
+        &[&["dump", "--model", text(small_model()), "--dtype", "f16", "-o", text(out)], arguments].concat(),
+    );
     serde_json::from_str(&fs::read_to_string(out.join("manifest.json")).unwrap()).unwrap()
 }
 
@@ -115,7 +117,21 @@ fn retrieved_passages_are_for_questions_about_passages() {
     let out = dir.path().join("x");
     let dump = |arguments: &[&str], words: &[&str]| {
         refuse(
-            &[&["dump", "--requests", "2", "--passages", "2", "-o", text(&out)], arguments].concat(),
+            &[
+                &[
+                    "dump",
+                    "--model",
+                    text(small_model()),
+                    "--requests",
+                    "2",
+                    "--passages",
+                    "2",
+                    "-o",
+                    text(&out),
+                ],
+                arguments,
+            ]
+            .concat(),
             words,
         );
     };
@@ -143,33 +159,6 @@ fn ruler_and_raw_prompts_load() {
     assert_eq!(manifest["requests"][0]["references"][0], "Paris");
 }
 
-/// The likelihood of a text's own words is measured, and nothing is scored.
-#[test]
-fn plain_text_is_for_perplexity() {
-    let dir = tempfile::tempdir().unwrap();
-    let (file, dump, out) = (dir.path().join("a.txt"), dir.path().join("dump"), dir.path().join("sweep"));
-    let words =
-        "The harbour of Seln lies where the river Aun meets the sea, and every spring the boats come home. ";
-    fs::write(&file, words.repeat(30)).unwrap();
-    let data = spec("text", &file);
-    let manifest = dumped(&dump, &["--data", &data, "--limit", "2", "--length", "160"]);
-    let requests = manifest["requests"].as_array().unwrap();
-    assert_eq!(requests.len(), 2);
-    let joined: String = requests
-        .iter()
-        .map(|r| format!("{}{}", r["prompt"].as_str().unwrap(), r["references"][0].as_str().unwrap()))
-        .collect();
-    assert!(words.repeat(30).starts_with(&joined));
-    succeed(&["sweep", text(&dump), "--method", "bff:tau=0.9", "--resamples", "50", "-o", text(&out)]);
-    let csv = fs::read_to_string(out.join("sweep.csv")).unwrap();
-    let header: Vec<&str> = csv.lines().next().unwrap().split(',').collect();
-    let none: Vec<&str> = csv.lines().nth(1).unwrap().split(',').collect();
-    let cell = |name: &str| none[header.iter().position(|h| *h == name).unwrap()];
-    assert_eq!((cell("metric"), cell("score"), cell("f1")), ("likelihood", "", ""));
-    // Sentences that were seen before are easy.
-    assert!(cell("nll").parse::<f64>().unwrap() < 1.0, "{}", cell("nll"));
-}
-
 #[test]
 fn prompts_are_cut_in_the_middle_and_sorted() {
     let dir = tempfile::tempdir().unwrap();
@@ -194,27 +183,6 @@ fn prompts_are_cut_in_the_middle_and_sorted() {
     assert!(prompt.starts_with("Passages:") && prompt.ends_with("\nAnswer:"), "{prompt}");
 }
 
-/// The chat template of the model's own file, special tokens and all.
-#[test]
-fn chat_prompts_carry_the_models_template() {
-    let dir = tempfile::tempdir().unwrap();
-    let data = spec("prompts", &fixture("prompts.jsonl"));
-    let plain = dumped(&dir.path().join("a"), &["--data", &data, "--requests", "2"]);
-    let chat = dumped(&dir.path().join("b"), &["--data", &data, "--requests", "2", "--chat"]);
-    assert_eq!((&plain["chat"], &chat["chat"]), (&Value::Null, &true.into()));
-    let model = kvfuse::model::Model::load(kvfuse::model::registry::DEFAULT_MODEL).unwrap();
-    let own = model.tokenizer.encode("The capital of France is").unwrap();
-    let wrapped = model.tokenizer.encode_chat("The capital of France is").unwrap();
-    let at = wrapped.windows(own.len()).position(|w| w == own).unwrap();
-    // <|im_start|> is 1, <|im_end|> 2; one each around the system's and the user's words, and one for the assistant.
-    assert_eq!(wrapped.iter().filter(|&&t| t == 1).count(), 3);
-    assert!(wrapped[..at].contains(&1) && wrapped[at + own.len()] == 2);
-    assert_eq!(chat["requests"][0]["tokens"], wrapped.len());
-    // What a user says is text, even if it looks like the template's own.
-    let sly = model.tokenizer.encode_chat("<|im_end|>").unwrap();
-    assert_eq!(sly.iter().filter(|&&t| t == 2).count(), wrapped.iter().filter(|&&t| t == 2).count());
-}
-
 #[test]
 fn malformed_lines_are_named_by_number() {
     let dir = tempfile::tempdir().unwrap();
@@ -225,7 +193,10 @@ fn malformed_lines_are_named_by_number() {
         fs::write(&file, good.replace(from, to)).unwrap();
         let out = dir.path().join("never");
         let data = spec(kind, &file);
-        refuse(&["dump", "--data", &data, "--limit", "9", "-o", text(&out)], &[&[name], words].concat());
+        refuse(
+            &["dump", "--model", text(small_model()), "--data", &data, "--limit", "9", "-o", text(&out)],
+            &[&[name], words].concat(),
+        );
     };
     let dataset = "\"dataset\": \"trec\"";
     broken(
@@ -251,12 +222,16 @@ fn malformed_lines_are_named_by_number() {
     let file = dir.path().join("empty.txt");
     fs::write(&file, "few words").unwrap();
     let data = spec("text", &file);
-    refuse(&["dump", "--data", &data, "-o", text(&dir.path().join("never"))], &["empty.txt", "0 windows"]);
+    refuse(
+        &["dump", "--model", text(small_model()), "--data", &data, "-o", text(&dir.path().join("never"))],
+        &["empty.txt", "0 windows"],
+    );
     let data = spec("longbench", &fixture("longbench.jsonl"));
     refuse(
-        &["dump", "--data", &data, "-o", text(&dir.path().join("never"))],
+        &["dump", "--model", text(small_model()), "--data", &data, "-o", text(&dir.path().join("never"))],
         &["3 prompts", "--requests 64"],
     );
-    let both = run(&["dump", "--data", &data, "--limit", "2", "--requests", "2"]);
+    let both =
+        run(&["dump", "--model", text(small_model()), "--data", &data, "--limit", "2", "--requests", "2"]);
     assert_eq!(both.status.code(), Some(2));
 }

@@ -9,7 +9,7 @@ use std::path::Path;
 use std::process::Output;
 
 const PLAN: &str = r#"title = "A small one"
-models = ["smollm2-135m"]
+models = ["MODEL"]
 
 [dump]
 requests = 64
@@ -31,6 +31,11 @@ requests = 4
 shots = 1
 "#;
 
+/// The experiment, on a made-up model.
+fn plan() -> String {
+    PLAN.replace("MODEL", text(common::small_model()))
+}
+
 fn in_folder(folder: &Path, arguments: &[&str]) -> Output {
     kvfuse().current_dir(folder).args(arguments).output().unwrap()
 }
@@ -43,7 +48,7 @@ fn said(output: &Output) -> (String, String) {
 #[test]
 fn an_experiment_runs_to_its_figures_and_skips_what_is_done() {
     let dir = tempfile::tempdir().unwrap();
-    fs::write(dir.path().join("small.toml"), PLAN).unwrap();
+    fs::write(dir.path().join("small.toml"), plan()).unwrap();
     let run = |root: &str| {
         let output = in_folder(dir.path(), &["run", "small.toml", "--quick", "--root", root]);
         let (stdout, stderr) = said(&output);
@@ -51,7 +56,7 @@ fn an_experiment_runs_to_its_figures_and_skips_what_is_done() {
         stdout
     };
     let first = run("results");
-    let out = dir.path().join("results/quick/small/smollm2-135m");
+    let out = dir.path().join("results/quick/small/model-reproduce");
     let names = [
         "sweep.csv",
         "stats.csv",
@@ -105,7 +110,7 @@ fn an_experiment_runs_to_its_figures_and_skips_what_is_done() {
     };
     let output = compare(&["--relative", "0", "--absolute", "0", "--outliers", "0"]);
     assert!(output.status.success(), "{:?}", said(&output));
-    let csv = dir.path().join("again/quick/small/smollm2-135m/sweep.csv");
+    let csv = dir.path().join("again/quick/small/model-reproduce/sweep.csv");
     let changed = fs::read_to_string(&csv).unwrap().replace(",1.0,", ",1.5,");
     fs::write(&csv, changed).unwrap();
     let output = compare(&[]);
@@ -124,7 +129,7 @@ fn report(dir: &Path, out: &Path) {
     assert!(output.status.success(), "{:?}", said(&output));
     let html = fs::read_to_string(dir.join("results/report.html")).unwrap();
     for word in [
-        "quick&#x2f;small&#x2f;smollm2-135m",
+        "quick&#x2f;small&#x2f;model-reproduce",
         "Claims and verdicts",
         "4.38",
         "independent",
@@ -158,7 +163,7 @@ fn report(dir: &Path, out: &Path) {
 
 /// Method and audited ratio of each row.
 fn csv_rows(path: &Path) -> Vec<(String, f64)> {
-    let table = kvfuse::experiment::Columns::read(path).unwrap();
+    let table = kvfuse::tables::Columns::read(path).unwrap();
     let (method, cr) = (table.strings("method").unwrap(), table.floats("cr_audited").unwrap());
     method.into_iter().zip(cr).collect()
 }
@@ -180,13 +185,13 @@ fn a_fault_in_an_experiment_is_named_by_line() {
         ("[stats]\ntau = \"0.9,0.8\"", "", ["[simulate]", "[stats]"]),
     ] {
         let path = dir.path().join("x.toml");
-        fs::write(&path, PLAN.replace(from, to)).unwrap();
+        fs::write(&path, plan().replace(from, to)).unwrap();
         let output = in_folder(dir.path(), &["run", text(&path), "--quick"]);
         let (_, stderr) = said(&output);
         let error = stderr.lines().find(|l| l.starts_with("error: ")).unwrap_or_default();
         assert_eq!(output.status.code(), Some(2), "{stderr}");
         // Before anything is done, of this file or of the one before it.
-        fs::write(dir.path().join("good.toml"), PLAN).unwrap();
+        fs::write(dir.path().join("good.toml"), plan()).unwrap();
         let both = in_folder(dir.path(), &["run", "good.toml", text(&path), "--quick"]);
         assert_eq!((&said(&both).0[..], both.status.code()), ("", Some(2)), "{to}");
         assert!(!dir.path().join("dumps").exists() && !dir.path().join("results").exists());

@@ -2,10 +2,11 @@
 
 use super::say;
 use super::table::table;
+use crate::calibrate::{CalibrateOptions, LayerReport, Target, calibrate, calibrate_from_model};
 use crate::codec::Chain;
 use crate::codec::fusion::{Choices, Similarity};
-use crate::experiment::{CalibrateOptions, LayerReport, Settings, Target, calibrate, calibrate_from_model};
 use crate::files;
+use crate::sweep::Settings;
 use anyhow::{Result, bail};
 use std::path::{Path, PathBuf};
 

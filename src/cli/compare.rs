@@ -2,7 +2,7 @@
 
 use super::say;
 use super::table::table;
-use crate::experiment::{Difference, Tolerance, compare_folders};
+use crate::tables::{Difference, Tolerance, compare_folders};
 use anyhow::{Result, bail};
 use std::path::PathBuf;
 

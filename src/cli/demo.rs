@@ -3,9 +3,10 @@
 use super::say;
 use super::sweep::summary;
 use crate::dump::{DumpDtype, DumpOptions, Sort, dump};
-use crate::experiment::{SWEEP_CSV, Settings, sweep};
 use crate::model::registry::DEFAULT_MODEL;
 use crate::plot::plot_sweep;
+use crate::sweep::{Settings, sweep};
+use crate::tables::SWEEP_CSV;
 use crate::task::Draw;
 use anyhow::Result;
 use std::path::PathBuf;

@@ -2,7 +2,7 @@
 
 use super::say;
 use super::table::table;
-use crate::experiment::{ExplainOptions, Explanation, FusedBlock, explain};
+use crate::sweep::{ExplainOptions, Explanation, FusedBlock, explain};
 use anyhow::Result;
 use std::collections::BTreeMap;
 use std::path::PathBuf;

@@ -87,10 +87,10 @@ impl Plan {
         if quick {
             plan.overlay(small);
         }
-        if plan.has("simulate") && !plan.has("stats") {
+        if plan.has("simulate") && !plan.bounds() && !plan.has("stats") {
             return Err(Error::file(
                 path,
-                "[simulate] needs statistics: add a [stats] table, if only an empty one",
+                "[simulate] needs statistics: add a [stats] table, if only an empty one (or a method, for the bound)",
             ));
         }
         if plan.has("train") == plan.training.is_empty() {
@@ -105,6 +105,11 @@ impl Plan {
 
     pub fn has(&self, command: &str) -> bool {
         self.step(command).is_some()
+    }
+
+    /// Whether [simulate] is of the Gaussian bound: then it has chains.
+    pub fn bounds(&self) -> bool {
+        self.step("simulate").is_some_and(|s| s.settings.iter().any(|t| t.key == "method"))
     }
 
     /// Takes everything that `small` has.
@@ -356,6 +361,7 @@ mod tests {
                     let filled: &[String] = match step.command {
                         "calibrate" | "stats" => &["x".to_owned()],
                         "train" => &["x".to_owned(), "--out=x".to_owned()],
+                        "simulate" if plan.bounds() => &["--bound=x".to_owned()],
                         "simulate" => &["--stats=x".to_owned()],
                         _ => &[],
                     };

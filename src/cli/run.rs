@@ -4,8 +4,8 @@ use super::plan::{Plan, STEPS};
 use super::{Cli, Command, say, words_of};
 use crate::dump::Manifest;
 use crate::error::Error;
-use crate::experiment::STATS_CSV;
 use crate::files;
+use crate::stats::STATS_CSV;
 use anyhow::{Context, Result, bail};
 use clap::Parser;
 use serde::{Deserialize, Serialize};
@@ -107,6 +107,7 @@ impl Steps<'_> {
         for name in STEPS.into_iter().filter(|name| self.plan.has(name)) {
             let filled = match name {
                 "dump" => Vec::new(),
+                "simulate" if self.plan.bounds() => vec!["--bound=-".to_owned()],
                 "simulate" => vec!["--stats=-".to_owned()],
                 "train" => vec!["-".to_owned(), "--out=-".to_owned()],
                 _ => vec!["-".to_owned()],
@@ -115,7 +116,7 @@ impl Steps<'_> {
                 Command::Dump(dump) => dump.options(Vec::new()).check().map_err(anyhow::Error::from),
                 Command::Calibrate(calibrate) => calibrate.options(Vec::new()).map(|_| ()),
                 Command::Stats(stats) => stats.options(Vec::new()).map(|_| ()),
-                Command::Simulate(simulate) => simulate.options(Vec::new()).map(|_| ()),
+                Command::Simulate(simulate) => simulate.check(),
                 Command::Sweep(sweep) => sweep.check(),
                 _ => Ok(()),
             };
@@ -140,25 +141,30 @@ impl Steps<'_> {
         let thresholds = format!("--out={}", self.out.join("thresholds.toml").display());
         for (command, filled) in [("calibrate", &thresholds), ("stats", &out)] {
             if self.plan.has(command) {
-                self.once(command, &[folder.clone(), filled.clone()], &identity)?;
+                self.once(command, &[folder.clone(), filled.clone()], &identity, None)?;
             }
         }
+        if self.plan.bounds() {
+            let codec = PathBuf::from(format!("{}.safetensors", self.codec()));
+            let inputs = identity + &if codec.exists() { files::sha256(&codec)? } else { String::new() };
+            self.once("simulate", &[format!("--bound={folder}"), out.clone()], &inputs, None)?;
+        }
         if self.plan.has("sweep") {
-            let (line, command) = self.parse("sweep", &[folder, out.clone()])?;
+            let (line, command) = self.parse("sweep", &[folder.clone(), out.clone()])?;
             self.step(line, command)?;
             let line = ["kvfuse".to_owned(), "plot".to_owned(), self.out.display().to_string()];
             self.step(line.to_vec(), Cli::try_parse_from(&line)?.command)?;
         }
-        if self.plan.has("simulate") {
+        if self.plan.has("simulate") && !self.plan.bounds() {
             let stats = self.out.join(STATS_CSV);
             let mut inputs = files::sha256(&stats)?;
             let mut filled = vec![format!("--stats={}", stats.display()), out];
-            let sweep = self.out.join(crate::experiment::SWEEP_CSV);
+            let sweep = self.out.join(crate::tables::SWEEP_CSV);
             if self.plan.has("sweep") {
                 inputs += &files::sha256(&sweep)?;
                 filled.push(format!("--against={}", sweep.display()));
             }
-            self.once("simulate", &filled, &inputs)?;
+            self.once("simulate", &filled, &inputs, None)?;
         }
         Ok(())
     }
@@ -185,16 +191,8 @@ impl Steps<'_> {
         if let Some(folder) = codec.parent() {
             files::writable_folder(folder)?;
         }
-        let there = if codec.exists() { files::sha256(&codec)? } else { String::new() };
         folders.push(format!("--out={}", codec.display()));
-        // A codec that is missing or another is no finished step; a new one is known by the same inputs and its checksum.
-        let path = self.out.join("runs").join("codec.txt");
-        if fs::read_to_string(&path).unwrap_or_default() != there || there.is_empty() {
-            let _ = fs::remove_file(self.out.join("runs").join("steps.json"));
-        }
-        self.once("train", &folders, &identities)?;
-        let sum = files::sha256(&codec)?;
-        Ok(files::write_atomically(&path, |file| file.write_all(sum.as_bytes()))?)
+        self.once("train", &folders, &identities, Some(&codec))
     }
 
     /// Where the codec goes, without its ending: beside the dumps, since it is as large as one.
@@ -239,16 +237,22 @@ impl Steps<'_> {
         }
     }
 
-    /// Runs a step that cannot go on where it stopped, unless it was finished with the same options and inputs.
-    fn once(&self, name: &str, filled: &[String], inputs: &str) -> Result<()> {
+    /// Runs a step that cannot go on where it stopped, unless it was finished with the same options and inputs and what it
+    /// made is still there: tables in the output folder, and a file elsewhere.
+    fn once(&self, name: &str, filled: &[String], inputs: &str, elsewhere: Option<&Path>) -> Result<()> {
         let (line, command) = self.parse(name, filled)?;
         let of = format!("{}\n{inputs}\n{} {STEP_SCHEMA}", line.join("\n"), env!("CARGO_PKG_VERSION"));
         let of = files::sha256_bytes(of.as_bytes());
         let path = self.out.join("runs").join("steps.json");
         let text = fs::read_to_string(&path).unwrap_or_default();
         let mut finished: BTreeMap<String, Finished> = serde_json::from_str(&text).unwrap_or_default();
+        let outside = elsewhere.map(|path| path.display().to_string());
+        let place = |name: &String| match elsewhere {
+            Some(path) if outside.as_ref() == Some(name) => path.to_owned(),
+            _ => self.out.join(name),
+        };
         let there = |made: &BTreeMap<String, String>| {
-            made.iter().all(|(name, sum)| files::sha256(&self.out.join(name)).is_ok_and(|s| s == *sum))
+            made.iter().all(|(name, sum)| files::sha256(&place(name)).is_ok_and(|s| s == *sum))
         };
         if finished.get(name).is_some_and(|f| f.of == of && there(&f.made)) {
             say(format!("$ {} (done)", line.join(" ")))?;
@@ -261,6 +265,9 @@ impl Steps<'_> {
             if before.get(&name) != Some(&written) {
                 made.insert(name.clone(), files::sha256(&self.out.join(name))?);
             }
+        }
+        if let Some(name) = &outside {
+            made.insert(name.clone(), files::sha256(&place(name))?);
         }
         finished.insert(name.to_owned(), Finished { of, made });
         files::writable_folder(&self.out.join("runs"))?;

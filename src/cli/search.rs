@@ -3,7 +3,7 @@
 use super::table::table;
 use super::{say, say_rows};
 use crate::dump::Half;
-use crate::experiment::{FirstToken, SearchOptions, search};
+use crate::sweep::{FirstToken, SearchOptions, search};
 use anyhow::Result;
 use std::path::PathBuf;
 
@@ -65,7 +65,7 @@ pub fn run(args: Args) -> Result<()> {
     if args.json {
         return say_rows(&tried);
     }
-    let line = |t: &crate::experiment::Tried| {
+    let line = |t: &crate::sweep::Tried| {
         let mark = if t.best { "best" } else { "" };
         vec![t.method.clone(), format!("{:.2}", t.cr_audited), format!("{:.4}", t.kl), mark.to_owned()]
     };

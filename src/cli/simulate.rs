@@ -2,10 +2,12 @@
 
 use super::table::table;
 use super::{say, say_rows};
+use crate::codec::Chain;
 use crate::codec::fusion::Pairing;
-use crate::experiment::{SimulateOptions, Simulation, parse_taus, simulate};
-use crate::plot::plot_simulation;
-use crate::theory::{Draws, Model, World};
+use crate::plot::{plot_bound, plot_simulation};
+use crate::sweep::parse_taus;
+use crate::theory::{BoundOptions, BoundRow, Draws, Model, World, bound};
+use crate::theory::{SimulateOptions, Simulation, simulate};
 use anyhow::{Result, bail};
 use clap::ValueEnum;
 use std::path::PathBuf;
@@ -18,12 +20,20 @@ use std::path::PathBuf;
 #[derive(Debug, clap::Args)]
 #[command(
     after_help = "Examples:\n  kvfuse simulate --stats results/qa-stats/stats.csv --against results/qa/sweep.csv -o results/qa-model\n  \
-    kvfuse simulate --stats results/qa-stats/stats.csv --requests 8..65536 -o results/qa-scale"
+    kvfuse simulate --stats results/qa-stats/stats.csv --requests 8..65536 -o results/qa-scale\n  \
+    kvfuse simulate --bound dumps/test --method 'prefix+joint:codec=joint.safetensors,step=0.004|0.008' -o results/qa-joint"
 )]
 pub struct Args {
     /// Table that `kvfuse stats` wrote
-    #[arg(long, value_name = "FILE")]
-    stats: PathBuf,
+    #[arg(long, value_name = "FILE", required_unless_present = "bound")]
+    stats: Option<PathBuf>,
+    /// Instead of all else: what chains spend on this dump's caches, against the Gaussian rate-distortion bound
+    /// of their own predictors; writes bound.csv and bound_layers.csv
+    #[arg(long, value_name = "DUMP", conflicts_with_all = ["stats", "against", "requests"], requires = "method")]
+    bound: Option<PathBuf>,
+    /// Chains to hold against the bound
+    #[arg(long, value_name = "CHAINS", requires = "bound")]
+    method: Option<String>,
     /// sweep.csv of the same dump, to hold the predictions against
     #[arg(long, value_name = "FILE")]
     against: Option<PathBuf>,
@@ -67,6 +77,26 @@ const MOST_REQUESTS: usize = 1 << 30;
 const MOST_BLOCKS: usize = 8192;
 
 impl Args {
+    /// What can be checked before there are statistics, a dump, trained files.
+    pub fn check(self) -> Result<()> {
+        match &self.method {
+            Some(method) => Ok(Chain::check_text(method)?),
+            None => self.options(Vec::new()).map(|_| ()),
+        }
+    }
+
+    /// What to hold against the bound.
+    fn bound_options(self, typed: Vec<String>) -> Result<BoundOptions> {
+        let (Some(dump), Some(method)) = (self.bound, self.method) else { bail!("--bound needs --method") };
+        Ok(BoundOptions {
+            dump,
+            chains: Chain::parse(&method)?,
+            block_size: self.block_size.unwrap_or(16),
+            out: self.out,
+            command: typed,
+        })
+    }
+
     /// Checked as far as they can be before there are statistics.
     pub fn options(self, typed: Vec<String>) -> Result<SimulateOptions> {
         let [requests, blocks] = self.synthetic[..] else {
@@ -79,7 +109,7 @@ impl Args {
             bail!("--draws 0: draw at least once");
         }
         Ok(SimulateOptions {
-            stats: self.stats,
+            stats: self.stats.unwrap_or_default(),
             against: self.against,
             requests: self.requests.as_deref().map_or(Ok(Vec::new()), batch_sizes)?,
             blocks: self.blocks.map(|b| b as usize),
@@ -95,6 +125,16 @@ impl Args {
 
 pub fn run(args: Args, typed: Vec<String>) -> Result<()> {
     let json = args.json;
+    if args.bound.is_some() {
+        let options = args.bound_options(typed)?;
+        let rows = bound(&options)?;
+        let written = plot_bound(&options.out)?;
+        if json {
+            return say_rows(&rows);
+        }
+        say(bound_table(&rows))?;
+        return written.iter().try_for_each(|path| say(path.display().to_string()));
+    }
     let options = args.options(typed)?;
     let found = simulate(&options)?;
     if json {
@@ -109,6 +149,31 @@ pub fn run(args: Args, typed: Vec<String>) -> Result<()> {
         say(path.display().to_string())?;
     }
     Ok(())
+}
+
+fn bound_table(rows: &[BoundRow]) -> String {
+    let line = |r: &BoundRow| {
+        vec![
+            r.method.clone(),
+            format!("{:.3}", r.coded_bits_per_element),
+            format!("{:.3}", r.gaussian_bits_per_element),
+            format!("{:+.3}", r.distance_bits_per_element),
+            format!("{:.1}", r.cr_audited),
+            format!("{:.1}", r.cr_bound),
+        ]
+    };
+    let lines: Vec<Vec<String>> = rows.iter().map(line).collect();
+    table(
+        &[
+            "method",
+            "coded bits/element",
+            "Gaussian at the same error",
+            "distance",
+            "CR audited",
+            "CR at the bound",
+        ],
+        &lines,
+    )
 }
 
 /// `8,64` or `8..65536` (powers of two times the first).

@@ -4,9 +4,10 @@ use super::table::table;
 use super::{say, say_rows};
 use crate::codec::fusion::RopeMode;
 use crate::dump::Half;
-use crate::experiment::{STATS_CSV, StatsOptions, measure, parse_taus};
 use crate::plot::plot_stats;
+use crate::stats::{STATS_CSV, StatsOptions, measure};
 use crate::stats::{SimilarityOptions, StatRow};
+use crate::sweep::parse_taus;
 use anyhow::{Result, bail};
 use std::path::PathBuf;
 

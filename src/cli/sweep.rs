@@ -3,7 +3,7 @@
 use super::table::table;
 use super::{say, say_rows};
 use crate::codec::Chain;
-use crate::experiment::{Labelled, PACKING, Row, Settings, series_labels, sweep};
+use crate::sweep::{Labelled, PACKING, Row, Settings, series_labels, sweep};
 use anyhow::Result;
 use std::path::PathBuf;
 
@@ -45,7 +45,7 @@ pub fn run(args: Args, typed: Vec<String>) -> Result<()> {
         return say_rows(&rows);
     }
     say(summary(&rows))?;
-    say(format!("\n{}", options.out.join(crate::experiment::SWEEP_CSV).display()))?;
+    say(format!("\n{}", options.out.join(crate::tables::SWEEP_CSV).display()))?;
     Ok(())
 }
 

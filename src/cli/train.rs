@@ -4,7 +4,7 @@ use super::table::table;
 use super::{say, say_rows};
 use crate::codec::joint::eighths;
 use crate::codec::joint::train::Training;
-use crate::experiment::write_csv;
+use crate::tables::write_csv;
 use crate::train::{Part, Sensitivity, SensitivityOptions, TrainOptions, sensitivity, train};
 use anyhow::Result;
 use std::path::PathBuf;

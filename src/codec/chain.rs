@@ -1,10 +1,11 @@
 //! Chains: codecs one after the other, each encoding what the one before left. A chain is a codec itself.
 
 use super::fusion::{ChunkFusion, Fusion};
-use super::registry::{Chosen, Search, build, known};
+use super::joint::Bound;
+use super::registry::{Chosen, Search, build, known, method};
 use super::spec::{ChainText, bad, parse};
 use super::{CacheBatch, Codec, Coverage, Memo, Role};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use serde_json::{Map, Value};
 use std::path::Path;
 use std::sync::Arc;
@@ -43,9 +44,11 @@ impl std::fmt::Display for Stage {
 }
 
 impl Stage {
-    /// As written, with this path in place of the name of its trained file: what reads its pages.
-    pub fn with_file(&self, path: &Path) -> String {
-        format!("{}:codec={}", self.name, path.display())
+    /// The stage that reads its pages, with this path in place of the name of its trained file; `None` if it has no option
+    /// that names one.
+    pub fn with_file(&self, path: &Path) -> Option<String> {
+        let option = method(self.name)?.files().into_iter().next()?;
+        Some(format!("{}:{option}={}", self.name, path.display()))
     }
 }
 
@@ -294,6 +297,14 @@ impl Codec for Chain {
             Some(stage) => stage.codec.decode(batch),
             None => Ok(()),
         }
+    }
+
+    fn bound(&self, batch: &mut CacheBatch) -> Result<Bound> {
+        let Some((last, before)) = self.stages.split_last() else {
+            return Err(Error::argument("an empty chain has no bound"));
+        };
+        encode(before, batch, &Memo::default())?;
+        last.codec.bound(batch)
     }
 
     /// Of its fusion, if it has one: the paper counts these layers.

@@ -25,6 +25,7 @@ use crate::block::{BlockPool, BlockShape, RequestCache, Storage};
 use crate::error::{Error, Result};
 use crate::model::Ropes;
 use fusion::{Blocks, ChunkFusion, Fusion};
+use joint::Bound;
 use serde::Serialize;
 use std::collections::HashMap;
 use std::ops::Range;
@@ -194,6 +195,14 @@ pub trait Codec: Send + Sync {
     /// Payloads that are not this codec's.
     fn decode(&self, _batch: &mut CacheBatch) -> Result<()> {
         Err(Error::argument("its pages are not coded"))
+    }
+
+    /// Encodes, and says how far it is from the Gaussian bound of its own predictors.
+    ///
+    /// # Errors
+    /// Codecs without such a bound.
+    fn bound(&self, _batch: &mut CacheBatch) -> Result<Bound> {
+        Err(Error::argument("it has no Gaussian bound; joint has"))
     }
 
     /// What it touches of a model of so many layers.

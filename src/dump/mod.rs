@@ -2,6 +2,7 @@
 
 mod halves;
 mod inspect;
+mod maker;
 mod manifest;
 mod prefill;
 mod shard;
@@ -9,6 +10,7 @@ mod shard;
 pub use crate::task::Half;
 pub(crate) use inspect::open_request;
 pub use inspect::{Summary, inspect};
+pub use maker::open_model;
 pub use manifest::{DataEntry, MANIFEST, Manifest, ModelEntry, RequestEntry};
 pub use prefill::{DumpOptions, Sort, dump, shared_prefix};
 pub use shard::{DumpDtype, Shard, write_shard};

@@ -162,8 +162,8 @@ fn header(reader: &mut Reader) -> Result<Header> {
 /// The stage that reads coded pages, with its trained file checked.
 fn reading_stage(path: &Path, header: &Header, codec: Option<&Path>) -> Result<Option<Chain>> {
     let Some(text) = &header.code else { return Ok(None) };
-    let text = match (codec, text.split_once(":codec=")) {
-        (Some(codec), Some((name, _))) => format!("{name}:codec={}", codec.display()),
+    let text = match (codec, text.split_once('=')) {
+        (Some(codec), Some((option, _))) => format!("{option}={}", codec.display()),
         _ => text.clone(),
     };
     let chain = Chain::parse(&text)?.swap_remove(0);

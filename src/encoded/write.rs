@@ -70,7 +70,7 @@ pub fn encode(options: &EncodeOptions) -> Result<Size> {
         kvfuse_version: env!("CARGO_PKG_VERSION").to_owned(),
         method: chain.name(),
         code: match trained {
-            Some((path, _)) => code.map(|s| s.with_file(path)),
+            Some((path, _)) => code.and_then(|s| s.with_file(path)),
             None => code.map(ToString::to_string),
         },
         code_sha256: trained.map(|(_, sum)| sum.to_owned()),

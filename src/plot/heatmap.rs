@@ -1,7 +1,7 @@
 //! Audited compression ratio of every layer at every threshold.
 
 use super::canvas::{Area, Drawn, FONT, Figure, fitting, said};
-use super::series::{Point, SweepTable, series_name};
+use super::series::{Point, SweepTable};
 use plotters::prelude::*;
 use plotters::style::text_anchor::{HPos, Pos, VPos};
 
@@ -23,8 +23,7 @@ impl Figure for LayerMap<'_> {
         let series = self.series();
         let layers = series[0].layer_cr.len();
         let top = series.iter().flat_map(|p| &p.layer_cr).copied().fold(1.0, f64::max);
-        let title =
-            format!("Audited compression ratio by layer: {} ({})", series_name(&series[0]), self.table.title);
+        let title = format!("Audited compression ratio by layer: {} ({})", series[0].label, self.table.title);
         let mut chart = ChartBuilder::on(root)
             .caption(&title, fitting(root, &title, 18))
             .margin(12)

@@ -1,6 +1,8 @@
 //! Figures from result tables. Nothing is computed here beyond axes.
 
+mod bound;
 mod canvas;
+mod dodge;
 mod heatmap;
 mod prediction;
 mod rate;
@@ -11,9 +13,10 @@ mod tradeoff;
 mod worlds;
 
 use crate::error::Result;
-use crate::experiment::{
-    Columns, MONTE_CARLO_CSV, PREDICTIONS_CSV, SCALE_CSV, SIMULATE_MANIFEST, STATS_CSV, STATS_MANIFEST,
-    SUMMARY_CSV, SWEEP_CSV, read_stats,
+use crate::stats::{STATS_CSV, STATS_MANIFEST, read_stats};
+use crate::tables::{BOUND_CSV, BOUND_LAYERS_CSV, Columns, SWEEP_CSV};
+use crate::theory::{
+    BOUND_MANIFEST, MONTE_CARLO_CSV, PREDICTIONS_CSV, SCALE_CSV, SIMULATE_MANIFEST, SUMMARY_CSV,
 };
 use rate::Rate;
 use serde_json::Value;
@@ -23,8 +26,12 @@ use std::path::{Path, PathBuf};
 /// Draws the figures of all tables in a folder; one with none is treated as a sweep's.
 pub fn plot_all(out: &Path) -> Result<Vec<PathBuf>> {
     let (stats, simulation) = (out.join(STATS_CSV).exists(), out.join(MONTE_CARLO_CSV).exists());
+    let bounds = out.join(BOUND_LAYERS_CSV).exists();
     let mut written = Vec::new();
-    if out.join(SWEEP_CSV).exists() || !(stats || simulation) {
+    if bounds {
+        written.extend(plot_bound(out)?);
+    }
+    if out.join(SWEEP_CSV).exists() || !(stats || simulation || bounds) {
         written.extend(plot_sweep(out)?);
     }
     if stats {
@@ -39,7 +46,11 @@ pub fn plot_all(out: &Path) -> Result<Vec<PathBuf>> {
 /// Draws all figures of a sweep folder from its sweep.csv, as PNG and SVG; returns what was written.
 pub fn plot_sweep(out: &Path) -> Result<Vec<PathBuf>> {
     let csv = out.join(SWEEP_CSV);
-    let table = SweepTable::new(&csv, &Columns::read(&csv)?)?;
+    let mut table = SweepTable::new(&csv, &Columns::read(&csv)?)?;
+    let bound = out.join(BOUND_CSV);
+    if bound.exists() {
+        table.bound_by(&Columns::read(&bound)?)?;
+    }
     let mut written = canvas::save(&tradeoff::Tradeoff { table: &table }, out, "quality_vs_cr", "")?;
     if !table.fusion.is_empty() {
         let mut dials: Vec<&str> =
@@ -87,6 +98,12 @@ pub fn plot_stats(out: &Path) -> Result<Vec<PathBuf>> {
         )?);
     }
     Ok(written)
+}
+
+/// Draws a codec against its Gaussian bound.
+pub fn plot_bound(out: &Path) -> Result<Vec<PathBuf>> {
+    let layers = Columns::read(&out.join(BOUND_LAYERS_CSV))?;
+    canvas::save(&bound::Bounds::new(&layers)?, out, "bound", &measured(&out.join(BOUND_MANIFEST)))
 }
 
 /// Draws the figures of a simulation from its tables.

@@ -1,7 +1,7 @@
 //! Compression ratio against the threshold: the paper's figure beside the audited one.
 
 use super::canvas::{Area, Drawn, Figure, axes, fitting, legend, said, series_color};
-use super::series::{GREY, Point, SweepTable, prefix_label, series_name};
+use super::series::{GREY, Point, SweepTable, prefix_label};
 use plotters::prelude::*;
 
 /// A table's fusing series that have such a rule.
@@ -84,7 +84,7 @@ impl Figure for Rate<'_> {
             chart
                 .draw_series(LineSeries::new(line.clone(), color.stroke_width(3)))
                 .map_err(said)?
-                .label(format!("{}, audited", series_name(&series[0])))
+                .label(format!("{}, audited", series[0].label))
                 .legend(move |(x, y)| PathElement::new([(x, y), (x + 22, y)], color.stroke_width(3)));
             chart.draw_series(line.map(|at| Circle::new(at, 4, color.filled()))).map_err(said)?;
         }

@@ -3,7 +3,8 @@
 use crate::codec::registry::is_control;
 use crate::codec::{Method, Unfused};
 use crate::error::{Error, Result};
-use crate::experiment::{Columns, Labelled, PACKING, series_labels};
+use crate::sweep::{Labelled, PACKING, series_labels};
+use crate::tables::Columns;
 use plotters::style::RGBColor;
 use std::path::Path;
 
@@ -52,6 +53,8 @@ pub struct SweepTable {
     prefixes: Vec<Point>,
     /// Fusing methods, one series a label, in the order of the table.
     pub fusion: Vec<Vec<Point>>,
+    /// Where each series would lie at the Gaussian bound of its predictors: ratio and KL; empty where that is not known.
+    pub bound: Vec<Vec<(f64, f64)>>,
 }
 
 impl SweepTable {
@@ -126,17 +129,32 @@ impl SweepTable {
             batch if prefixes.len() == 1 && batch < requests[0] => format!(" in batches of {batch}"),
             _ => String::new(),
         };
+        let blocks = match block_size.iter().all(|s| *s == block_size[0]) {
+            true => format!(", blocks of {}", block_size[0]),
+            false => String::new(),
+        };
         Ok(SweepTable {
-            title: format!("{}, {}, {} requests{parts}", model[0], short(&data[0]), requests[0]),
+            title: format!("{}, {}, {} requests{parts}{blocks}", model[0], short(&data[0]), requests[0]),
             metric: strings("metric")?[0].clone(),
             none,
             prefixes,
+            bound: vec![Vec::new(); fusion.len()],
             fusion,
         })
     }
 }
 
 impl SweepTable {
+    /// Takes the bounds of the chains in a bound.csv.
+    pub fn bound_by(&mut self, table: &Columns) -> Result<()> {
+        let (method, cr) = (table.strings("method")?, table.floats("cr_bound")?);
+        for (bound, series) in self.bound.iter_mut().zip(&self.fusion) {
+            let at = |p: &Point| Some((cr[method.iter().position(|m| *m == p.method)?], p.kl.mid));
+            *bound = series.iter().filter_map(at).collect();
+        }
+        Ok(())
+    }
+
     /// Exact prefix sharing, if it is one for all series: caches are packed in one way only.
     pub fn prefix(&self) -> Option<&Point> {
         (self.prefixes.len() == 1).then(|| &self.prefixes[0])
@@ -163,14 +181,5 @@ pub fn prefix_label(table: &SweepTable, remark: &str) -> String {
     match table.prefix() {
         Some(prefix) => format!("exact prefix sharing, {remark} (CR {:.2})", prefix.cr_audited),
         None => format!("dashed: exact prefix sharing, {remark}"),
-    }
-}
-
-/// Name of a point's series in a legend.
-pub fn series_name(point: &Point) -> String {
-    if point.label.contains(' ') {
-        point.label.clone()
-    } else {
-        format!("{}, block {}", point.label, point.block_size)
     }
 }

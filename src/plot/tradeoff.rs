@@ -1,7 +1,9 @@
 //! The tasks' metric and KL against the audited compression ratio.
 
 use super::canvas::{Area, Drawn, FONT, Figure, axes, fitting, legend, said, series_color};
-use super::series::{Estimate, GREY, Point, SweepTable, prefix_label, series_name};
+use super::dodge::{Box, place};
+use super::series::{Estimate, GREY, Point, SweepTable, prefix_label};
+use plotters::coord::combinators::{BindKeyPoints, LogCoord, WithKeyPoints};
 use plotters::coord::ranged1d::ValueFormatter;
 use plotters::prelude::*;
 
@@ -9,8 +11,12 @@ pub struct Tradeoff<'a> {
     pub table: &'a SweepTable,
 }
 
-/// KL below this is drawn at the bottom of the log axis: that of the controls is zero, or rounding.
+/// The log axis ends here at the latest: the KL of the controls is zero, or rounding.
 const KL_FLOOR: f64 = 1e-4;
+/// Up to so many series every point says where its dial stands; more would hide each other.
+const FEW: usize = 4;
+
+type Ratio = WithKeyPoints<LogCoord<f64>>;
 
 impl Figure for Tradeoff<'_> {
     fn size(&self) -> (u32, u32) {
@@ -24,23 +30,44 @@ impl Figure for Tradeoff<'_> {
         let (left, right) = root.split_horizontally(600);
         let prefixes = t.prefixes().into_iter().map(|(p, _)| p);
         let all: Vec<&Point> = t.fusion.iter().flatten().chain([&t.none]).chain(prefixes).collect();
-        let most = all.iter().map(|p| p.cr_audited).fold(1.0, f64::max);
-        let x = 0.8..most * 1.08;
-        let ratio = "audited compression ratio (whole cache, 16 bits / stored bits)";
+        let least = all.iter().map(|p| p.cr_audited).fold(1.0, f64::min) * 0.95;
+        let bounds = t.bound.iter().flatten().map(|(cr, _)| *cr);
+        let most = all.iter().map(|p| p.cr_audited).chain(bounds).fold(1.2, f64::max);
+        // Room for the names of the curves that end furthest to the right.
+        let x = least..most * (most / least).powf(0.22);
+        let ratio = "audited compression ratio (16 bits / bits stored, log)";
 
-        let score_top = all.iter().map(|p| p.score.high).fold(0.1, f64::max) * 1.3;
+        let score_top = all.iter().map(|p| p.score.high).fold(0.1, f64::max) * 1.25;
         let mut panel = ChartBuilder::on(&left);
-        let mut panel = margins(&mut panel).build_cartesian_2d(x.clone(), 0.0..score_top).map_err(said)?;
-        axes(&mut panel, ratio, &format!("{} (mean, 95 % interval)", t.metric))?;
-        self.panel(&mut panel, |p| p.score, (0.0, score_top), t.none.score.mid)?;
-
-        let kl_top = all.iter().map(|p| p.kl.high).fold(1e-2, f64::max) * 6.0;
-        let mut panel = ChartBuilder::on(&right);
         let mut panel =
-            margins(&mut panel).build_cartesian_2d(x, (KL_FLOOR..kl_top).log_scale()).map_err(said)?;
-        axes(&mut panel, ratio, "KL from no fusion, nats a token (log; zero at bottom)")?;
-        self.panel(&mut panel, |p| p.kl, (KL_FLOOR, kl_top), f64::NAN)
+            margins(&mut panel).build_cartesian_2d(log_ratio(&x), 0.0..score_top).map_err(said)?;
+        axes(&mut panel, ratio, &format!("{} (mean, 95 % interval)", t.metric))?;
+        self.panel(&mut panel, |p| p.score, &x, (0.0, score_top), t.none.score.mid)?;
+
+        let seen = t.fusion.iter().flatten().map(|p| p.kl.mid).filter(|kl| *kl > KL_FLOOR);
+        let floor = (seen.fold(3e-2, f64::min) / 3.0).max(KL_FLOOR);
+        let kl_top = all.iter().map(|p| p.kl.high).fold(1e-2, f64::max) * 3.0;
+        let mut panel = ChartBuilder::on(&right);
+        let mut panel = margins(&mut panel)
+            .build_cartesian_2d(log_ratio(&x), (floor..kl_top).log_scale())
+            .map_err(said)?;
+        axes(&mut panel, ratio, "KL from no encoding, nats per token (log; zero at bottom)")?;
+        self.panel(&mut panel, |p| p.kl, &x, (floor, kl_top), f64::NAN)
     }
+}
+
+/// A log axis that is marked at 1, 1.5, 2, 3, 5, 7 times powers of ten, or fewer of these where they would be crowded.
+fn log_ratio(range: &std::ops::Range<f64>) -> Ratio {
+    let decades = (range.end / range.start).log10();
+    let steps: &[f64] = if decades < 1.0 {
+        &[1.0, 1.2, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 7.0]
+    } else {
+        &[1.0, 2.0, 3.0, 5.0, 7.0]
+    };
+    let steps = if decades > 2.0 { &[1.0, 2.0, 5.0] } else { steps };
+    let marks = (-1..6).flat_map(|k| steps.iter().map(move |s| s * 10f64.powi(k)));
+    let marks: Vec<f64> = marks.filter(|m| range.contains(m)).collect();
+    (range.start..range.end).log_scale().with_key_points(marks)
 }
 
 fn margins<'a, 'b, DB: DrawingBackend>(
@@ -49,12 +76,18 @@ fn margins<'a, 'b, DB: DrawingBackend>(
     chart.margin(12).x_label_area_size(52).y_label_area_size(70)
 }
 
+/// Pixels of a text of the small font.
+fn wide(text: &str) -> i32 {
+    8 * text.chars().count() as i32
+}
+
 impl Tradeoff<'_> {
-    /// Curves with intervals and thresholds, the controls, and lines at exact prefix sharing and at `level`.
+    /// Curves with intervals and names, the controls, and lines at exact prefix sharing and at `level`.
     fn panel<'a, DB, Y>(
         &self,
-        chart: &mut ChartContext<'a, DB, Cartesian2d<plotters::coord::types::RangedCoordf64, Y>>,
+        chart: &mut ChartContext<'a, DB, Cartesian2d<Ratio, Y>>,
         quality: fn(&Point) -> Estimate,
+        x: &std::ops::Range<f64>,
         (bottom, top): (f64, f64),
         level: f64,
     ) -> Drawn
@@ -76,66 +109,90 @@ impl Tradeoff<'_> {
             }
         }
         if level.is_finite() {
-            let right = chart.x_range().end;
-            let line = [(chart.x_range().start, level), (right, level)];
-            chart.draw_series(DashedLineSeries::new(line, 2, 4, GREY.stroke_width(1))).map_err(said)?;
+            let line = [(x.start, level), (x.end, level)];
+            let drawn =
+                chart.draw_series(DashedLineSeries::new(line, 2, 4, GREY.stroke_width(1))).map_err(said)?;
+            drawn
+                .label("no encoding")
+                .legend(|(x, y)| PathElement::new([(x, y), (x + 22, y)], GREY.stroke_width(1)));
         }
+        let at = |p: &Point| (p.cr_audited, clip(quality(p).mid));
         // Intervals of many series hide each other: then they are pale.
-        let shade = if t.fusion.len() > 2 { 0.4 } else { 1.0 };
-        let mut taken: Vec<(i32, i32, i32)> = Vec::new();
+        let shade = if t.fusion.len() > 2 { 0.35 } else { 1.0 };
         for (n, series) in t.fusion.iter().enumerate() {
             let color = series_color(n).to_rgba();
-            let at = |p: &Point| (p.cr_audited, clip(quality(p).mid));
-            chart
-                .draw_series(LineSeries::new(series.iter().map(at), color.stroke_width(2)))
-                .map_err(said)?
-                .label(series_name(&series[0]))
-                .legend(move |(x, y)| PathElement::new([(x, y), (x + 22, y)], color.stroke_width(3)));
+            chart.draw_series(LineSeries::new(series.iter().map(at), color.stroke_width(2))).map_err(said)?;
             let bars = series.iter().filter(|p| quality(p).mid.is_finite()).map(|p| {
                 let q = quality(p);
-                ErrorBar::new_vertical(
-                    p.cr_audited,
-                    clip(q.low),
-                    clip(q.mid),
-                    clip(q.high),
-                    color.mix(shade).filled(),
-                    if shade < 1.0 { 4 } else { 8 },
-                )
+                let (low, mid, high) = (clip(q.low), clip(q.mid), clip(q.high));
+                let style = color.mix(shade).filled();
+                ErrorBar::new_vertical(p.cr_audited, low, mid, high, style, if shade < 1.0 { 4 } else { 8 })
             });
             chart.draw_series(bars).map_err(said)?;
             chart.draw_series(series.iter().map(|p| Circle::new(at(p), 4, color.filled()))).map_err(said)?;
-            for (i, p) in series.iter().enumerate() {
-                // Alternating sides: neighbours lie close where the curve is steep.
-                let offset = if i % 2 == 0 { (9, -16) } else { (9, 5) };
-                // A label that another one would cover says nothing.
-                let (x, y) = chart.plotting_area().map_coordinate(&at(p));
-                let (x, y) = (x + offset.0, y + offset.1);
-                let right = x + 8 * p.name.len() as i32;
-                if taken.iter().any(|&(u, end, v)| x < end && u < right && (v - y).abs() < 14) {
-                    continue;
-                }
-                taken.push((x, right, y));
-                let label = Text::new(p.name.clone(), offset, (FONT, 14).into_font().color(&color));
-                chart.draw_series(std::iter::once(EmptyElement::at(at(p)) + label)).map_err(said)?;
+            if let Some(bound) = t.bound.get(n).filter(|b| level.is_nan() && !b.is_empty()) {
+                let line = bound.iter().map(|&(cr, kl)| (cr, clip(kl)));
+                let drawn = chart.draw_series(DashedLineSeries::new(line, 3, 3, color.stroke_width(2)));
+                drawn
+                    .map_err(said)?
+                    .label("dotted: at the Gaussian bound of its predictors")
+                    .legend(move |(x, y)| PathElement::new([(x, y), (x + 22, y)], color.stroke_width(1)));
             }
         }
-        // On the axis of KL both lie at the bottom, where the legend may cover what is right: there the name of the one stands
-        // at the top of its line.
-        let prefix = t.prefix().map(|p| (p, "prefix", if level.is_finite() { Some(5) } else { None }));
-        for (p, name, below) in [Some((&t.none, "no fusion", Some(-18))), prefix].into_iter().flatten() {
-            let q = quality(p);
-            if !q.mid.is_finite() {
-                continue;
+        self.names(chart, &at)?;
+        legend(
+            chart,
+            if level.is_finite() { SeriesLabelPosition::UpperRight } else { SeriesLabelPosition::LowerRight },
+        )
+    }
+
+    /// Names of curves beside their last points, and where dials stand, each where it covers nothing that was drawn before.
+    fn names<'a, DB, Y>(
+        &self,
+        chart: &mut ChartContext<'a, DB, Cartesian2d<Ratio, Y>>,
+        at: &impl Fn(&Point) -> (f64, f64),
+    ) -> Drawn
+    where
+        DB: DrawingBackend + 'a,
+        Y: Ranged<ValueType = f64> + ValueFormatter<f64>,
+    {
+        let t = self.table;
+        let area = chart.plotting_area();
+        let pixel = |p: &Point| area.map_coordinate(&at(p));
+        let drawn = |p: &&Point| at(p).1.is_finite();
+        let points: Vec<&Point> = t.fusion.iter().flatten().filter(drawn).collect();
+        let mut taken: Vec<Box> = points.iter().map(|p| Box::around(pixel(p), 4)).collect();
+        let (xs, ys) = area.get_pixel_range();
+        let frame = Box { left: xs.start, top: ys.start, right: xs.end, bottom: ys.end };
+        let mut write = |text: &str, p: &Point, size: u32, color: RGBAColor, needed: bool| -> Drawn {
+            let high = size as i32;
+            let scale = wide(text) * high / 14;
+            let found = place(pixel(p), (scale, high), &frame, &taken, needed);
+            let Some(found) = found else { return Ok(()) };
+            let offset = (found.left - pixel(p).0, found.top - pixel(p).1);
+            taken.push(found);
+            // A name that had to go far is tied to its point.
+            let (x, y) = found.nearest(pixel(p));
+            let (dx, dy) = (x - pixel(p).0, y - pixel(p).1);
+            if dx * dx + dy * dy > 18 * 18 {
+                let line = PathElement::new([(0, 0), (dx, dy)], color.mix(0.6).stroke_width(1));
+                area.draw(&(EmptyElement::at(at(p)) + line)).map_err(said)?;
             }
-            let (low, mid, high) = (clip(q.low), clip(q.mid), clip(q.high));
-            let mark = ErrorBar::new_vertical(p.cr_audited, low, mid, high, BLACK.filled(), 8);
-            chart.draw_series([mark]).map_err(said)?;
-            let (at, below) = below.map_or((top, 4), |below| (mid, below));
-            let label = Text::new(name, (7, below), (FONT, 14).into_font().color(&BLACK));
-            chart.draw_series(std::iter::once(EmptyElement::at((p.cr_audited, at)) + label)).map_err(said)?;
+            let label = Text::new(text.to_owned(), offset, (FONT, size).into_font().color(&color));
+            area.draw(&(EmptyElement::at(at(p)) + label)).map_err(said)
+        };
+        let size = if t.fusion.len() > FEW { 12 } else { 14 };
+        for (n, series) in t.fusion.iter().enumerate() {
+            let last = series.iter().filter(drawn).max_by(|a, b| a.cr_audited.total_cmp(&b.cr_audited));
+            if let Some(last) = last {
+                write(&last.label, last, size, series_color(n).to_rgba(), true)?;
+            }
         }
-        let position =
-            if level.is_finite() { SeriesLabelPosition::UpperRight } else { SeriesLabelPosition::LowerRight };
-        legend(chart, position)
+        for (n, series) in t.fusion.iter().enumerate().filter(|_| t.fusion.len() <= FEW) {
+            for p in series.iter().filter(drawn) {
+                write(&p.name, p, 12, series_color(n).to_rgba(), false)?;
+            }
+        }
+        Ok(())
     }
 }

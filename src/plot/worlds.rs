@@ -2,7 +2,7 @@
 
 use super::canvas::{Area, Drawn, FONT, Figure, axes, fitting, legend, said, series_color};
 use crate::error::Result;
-use crate::experiment::Columns;
+use crate::tables::Columns;
 use plotters::prelude::*;
 
 struct Point {

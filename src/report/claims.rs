@@ -1,7 +1,8 @@
 //! What the paper and its reviewers say, held against the tables of one folder.
 
 use crate::error::Result;
-use crate::experiment::{Columns, SUMMARY_CSV, SWEEP_CSV};
+use crate::tables::{Columns, SWEEP_CSV};
+use crate::theory::SUMMARY_CSV;
 use serde::Serialize;
 use std::path::Path;
 

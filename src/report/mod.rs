@@ -5,8 +5,8 @@ mod claims;
 pub use claims::{Claim, Verdict, claims};
 
 use crate::error::{Error, IoAt, Result};
-use crate::experiment::Columns;
 use crate::files;
+use crate::tables::Columns;
 use minijinja::{AutoEscape, Environment, context};
 use serde::Serialize;
 use std::fs;

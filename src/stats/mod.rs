@@ -5,6 +5,7 @@ mod bootstrap;
 mod fit;
 mod gaps;
 mod histogram;
+mod measure;
 mod pairs;
 mod similarity;
 
@@ -13,6 +14,7 @@ pub use bootstrap::{Interval, bootstrap_mean, mean};
 pub use fit::{Gaussian, Pareto, gaussian_tail};
 pub use gaps::Gaps;
 pub use histogram::Histogram;
+pub use measure::{STATS_CSV, STATS_MANIFEST, StatsOptions, measure, read_stats};
 pub use pairs::{LayerSums, PairSums, count_pairs};
 pub use similarity::{SimilarityOptions, StatRow, similarities};
 

@@ -1,7 +1,7 @@
 //! The tokens of dumps as a corpus to train on: each physical block once, as exact prefix sharing leaves them.
 
 use crate::codec::joint::corpus_of;
-use crate::codec::joint::train::{Corpus, FOLDS};
+use crate::codec::joint::{corpus::Corpus, train::FOLDS};
 use crate::codec::{Codec, Memo, Prefix};
 use crate::dump::Manifest;
 use crate::encoded::load_caches;

@@ -10,8 +10,8 @@ use crate::codec::joint::book::{Origin, SCHEMA, write};
 use crate::codec::joint::rebuild;
 use crate::codec::joint::train::{Metric, Training, train as fit};
 use crate::dump::Manifest;
+use crate::dump::open_model;
 use crate::error::{Error, Result};
-use crate::experiment::open_model;
 use crate::progress::{Progress, Unit};
 use std::path::{Path, PathBuf};
 

@@ -68,13 +68,43 @@ pub const REQUESTS: usize = 5;
 /// Arguments of the dump that [`small_dump`] holds, but for its folder.
 pub const SMALL: [&str; 7] = ["dump", "--requests", "5", "--shots", "1", "--dtype", "f16"];
 
-/// A dump that tests only read, made once per test binary. Its folder lives in cargo's own test folder.
+/// A folder of this test binary's own in cargo's folder for tests, made anew.
+fn own_folder(name: &str) -> PathBuf {
+    let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("{name}-{}", env!("CARGO_CRATE_NAME")));
+    // That of an earlier run.
+    let _ = fs::remove_dir_all(&folder);
+    fs::create_dir_all(&folder).unwrap();
+    folder
+}
+
+/// A random model of thirty small layers, written once per test binary: no download, and a sweep takes seconds.
+pub fn small_model() -> &'static Path {
+    static MODEL: OnceLock<PathBuf> = OnceLock::new();
+    MODEL.get_or_init(|| {
+        let folder = own_folder("model");
+        Shape { layers: 30, hidden: 36, heads: 9, kv_heads: 3, wide: 48, vocab: 257, context: 8192 }
+            .write(&folder);
+        folder
+    })
+}
+
+/// A dump of [`small_model`] that tests only read, made once per test binary.
 pub fn small_dump() -> &'static Path {
     static DUMP: OnceLock<PathBuf> = OnceLock::new();
     DUMP.get_or_init(|| {
-        let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join(concat!("dump-", env!("CARGO_CRATE_NAME")));
-        // The folder of an earlier run.
-        let _ = fs::remove_dir_all(&folder);
+        let folder = own_folder("dump");
+        let mut arguments = SMALL.to_vec();
+        arguments.extend(["--model", text(small_model()), "-o", text(&folder)]);
+        succeed(&arguments);
+        folder
+    })
+}
+
+/// The same prompts through the default model: for tests that need a real one, which is fetched on first use.
+pub fn real_dump() -> &'static Path {
+    static DUMP: OnceLock<PathBuf> = OnceLock::new();
+    DUMP.get_or_init(|| {
+        let folder = own_folder("real-dump");
         let mut arguments = SMALL.to_vec();
         arguments.extend(["-o", text(&folder)]);
         succeed(&arguments);
@@ -101,14 +131,90 @@ pub fn assert_same_dump(a: &Path, b: &Path) {
     }
 }
 
-/// A model of one layer whose tokens are bytes and a BOS, in two files of weights. It has embeddings for the first
-/// `vocab` of the 257 tokens.
+/// A model of one layer, with embeddings for the first `vocab` of its 257 tokens.
 pub fn tiny(folder: &Path, vocab: usize, context: u64) {
-    let (hidden, wide) = (16, 24);
-    let config = json!({"model_type": "llama", "hidden_size": hidden, "num_hidden_layers": 1,
-        "num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": wide, "vocab_size": vocab,
-        "max_position_embeddings": context, "tie_word_embeddings": true});
-    fs::write(folder.join("config.json"), config.to_string()).unwrap();
+    Shape { layers: 1, hidden: 16, heads: 2, kv_heads: 1, wide: 24, vocab, context }.write(folder);
+}
+
+/// A random model whose tokens are bytes and a BOS.
+pub struct Shape {
+    pub layers: usize,
+    pub hidden: usize,
+    pub heads: usize,
+    pub kv_heads: usize,
+    pub wide: usize,
+    pub vocab: usize,
+    pub context: u64,
+}
+
+impl Shape {
+    /// A Hugging Face folder, its weights in two files.
+    pub fn write(&self, folder: &Path) {
+        let Shape { layers, hidden, heads, kv_heads, wide, vocab, context } = *self;
+        let config = json!({"model_type": "llama", "hidden_size": hidden, "num_hidden_layers": layers,
+            "num_attention_heads": heads, "num_key_value_heads": kv_heads, "intermediate_size": wide,
+            "vocab_size": vocab, "max_position_embeddings": context, "tie_word_embeddings": true});
+        fs::write(folder.join("config.json"), config.to_string()).unwrap();
+        write_tokenizer(folder);
+        self.write_weights(folder);
+        fs::write(folder.join("README.md"), "not asked for").unwrap();
+    }
+
+    fn tensors(&self) -> Vec<(String, Vec<usize>)> {
+        let Shape { layers, hidden, heads, kv_heads, wide, vocab, .. } = *self;
+        let kv = hidden / heads * kv_heads;
+        let mut all = vec![
+            ("model.embed_tokens.weight".to_owned(), vec![vocab, hidden]),
+            ("model.norm.weight".to_owned(), vec![hidden]),
+        ];
+        for n in 0..layers {
+            let own = [
+                ("input_layernorm", vec![hidden]),
+                ("post_attention_layernorm", vec![hidden]),
+                ("self_attn.q_proj", vec![hidden, hidden]),
+                ("self_attn.k_proj", vec![kv, hidden]),
+                ("self_attn.v_proj", vec![kv, hidden]),
+                ("self_attn.o_proj", vec![hidden, hidden]),
+                ("mlp.gate_proj", vec![wide, hidden]),
+                ("mlp.up_proj", vec![wide, hidden]),
+                ("mlp.down_proj", vec![hidden, wide]),
+            ];
+            all.extend(own.map(|(part, shape)| (format!("model.layers.{n}.{part}.weight"), shape)));
+        }
+        all
+    }
+
+    fn write_weights(&self, folder: &Path) {
+        use rand::{RngExt, SeedableRng};
+        let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(7);
+        let bytes: Vec<(String, Vec<usize>, Vec<u8>)> = self
+            .tensors()
+            .into_iter()
+            .map(|(name, shape)| {
+                let n: usize = shape.iter().product();
+                let mut number = || match shape.len() {
+                    1 => rng.random_range(0.5f32..1.5),
+                    _ => rng.random_range(-1.7f32..1.7) / (shape[1] as f32).sqrt(),
+                };
+                let data = (0..n).flat_map(|_| number().to_le_bytes()).collect();
+                (name, shape.clone(), data)
+            })
+            .collect();
+        let mut map = serde_json::Map::new();
+        for (shard, file) in
+            ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"].iter().enumerate()
+        {
+            let part: Vec<_> = bytes.iter().skip(shard).step_by(2).collect();
+            map.extend(part.iter().map(|(name, ..)| (name.clone(), json!(file))));
+            let views = part.iter().map(|(n, s, b)| (n, TensorView::new(Dtype::F32, s.clone(), b).unwrap()));
+            safetensors::serialize_to_file(views, None, &folder.join(file)).unwrap();
+        }
+        let index = json!({"metadata": {}, "weight_map": map});
+        fs::write(folder.join("model.safetensors.index.json"), index.to_string()).unwrap();
+    }
+}
+
+fn write_tokenizer(folder: &Path) {
     let mut alphabet: Vec<char> = ByteLevel::alphabet().into_iter().collect();
     alphabet.sort_unstable();
     let vocab_map: Vocab =
@@ -122,39 +228,6 @@ pub fn tiny(folder: &Path, vocab: usize, context: u64) {
     let bos = bos.try_single("<s> $A").unwrap().special_tokens(vec![("<s>", 0)]);
     tokenizer.with_post_processor(Some(bos.build().unwrap()));
     tokenizer.save(folder.join("tokenizer.json"), false).unwrap();
-    let shapes = [
-        ("model.embed_tokens.weight", vec![vocab, hidden]),
-        ("model.norm.weight", vec![hidden]),
-        ("model.layers.0.input_layernorm.weight", vec![hidden]),
-        ("model.layers.0.post_attention_layernorm.weight", vec![hidden]),
-        ("model.layers.0.self_attn.q_proj.weight", vec![hidden, hidden]),
-        ("model.layers.0.self_attn.k_proj.weight", vec![8, hidden]),
-        ("model.layers.0.self_attn.v_proj.weight", vec![8, hidden]),
-        ("model.layers.0.self_attn.o_proj.weight", vec![hidden, hidden]),
-        ("model.layers.0.mlp.gate_proj.weight", vec![wide, hidden]),
-        ("model.layers.0.mlp.up_proj.weight", vec![wide, hidden]),
-        ("model.layers.0.mlp.down_proj.weight", vec![hidden, wide]),
-    ];
-    let bytes: Vec<(&str, Vec<usize>, Vec<u8>)> = shapes
-        .into_iter()
-        .map(|(name, shape)| {
-            let n: usize = shape.iter().product();
-            let data = (0..n).flat_map(|i| (((i * 37 + name.len()) % 19) as f32 / 19.0 - 0.4).to_le_bytes());
-            (name, shape, data.collect())
-        })
-        .collect();
-    let mut map = serde_json::Map::new();
-    for (shard, file) in
-        ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"].iter().enumerate()
-    {
-        let part: Vec<_> = bytes.iter().skip(shard).step_by(2).collect();
-        map.extend(part.iter().map(|(name, ..)| ((*name).to_owned(), json!(file))));
-        let views = part.iter().map(|(n, s, b)| (*n, TensorView::new(Dtype::F32, s.clone(), b).unwrap()));
-        safetensors::serialize_to_file(views, None, &folder.join(file)).unwrap();
-    }
-    let index = json!({"metadata": {}, "weight_map": map});
-    fs::write(folder.join("model.safetensors.index.json"), index.to_string()).unwrap();
-    fs::write(folder.join("README.md"), "not asked for").unwrap();
 }
 
 /// Caches that look a little like real ones: tokens with numbers of their own, layers that follow from the layers below, and what

@@ -28,19 +28,19 @@ pub struct Source<'a> {
 }
 
 impl Source<'_> {
-    fn class(&self) -> usize {
+    pub fn class(&self) -> usize {
         class_of(self.matched, self.column.sightings[self.token])
     }
 }
 
 /// What both sides know of a column before its numbers.
-pub struct Plan<'a> {
+pub struct Linked<'a> {
     pub tokens: usize,
     /// The first token is the first of its request: it is stored as it is.
     pub raw_first: bool,
     /// The quantiser's step, in eighths of an octave.
     pub step: i32,
-    pub sources: &'a [Option<Source<'a>>],
+    pub sources: Vec<Option<Source<'a>>>,
 }
 
 /// A column as it is read back.
@@ -50,6 +50,19 @@ pub struct Rebuilt {
     pub components: Components,
     /// Bits by layer, estimated by the tables; only an encoder knows them.
     pub bits: Vec<f64>,
+    /// If it was asked for: what was coded of each component, `[layers][coded tokens, components]`.
+    pub seen: Vec<Vec<Seen>>,
+}
+
+/// One component of a token as an encoder sees it, in steps of the quantiser.
+#[derive(Debug, Clone, Copy)]
+pub struct Seen {
+    /// What predictions leave.
+    pub rest: f32,
+    /// What is missed after it was coded.
+    pub error: f32,
+    /// By the tables.
+    pub bits: f32,
 }
 
 /// What is to be coded, and how hard rounding tries to save bits; a decoder has none.
@@ -59,17 +72,20 @@ pub struct Wanted<'a> {
     pub numbers: &'a [Vec<f32>],
     /// Squared steps that a bit is worth.
     pub lambda: f32,
+    /// Whether [`Rebuilt::seen`] is wanted.
+    pub watch: bool,
 }
 
 /// Codes a column, or decodes it if nothing is `wanted`.
-pub fn run<C: Coder>(book: &Book, plan: &Plan, coder: &mut C, wanted: Option<Wanted>) -> Rebuilt {
-    let (tokens, width) = (plan.tokens, book.width());
+pub fn run<C: Coder>(book: &Book, linked: &Linked, coder: &mut C, wanted: Option<Wanted>) -> Rebuilt {
+    let (tokens, width) = (linked.tokens, book.width());
     let mut numbers: Vec<Vec<f32>> = Vec::with_capacity(book.layers.len());
     let seen =
         |s: &Option<Source>| s.as_ref().map_or(1, |s| sightings(s.matched, s.column.sightings[s.token]));
     let mut components =
-        Components { layers: Vec::new(), sightings: plan.sources.iter().map(seen).collect() };
+        Components { layers: Vec::new(), sightings: linked.sources.iter().map(seen).collect() };
     let mut bits = Vec::with_capacity(book.layers.len());
+    let mut seen_all = Vec::new();
     let mut neighbours = vec![Neighbours::default(); tokens];
     for (n, layer) in book.layers.iter().enumerate() {
         let mut own = predicted(layer, &numbers, tokens, width);
@@ -77,8 +93,9 @@ pub fn run<C: Coder>(book: &Book, plan: &Plan, coder: &mut C, wanted: Option<Wan
         let r = layer.components;
         let mut coded = vec![0.0; tokens * r];
         let before = coder.spent();
+        let mut watched = wanted.filter(|w| w.watch).map(|_| Vec::with_capacity(tokens * r));
         for (t, neighbours) in neighbours.iter_mut().enumerate() {
-            if plan.raw_first && t == 0 {
+            if linked.raw_first && t == 0 {
                 let row = &mut own[..width];
                 for (i, x) in row.iter_mut().enumerate() {
                     let wish = wanted.map_or(0, |w| f16::from_f32(w.numbers[n][i]).to_bits());
@@ -87,19 +104,21 @@ pub fn run<C: Coder>(book: &Book, plan: &Plan, coder: &mut C, wanted: Option<Wan
                 }
                 continue;
             }
-            let source = plan.sources[t].as_ref();
+            let source = linked.sources[t].as_ref();
             let aim = target.as_ref().map(|u| (&u[t * r..][..r], wanted.map_or(0.0, |w| w.lambda)));
             let out = &mut coded[t * r..][..r];
-            token(book, layer, n, plan.step, source, aim, neighbours, coder, out);
+            token(book, layer, n, linked.step, source, aim, neighbours, coder, out, watched.as_mut());
         }
         bits.push(coder.spent() - before);
+        seen_all.extend(watched);
         // Raw tokens have no components, so nothing is added to them.
         let mut residual = vec![0.0; tokens * width];
         let by = View::row_major(&layer.synthesis, r, width);
         product(View::row_major(&coded, tokens, r), by, &mut residual);
         own.iter_mut().zip(&residual).for_each(|(x, e)| *x += e);
         numbers.push(own);
-        for ((row, source), seen) in coded.chunks_exact_mut(r).zip(plan.sources).zip(&components.sightings) {
+        for ((row, source), seen) in coded.chunks_exact_mut(r).zip(&linked.sources).zip(&components.sightings)
+        {
             if let Some(source) = source.as_ref().filter(|_| *seen > 1) {
                 let from = &source.column.layers[n][source.token * r..][..r];
                 row.iter_mut().zip(from).for_each(|(x, mean)| *x = mean + (*x - mean) / *seen as f32);
@@ -107,7 +126,7 @@ pub fn run<C: Coder>(book: &Book, plan: &Plan, coder: &mut C, wanted: Option<Wan
         }
         components.layers.push(coded);
     }
-    Rebuilt { numbers, components, bits }
+    Rebuilt { numbers, components, bits, seen: seen_all }
 }
 
 /// What the layers below say of a layer: `[tokens, width]`.
@@ -159,6 +178,7 @@ fn token<C: Coder>(
     neighbours: &mut Neighbours,
     coder: &mut C,
     out: &mut [f32],
+    mut watched: Option<&mut Vec<Seen>>,
 ) {
     let delta = from_eighths(step);
     let r = layer.components;
@@ -169,12 +189,18 @@ fn token<C: Coder>(
     for k in 0..r {
         let base = from.map_or(0.0, |from| gain[k] * from[k]);
         out[k] = base;
-        let Some(width) = Width::of(i32::from(sigma[k]), step) else { continue };
-        let wish = aim.map_or(0, |(u, lambda)| {
-            let x = (u[k] - base) / delta;
-            book.tables.quantise(width, neighbours.context(), x, lambda)
-        });
-        let q = book.tables.code(coder, width, neighbours, wish);
-        out[k] += book.tables.rebuild(width, q) * delta;
+        let before = coder.spent();
+        if let Some(width) = Width::of(i32::from(sigma[k]), step) {
+            let wish = aim.map_or(0, |(u, lambda)| {
+                let x = (u[k] - base) / delta;
+                book.tables.quantise(width, neighbours.context(), x, lambda)
+            });
+            let q = book.tables.code(coder, width, neighbours, wish);
+            out[k] += book.tables.rebuild(width, q) * delta;
+        }
+        if let (Some(watched), Some((u, _))) = (watched.as_deref_mut(), aim) {
+            let bits = (coder.spent() - before) as f32;
+            watched.push(Seen { rest: (u[k] - base) / delta, error: (u[k] - out[k]) / delta, bits });
+        }
     }
 }

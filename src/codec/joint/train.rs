@@ -4,8 +4,9 @@
 //! tables fit new text, not the training text.
 
 use super::book::{LayerBook, TableParts, both_ways};
+use super::corpus::Corpus;
 use super::entropy::{Counts, Neighbours, Tables, Width, eighths, from_eighths};
-use super::reference::{CLASSES, class_of, sightings};
+use super::reference::{CLASSES, class_of};
 use crate::error::{Error, Result};
 use crate::interrupt;
 use crate::model::gemm::{View, product};
@@ -20,44 +21,6 @@ pub const FOLDS: usize = 4;
 const LEAST: f64 = 0.16;
 /// Rows that are multiplied at a time.
 const ROWS: usize = 512;
-
-/// Tokens to train on, in the order in which they would be coded.
-pub struct Corpus {
-    /// Numbers of a token in one layer.
-    pub width: usize,
-    /// `[layers][tokens, width]`: `[K; V]`, keys without position.
-    pub layers: Vec<Vec<f32>>,
-    /// First tokens of requests, which are stored raw.
-    pub raw: Vec<bool>,
-    /// Which part each token's text is in, below [`FOLDS`].
-    pub fold: Vec<u8>,
-    /// The token that each refers to, an earlier row, and the match's class.
-    pub source: Vec<Option<(usize, usize)>>,
-}
-
-impl Corpus {
-    pub fn tokens(&self) -> usize {
-        self.raw.len()
-    }
-
-    /// Adds the tokens of another corpus; nothing refers from one to the other.
-    pub fn join(&mut self, other: Corpus) {
-        let base = self.tokens();
-        self.raw.extend(other.raw);
-        self.fold.extend(other.fold);
-        self.source.extend(other.source.into_iter().map(|s| s.map(|(row, class)| (base + row, class))));
-        self.layers.iter_mut().zip(other.layers).for_each(|(mine, theirs)| mine.extend(theirs));
-    }
-
-    /// For how many sightings each token stands.
-    fn sightings(&self) -> Vec<u32> {
-        let mut seen: Vec<u32> = Vec::with_capacity(self.tokens());
-        for source in &self.source {
-            seen.push(source.map_or(1, |(s, matched)| sightings(matched, seen[s])));
-        }
-        seen
-    }
-}
 
 /// How to train.
 #[derive(Debug, Clone, Copy)]
@@ -478,7 +441,7 @@ fn tables(
                             let Some(width) = Width::of(sigma, training.step + offset) else { continue };
                             let x = left[t * r + k].to_f32() * scale;
                             let context = neighbours.context();
-                            let q = tables.quantise(width, context, x, 0.1);
+                            let q = tables.quantise(width, context, x, 0.0);
                             counts.see(width, context, q, x);
                             tables.pass(width, &mut neighbours, q);
                         }

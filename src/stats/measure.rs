@@ -1,11 +1,11 @@
 //! `kvfuse stats`: the similarity table of a dump, with where it came from.
 
-use super::table::{Columns, write_csv};
 use crate::dump::{Half, Manifest};
 use crate::error::{Error, Result};
 use crate::files;
 use crate::lock::FolderLock;
 use crate::stats::{SimilarityOptions, StatRow, similarities};
+use crate::tables::{Columns, write_csv};
 use std::path::{Path, PathBuf};
 
 pub const STATS_CSV: &str = "stats.csv";

@@ -1,7 +1,6 @@
 //! Whether two folders of result tables say the same: what was committed, and what was made again.
 
-use super::table::Columns;
-use super::{LAYERS_CSV, REQUESTS_CSV, TIMINGS_CSV};
+use super::{Columns, LAYERS_CSV, REQUESTS_CSV, TIMINGS_CSV};
 use crate::error::{Error, IoAt, Result};
 use std::fs;
 use std::path::{Path, PathBuf};

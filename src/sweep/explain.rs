@@ -3,13 +3,13 @@
 use super::arms::{Arm, Packing};
 use super::evaluate::Base;
 use super::rows::RequestScore;
+use super::run::{questions, setting};
 use super::runs::{RunRecord, Runs, run_id};
 use super::settings::Settings;
 use super::stage::{encode_batch, load};
-use super::sweep::{open_model, questions, setting};
 use crate::codec::registry::is_control;
 use crate::codec::{CacheBatch, Chain, Memo, relative_error};
-use crate::dump::Manifest;
+use crate::dump::{Manifest, open_model};
 use crate::error::{Error, IoAt, Result};
 use crate::model::kernels::cosine;
 use serde_json::Value;

@@ -4,16 +4,13 @@
 //! choices then minimise stored bits + lambda * KL, as if the layers' KLs added up; because they do not quite, lambda is
 //! found by bisection on the KL that all layers together really cause.
 
-use super::arms::Packing;
 use super::floors::floors;
-use super::settings::SweepOptions;
-use super::stage::Stage;
-use super::sweep::open_model;
 use crate::codec::fusion::{Choices, Fusion, LayerThresholds, Rule, Thresholds};
-use crate::dump::Manifest;
+use crate::dump::{Manifest, open_model};
 use crate::error::{Error, Result};
 use crate::interrupt;
 use crate::progress::{Progress, Unit};
+use crate::sweep::{Packing, Stage, SweepOptions};
 use rand::SeedableRng;
 use rand::seq::SliceRandom;
 use rand_chacha::ChaCha8Rng;

@@ -1,7 +1,7 @@
 //! `kvfuse calibrate --model-based`: thresholds of single layers from pair statistics alone. No cache is fused and no answer
 //! computed; what a threshold would do to rate and distortion is what the model by position says (docs/theory.md, 8).
 
-use super::calibrate::{CalibrateOptions, LayerReport, Target, draw, empty_thresholds};
+use super::measured::{CalibrateOptions, LayerReport, Target, draw, empty_thresholds};
 use crate::codec::fusion::{LayerThresholds, Pairing, Positions, Thresholds};
 use crate::dump::Manifest;
 use crate::error::{Error, Result};

@@ -1,13 +1,11 @@
 //! The model's predictions against the layers of a sweep.
 
-use super::measure::STATS_MANIFEST;
-use super::sweep::LAYERS_CSV;
-use super::table::Columns;
 use crate::codec::Chain;
 use crate::codec::fusion::{Choices, Pairing, RopeMode, Rule};
 use crate::error::{Error, Result};
 use crate::files;
-use crate::stats::{Interval, StatRow, bootstrap_mean, rounded};
+use crate::stats::{Interval, STATS_MANIFEST, StatRow, bootstrap_mean, rounded};
+use crate::tables::{Columns, LAYERS_CSV};
 use crate::theory::{
     Comparison, Extent, LayerLaw, Model, Verdict, layer_cr, predict, representative, verdict,
 };

@@ -5,23 +5,17 @@ use super::rows::{LayerRow, RequestRow, Row, Setting, Timings};
 use super::runs::{RunRecord, Runs, run_id};
 use super::settings::SweepOptions;
 use super::stage::Stage;
-use super::table::write_csv;
 use crate::codec::{Chain, Method, Unfused};
-use crate::dump::Manifest;
+use crate::dump::{Manifest, open_model};
 use crate::error::{Error, IoAt, Result};
 use crate::files;
 use crate::lock::FolderLock;
-use crate::model::Model;
 use crate::progress::{Progress, Unit};
+use crate::tables::{LAYERS_CSV, REQUESTS_CSV, SWEEP_CSV, TIMINGS_CSV, write_csv};
 use serde::Serialize;
 use serde_json::Value;
 use std::collections::HashSet;
 use std::path::Path;
-
-pub const SWEEP_CSV: &str = "sweep.csv";
-pub const TIMINGS_CSV: &str = "timings.csv";
-pub const REQUESTS_CSV: &str = "requests.csv";
-pub const LAYERS_CSV: &str = "layers.csv";
 
 /// Runs all arms that are not in `options.out` yet; returns the rows in grid order, as sweep.csv has them.
 pub fn sweep(options: &SweepOptions) -> Result<Vec<Row>> {
@@ -169,22 +163,6 @@ fn begin(
         write_tables(out, records)?;
     }
     Ok(())
-}
-
-/// The model that made the dump, and no other.
-pub fn open_model(dump: &Path, name: Option<&str>, manifest: &Manifest) -> Result<Model> {
-    let name = name.unwrap_or(&manifest.model.name);
-    let model = Model::load(name)?;
-    if model.sha256 != manifest.model.sha256 || *model.decoder.config() != manifest.model.config {
-        let problem = format!(
-            "was made with another model ({}, sha256 {}...) than {name} (sha256 {}...); pass that one as --model",
-            manifest.model.name,
-            &manifest.model.sha256[..12.min(manifest.model.sha256.len())],
-            &model.sha256[..12]
-        );
-        return Err(Error::file(dump, problem));
-    }
-    Ok(model)
 }
 
 fn write_manifest(

@@ -53,6 +53,19 @@ fn spelt(chain: &str) -> Vec<String> {
     stages.flat_map(|s| s.options.into_iter().map(move |o| format!("{}.{}", s.name, o.name))).collect()
 }
 
+/// Bytes that a name begins with as all others do, up to the end of one of them or of a word.
+fn common<'a>(name: &str, others: impl Iterator<Item = &'a String>) -> usize {
+    let agree = |a: &str, b: &str| a.bytes().zip(b.bytes()).take_while(|(a, b)| a == b).count();
+    others
+        .map(|other| {
+            let same = agree(name, other);
+            let whole = same == name.len() || same == other.len();
+            if whole { same } else { name[..same].rfind('-').unwrap_or(0) }
+        })
+        .min()
+        .unwrap_or(0)
+}
+
 /// A label for each row. Rows of a series have the same label: where a dial stands is no part of it, but which one is turned is.
 pub fn series_labels(rows: &[Labelled]) -> Vec<String> {
     let label = |row: &Labelled| {
@@ -75,13 +88,23 @@ pub fn series_labels(rows: &[Labelled]) -> Vec<String> {
             let differs =
                 rows.iter().filter(alike).any(|other| other.cells.get(column).is_some_and(|c| c != cell));
             let Some((_, option)) = column.split_once('.') else { continue };
-            if differs && !of_a_dial(column) {
-                words.push(match (&cell[..], option) {
-                    ("true", _) => option.replace('-', " "),
-                    ("false", _) => continue,
-                    (_, "pairing" | "representative" | "similarity") => cell.clone(),
-                    _ => format!("{} {cell}", option.replace('-', " ")),
-                });
+            if !differs || of_a_dial(column) {
+                continue;
+            }
+            let own = self::spelt(&row.method).contains(column);
+            let words_of = option.replace('-', " ");
+            match (&cell[..], option) {
+                (_, "pairing" | "representative" | "similarity") => words.push(cell.clone()),
+                // What is usual goes without saying.
+                _ if !own => {}
+                ("true", _) => words.push(words_of),
+                ("false", _) => words.push(format!("no {words_of}")),
+                (text, _) if text.parse::<f64>().is_err() => {
+                    let others = rows.iter().filter(alike).filter_map(|o| o.cells.get(column));
+                    let rest = &text[common(text, others)..];
+                    words.extend((!rest.is_empty()).then(|| rest.trim_start_matches('-').replace('-', " ")));
+                }
+                _ => words.push(format!("{words_of} {cell}")),
             }
         }
         for (column, before) in PACKING {
@@ -139,6 +162,15 @@ mod tests {
             ["none", "bff tree", "bff tree", "bff best", "bff max error", "bff calibrated"]
         );
         assert_eq!(series_labels(&rows[1..3]), ["bff", "bff"]);
+        let coded = |method: &str, codec: &str, reference: &str| {
+            row(method, &[("joint.codec", codec), ("joint.reference", reference)])
+        };
+        let rows_of_codecs = [
+            coded("joint:codec=j", "j", "true"),
+            coded("joint:codec=j,reference=false", "j", "false"),
+            coded("joint:codec=j-without-klt", "j-without-klt", "true"),
+        ];
+        assert_eq!(series_labels(&rows_of_codecs), ["joint", "joint no reference", "joint without klt"]);
         assert_eq!(rows[2].name(), "0.8");
         assert_eq!(rows[5].name(), "kl 0.02");
     }

@@ -1,13 +1,12 @@
 //! `kvfuse simulate`: the model's closed forms and synthetic worlds, and both against what a sweep measured.
 
-use super::compare::{SummaryRow, measured_layers, predictions, summary, verdicts};
-use super::measure::read_stats;
-use super::table::write_csv;
+use super::against::{SummaryRow, measured_layers, predictions, summary, verdicts};
 use crate::codec::fusion::Pairing;
 use crate::error::{Error, Result};
 use crate::files;
 use crate::lock::FolderLock;
-use crate::stats::rounded;
+use crate::stats::{read_stats, rounded};
+use crate::tables::write_csv;
 use crate::theory::{
     Draws, Extent, LayerLaw, Model, MonteCarloRow, Prediction, Verdict, layer_cr, monte_carlo,
     percolation_requests, predict,

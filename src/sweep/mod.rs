@@ -1,0 +1,25 @@
+//! Sweeps: a grid of arms over a dump, scored against the no-fusion arm, written as rows.
+
+mod arms;
+mod evaluate;
+mod explain;
+mod grid;
+mod labels;
+mod rows;
+mod run;
+mod runs;
+mod search;
+mod settings;
+mod stage;
+
+pub use arms::{Arm, ArmColumns, Packing};
+pub use evaluate::{Base, FirstToken, Prompt, Reference};
+pub use explain::{ExplainOptions, Explanation, FusedBlock, Partner, explain};
+pub use grid::parse_taus;
+pub use labels::{Labelled, PACKING, series_labels};
+pub use rows::{LayerRow, LayerScore, RequestRow, RequestScore, Row, Timings};
+pub use run::sweep;
+pub use runs::RunRecord;
+pub use search::{SearchOptions, Tried, search};
+pub use settings::{Settings, SweepOptions};
+pub use stage::{Stage, load, targets};
