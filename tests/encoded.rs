@@ -3,9 +3,10 @@
 mod common;
 
 use common::{refuse, run, succeed, text, tiny};
+use kvfuse::codec::evict::observe;
 use kvfuse::codec::registry::METHODS;
 use kvfuse::codec::{Chain, Codec, Ledger, Memo};
-use kvfuse::dump::Manifest;
+use kvfuse::dump::{Manifest, open_model};
 use kvfuse::encoded::{EncodeOptions, Encoded, encode, load_caches};
 use kvfuse::model::Ropes;
 use serde_json::json;
@@ -47,6 +48,8 @@ fn chains(codec: &Path) -> Vec<Chain> {
             "prefix+",
             "bff:tau=0.5,spare-layers=0,rope=strip+",
             "prefix+bff:tau=0.5,spare-layers=0,scale=least-squares+",
+            "prefix+streaming:keep=0.5+",
+            "snapkv:keep=0.6+",
         ] {
             let parsed = Chain::parse(&format!("{before}{own}")).unwrap_or_default();
             all.extend(parsed.into_iter().filter(|c| c.chunks().is_none()));
@@ -68,6 +71,7 @@ fn a_file_is_as_large_as_the_ledger_and_gives_back_every_bit() {
     let dir = tempfile::tempdir().unwrap();
     let dump = dump(dir.path());
     let manifest = Manifest::read(&dump).unwrap();
+    let model = open_model(&dump, None, &manifest).unwrap();
     let ropes = Arc::new(Ropes::new(&manifest.model.config, 64));
     let (original, _) = load_caches(&dump, &manifest, &[0, 1, 2, 3], 4, ropes, 0).unwrap();
     for chain in chains(&trained(dir.path(), &dump)) {
@@ -81,6 +85,9 @@ fn a_file_is_as_large_as_the_ledger_and_gives_back_every_bit() {
         assert_eq!(body, size.ledger_bits + size.padding_bits, "{name}");
 
         let mut batch = original.clone();
+        if chain.needs_attention() {
+            batch.observed = Some(Arc::new(observe(&model, &batch).unwrap()));
+        }
         chain.encode(&mut batch, &Memo::default()).unwrap();
         let layers = manifest.model.config.layers;
         assert_eq!(size.ledger_bits, Ledger::of(&batch, &chain.coverage(layers)).file_bits(), "{name}");
@@ -88,6 +95,7 @@ fn a_file_is_as_large_as_the_ledger_and_gives_back_every_bit() {
         assert_eq!(read.method, name);
         for (request, cache) in batch.caches.iter().enumerate() {
             for layer in 0..layers {
+                assert_eq!(cache.layers[layer].kept, read.batch.caches[request].layers[layer].kept, "{name}");
                 for block in 0..cache.layers[layer].entries.len() {
                     let (a, b) = (batch.read(request, layer, block), read.batch.read(request, layer, block));
                     assert_eq!(a, b, "{name}: request {request}, layer {layer}, block {block}");
@@ -107,7 +115,7 @@ fn no_changed_byte_goes_unseen() {
     let dir = tempfile::tempdir().unwrap();
     let dump = dump(dir.path());
     let joint = format!("prefix+joint:codec={}", text(&trained(dir.path(), &dump)));
-    for chain in ["prefix+bff:tau=0.5,spare-layers=0+kivi:residual=4", &joint] {
+    for chain in ["prefix+bff:tau=0.5,spare-layers=0+kivi:residual=4", "prefix+h2o:keep=0.7+int8", &joint] {
         let chain = Chain::parse(chain).unwrap().swap_remove(0);
         no_change_goes_unseen(dir.path(), &dump, chain);
     }

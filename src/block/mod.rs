@@ -7,4 +7,4 @@ mod pool;
 mod table;
 
 pub use pool::{BlockId, BlockPool, BlockShape, Payload, Storage};
-pub use table::{BlockTable, Entry, RequestCache, Scale};
+pub use table::{BlockTable, Entry, Kept, RequestCache, Scale};

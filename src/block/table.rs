@@ -1,6 +1,7 @@
 //! Block tables: the logical view of one request's cache.
 
 use super::{BlockId, BlockPool};
+use std::sync::Arc;
 
 /// Two factors that turn a shared representative back into one request's block (the paper's restored norms).
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -37,13 +38,48 @@ impl Entry {
     }
 }
 
+/// Which tokens a table still holds after others were evicted.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Kept {
+    /// Positions of the tokens that were kept, rising.
+    pub positions: Vec<u32>,
+    /// Tokens there were; those appended later go on from here.
+    pub tokens: usize,
+}
+
 /// One request's blocks in one layer, in token order. All but the last are full.
+///
+/// A token's place among those stored is its *slot*; without evictions that is its position.
 #[derive(Debug, Default, Clone, PartialEq)]
 pub struct BlockTable {
     pub entries: Vec<Entry>,
+    /// `None` if no token was evicted.
+    pub kept: Option<Arc<Kept>>,
 }
 
 impl BlockTable {
+    /// Slots of tokens before a position.
+    pub fn slots_before(&self, position: usize) -> usize {
+        match &self.kept {
+            Some(kept) if position < kept.tokens => {
+                kept.positions.partition_point(|p| (*p as usize) < position)
+            }
+            Some(kept) => kept.positions.len() + position - kept.tokens,
+            None => position,
+        }
+    }
+
+    /// The position of the token in a slot.
+    pub fn position(&self, slot: usize) -> usize {
+        match &self.kept {
+            Some(kept) => match kept.positions.get(slot) {
+                Some(position) => *position as usize,
+                None => kept.tokens + slot - kept.positions.len(),
+            },
+            None => slot,
+        }
+    }
+
     /// Appends one token's key and value (`[kv_heads, head_dim]` each), opening a block when the last is full.
     pub fn append(&mut self, pool: &mut BlockPool, key: &[f32], value: &[f32]) {
         match self.entries.last_mut() {
@@ -144,5 +180,16 @@ mod tests {
             b.release(&mut pool);
             prop_assert_eq!((pool.live_blocks(), pool.elements()), (0, 0));
         }
+    }
+    #[test]
+    fn tokens_keep_their_positions_when_others_go() {
+        let kept = Arc::new(Kept { positions: vec![0, 3, 4, 9], tokens: 12 });
+        let table = BlockTable { entries: Vec::new(), kept: Some(kept) };
+        let positions: Vec<usize> = (0..7).map(|slot| table.position(slot)).collect();
+        assert_eq!(positions, [0, 3, 4, 9, 12, 13, 14]);
+        for (slot, &position) in positions.iter().enumerate() {
+            assert_eq!(table.slots_before(position), slot);
+        }
+        assert_eq!((table.slots_before(1), table.slots_before(11), table.slots_before(14)), (1, 4, 6));
     }
 }

@@ -138,6 +138,11 @@ impl Chain {
         self.stages.iter().find_map(|s| s.codec.fusion())
     }
 
+    /// Whether a stage must know how tokens were attended to.
+    pub fn needs_attention(&self) -> bool {
+        self.stages.iter().any(|s| s.codec.needs_attention())
+    }
+
     /// The stage that prefills anew, chunk by chunk; always the first.
     pub fn chunks(&self) -> Option<&ChunkFusion> {
         self.stages.first().and_then(|s| s.codec.chunks())
@@ -164,12 +169,14 @@ impl Chain {
                     format!("{name} prefills anew and must be the first stage")
                 }
                 (a, b) if b <= a => {
-                    format!("{name} cannot follow {before}: sharing comes first, then fusion, then coding")
+                    format!(
+                        "{name} cannot follow {before}: sharing comes first, then fusion or eviction, then coding"
+                    )
                 }
-                (_, Role::Code)
-                    if !self.stages[i].codec.takes_fused() && roles[..i].contains(&Role::Fuse) =>
+                _ if !self.stages[i].codec.takes_changed()
+                    && roles[..i].iter().any(|r| matches!(r, Role::Fuse | Role::Evict)) =>
                 {
-                    format!("{name} codes blocks as prefill left them; it cannot follow {before}")
+                    format!("{name} takes blocks as prefill left them; it cannot follow {before}")
                 }
                 _ => continue,
             };

@@ -2,6 +2,7 @@
 
 use super::CacheBatch;
 use rayon::prelude::*;
+use std::collections::HashMap;
 use std::ops::{AddAssign, Range};
 
 /// Squared errors and energies over all tokens and layers.
@@ -85,6 +86,14 @@ pub fn distortion_by_layer(
         let mut drifts = vec![Drift::default(); original.caches.len()];
         for (request, drift) in drifts.iter_mut().enumerate() {
             let (before, after) = (&original.caches[request], &encoded.caches[request]);
+            if after.layers[n].kept.is_some() {
+                let (own, worst) = evicted(original, encoded, request, n);
+                sum += own;
+                let blocks = 0..after.layers[n].entries.len();
+                let fused = blocks.filter(|b| encoded.is_fused(request, n, *b)).count() as u64;
+                drift.join(&Drift { fused_blocks: fused, worst_block_error: worst });
+                continue;
+            }
             let entries = before.layers[n].entries.iter().zip(&after.layers[n].entries);
             for (block, (x, y)) in entries.enumerate() {
                 let keys = original.pool.keys(x.block);
@@ -110,6 +119,37 @@ pub fn distortion_by_layer(
         all.iter_mut().zip(drifts).for_each(|(all, drift)| all.join(drift));
     }
     (layers.into_iter().map(|(sum, _)| sum).collect(), all)
+}
+
+/// One layer of a request that lost tokens: what is gone counts with all its energy. With the worst block of the original.
+fn evicted(original: &CacheBatch, encoded: &CacheBatch, request: usize, n: usize) -> (Distortion, f64) {
+    let width = original.pool.shape().token_width();
+    let size = original.pool.shape().block_size;
+    let table = &encoded.caches[request].layers[n];
+    let mut kept: HashMap<usize, (Vec<f32>, Vec<f32>)> = HashMap::new();
+    let mut slot = 0;
+    for block in 0..table.entries.len() {
+        let (keys, values) = encoded.read(request, n, block);
+        for (k, v) in keys.chunks_exact(width).zip(values.chunks_exact(width)) {
+            kept.insert(table.position(slot), (k.to_vec(), v.to_vec()));
+            slot += 1;
+        }
+    }
+    let gone = vec![0.0; width];
+    let (mut sum, mut worst) = (Distortion::default(), 0.0f64);
+    for (block, entry) in original.caches[request].layers[n].entries.iter().enumerate() {
+        let mut own = Distortion::default();
+        let rows = original.pool.keys(entry.block).chunks_exact(width);
+        for (t, (key, value)) in rows.zip(original.pool.values(entry.block).chunks_exact(width)).enumerate() {
+            let (k, v) = kept.get(&(block * size + t)).map_or((&gone, &gone), |(k, v)| (k, v));
+            let (key_error, key_energy) = squares(key, k, 1.0);
+            let (value_error, value_energy) = squares(value, v, 1.0);
+            own += Distortion { key_error, key_energy, value_error, value_energy };
+        }
+        worst = worst.max(own.keys()).max(own.values());
+        sum += own;
+    }
+    (sum, worst)
 }
 
 /// Relative squared error of `y` as a stand-in for `x`.

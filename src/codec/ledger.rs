@@ -10,6 +10,8 @@ use std::ops::AddAssign;
 const ELEMENT_BITS: u64 = 16;
 /// Bits of one block-table entry: a 32-bit block number.
 const ENTRY_BITS: u64 = 32;
+/// Bits before a list of kept tokens, which has a bit a token, in whole bytes; where a batch has any, tables that kept all say so in these.
+pub const KEPT_BITS: u64 = 32;
 /// Bits of the side information of one fused block in one request: a key and a value scale, f32 each.
 const SCALE_BITS: u64 = 64;
 
@@ -68,12 +70,22 @@ impl Ledger {
         let mut ledger = Ledger::default();
         let shape = batch.pool.shape();
         let layers = batch.caches.first().map_or(0, |c| c.layers.len());
+        let evicts = batch.caches.iter().any(|c| c.layers.iter().any(|t| t.kept.is_some()));
         for n in 0..layers {
             let mut layer = LayerRate { touched: touched.contains(&n), ..LayerRate::default() };
             let mut seen: HashSet<BlockId> = HashSet::new();
             let (mut full, mut partial) = (0, 0);
             let has_table = !layer.touched || (n - touched.start).is_multiple_of(coverage.table_layers);
             let mut roots: HashSet<BlockId> = HashSet::new();
+            for cache in &batch.caches {
+                layer.elements += (2 * cache.tokens * shape.token_width()) as u64;
+                if has_table && evicts {
+                    let list = cache.layers[n].kept.as_ref().map_or(0, |_| cache.tokens.div_ceil(8));
+                    let bits = KEPT_BITS + 8 * list as u64;
+                    ledger.table_bits += bits;
+                    layer.bits += bits;
+                }
+            }
             let entries = batch.caches.iter().flat_map(|c| {
                 let leaves = coverage.leaf_tokens.map_or(c.tokens, |stretch| c.tokens / stretch * stretch);
                 let leaves = leaves / shape.block_size;
@@ -83,7 +95,6 @@ impl Ledger {
                 let tokens = batch.pool.tokens(entry.block);
                 let elements = (2 * tokens * shape.token_width()) as u64;
                 let is_full = tokens == shape.block_size;
-                layer.elements += elements;
                 layer.logical_blocks += u64::from(is_full);
                 if leaf {
                     layer.leaf_blocks += 1;

@@ -2,6 +2,7 @@
 
 mod chain;
 mod distortion;
+pub mod evict;
 mod external;
 pub mod fusion;
 pub mod joint;
@@ -24,6 +25,7 @@ pub use registry::Method;
 use crate::block::{BlockPool, BlockShape, RequestCache, Storage};
 use crate::error::{Error, Result};
 use crate::model::Ropes;
+use evict::Observed;
 use fusion::{Blocks, ChunkFusion, Fusion};
 use joint::Bound;
 use serde::Serialize;
@@ -43,6 +45,8 @@ pub struct CacheBatch {
     pub tenants: Vec<String>,
     /// What turns the keys of this model's layers.
     pub ropes: Arc<Ropes>,
+    /// How tokens were attended to in prefill, request by request, where a codec needs it.
+    pub observed: Option<Arc<Vec<Observed>>>,
 }
 
 impl CacheBatch {
@@ -54,6 +58,7 @@ impl CacheBatch {
             tokens: Vec::new(),
             tenants: Vec::new(),
             ropes,
+            observed: None,
         }
     }
 
@@ -128,6 +133,7 @@ impl Coverage {
 #[derive(Default)]
 pub struct Memo {
     blocks: OnceLock<Blocks>,
+    observed: OnceLock<Arc<Vec<Observed>>>,
     /// Of what stages of chains leave of the batch, by the stage.
     next: Mutex<HashMap<String, Arc<Memo>>>,
 }
@@ -136,6 +142,17 @@ impl Memo {
     /// The blocks of the batch this memo is for, each once.
     pub fn blocks(&self, batch: &CacheBatch) -> &Blocks {
         self.blocks.get_or_init(|| Blocks::of_requests(batch))
+    }
+
+    /// How the batch's tokens were attended to; measured once.
+    pub fn observed(&self, measure: impl FnOnce() -> Result<Vec<Observed>>) -> Result<Arc<Vec<Observed>>> {
+        match self.observed.get() {
+            Some(known) => Ok(Arc::clone(known)),
+            None => {
+                let found = Arc::new(measure()?);
+                Ok(Arc::clone(self.observed.get_or_init(|| found)))
+            }
+        }
     }
 
     /// The memo of the batch after a stage of this name.
@@ -154,6 +171,8 @@ pub enum Role {
     Share,
     /// Points similar blocks at one.
     Fuse,
+    /// Drops tokens.
+    Evict,
     /// Stores the blocks that are left in fewer bits.
     Code,
     /// Puts other caches in their place.
@@ -179,9 +198,14 @@ pub trait Codec: Send + Sync {
         None
     }
 
-    /// Whether it takes blocks that were fused before, with scales or without positions.
-    fn takes_fused(&self) -> bool {
+    /// Whether it takes what fusions and evictions leave: blocks with scales or without positions, tokens with gaps.
+    fn takes_changed(&self) -> bool {
         true
+    }
+
+    /// Whether it must know how tokens were attended to ([`CacheBatch::observed`]).
+    fn needs_attention(&self) -> bool {
+        false
     }
 
     /// The trained file that it works with, if it does: where it is and its SHA-256.

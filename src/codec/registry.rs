@@ -2,6 +2,7 @@
 //! `kvfuse methods` and of the columns of sweep.csv. To add one: its file, and its row in [`METHODS`].
 
 use super::chain::Stage;
+use super::evict::{Expected, H2o, KvZip, SnapKv, Streaming};
 use super::external::External;
 use super::fusion::{Bff, Cff};
 use super::joint::Joint;
@@ -94,11 +95,16 @@ enum Problem {
 }
 
 /// The methods, in the order in which `kvfuse methods` lists them.
-pub static METHODS: [Entry; 10] = [
+pub static METHODS: [Entry; 15] = [
     entry::<Unfused>(),
     entry::<Prefix>(),
     entry::<Bff>(),
     entry::<Cff>(),
+    entry::<Streaming>(),
+    entry::<H2o>(),
+    entry::<SnapKv>(),
+    entry::<Expected>(),
+    entry::<KvZip>(),
     entry::<Int8>(),
     entry::<Fp8>(),
     entry::<Kivi>(),

@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 use std::ops::Range;
 
 /// What a file begins with: a name and the version of the format.
-const MAGIC: &[u8; 8] = b"KVFUSE\0\x01";
+const MAGIC: &[u8; 8] = b"KVFUSE\0\x02";
 /// Bytes before a page's own: tokens, kind, length, checksum.
 const PAGE_FRAME: usize = 12;
 /// Bytes of a layer beside its pages and entries: number of pages, checksum of the tables.
@@ -40,6 +40,8 @@ struct Header {
     /// Layers that the chain touches, and how many of them share a table.
     touched: Range<usize>,
     table_layers: usize,
+    /// Whether tables begin with a list of the tokens that were kept.
+    evicts: bool,
     /// Of the dump, without its shards' checksums.
     manifest: Manifest,
     /// Token ids of every request.

@@ -1,7 +1,7 @@
 //! `kvfuse decode`: an encoded file back to a dump.
 
 use super::{FUSED, Header, MAGIC, SCALED, STRIPPED};
-use crate::block::{BlockId, BlockShape, BlockTable, Entry, Payload, RequestCache, Scale, Storage};
+use crate::block::{BlockId, BlockShape, BlockTable, Entry, Kept, Payload, RequestCache, Scale, Storage};
 use crate::codec::{CacheBatch, Chain, Codec, PageShape};
 use crate::dump::{DumpDtype, Manifest, write_shard};
 use crate::error::{Error, Result};
@@ -74,7 +74,7 @@ impl Encoded {
             let cache = RequestCache { layers: Vec::new(), tokens: tokens.len() };
             batch.push(cache, tokens.clone(), &entry.request.tenant);
         }
-        let mut table: Vec<Vec<(u32, Option<Scale>)>> = Vec::new();
+        let mut table: Vec<(Option<Arc<Kept>>, Vec<(u32, Option<Scale>)>)> = Vec::new();
         for layer in 0..config.layers {
             interrupt::check()?;
             let count = reader.word()?;
@@ -91,7 +91,10 @@ impl Encoded {
                     .tokens
                     .iter()
                     .map(|tokens| {
-                        (0..tokens.len().div_ceil(shape.block_size)).map(|_| entry(&mut reader)).collect()
+                        let kept = if header.evicts { kept(&mut reader, tokens.len())? } else { None };
+                        let stored = kept.as_ref().map_or(tokens.len(), |k| k.positions.len());
+                        let entries = (0..stored.div_ceil(shape.block_size)).map(|_| entry(&mut reader));
+                        Ok((kept, entries.collect::<Result<_>>()?))
                     })
                     .collect::<Result<_>>()?;
                 sum.update(&reader.bytes[from..reader.at]);
@@ -99,8 +102,8 @@ impl Encoded {
             if sum.finalize() != reader.word()? {
                 return Err(reader.damaged("is damaged: the checksum of a block table differs"));
             }
-            for (cache, entries) in batch.caches.iter_mut().zip(&table) {
-                let mut own = BlockTable::default();
+            for (cache, (kept, entries)) in batch.caches.iter_mut().zip(&table) {
+                let mut own = BlockTable { entries: Vec::new(), kept: kept.clone() };
                 for &(word, scale) in entries {
                     let number = (word & !(SCALED | STRIPPED | FUSED)) as usize;
                     let known = pages.get(number).copied();
@@ -119,7 +122,7 @@ impl Encoded {
         for (cache, tokens) in batch.caches.iter().zip(&header.tokens) {
             let fits = cache.layers.iter().all(|table| {
                 let stored: usize = table.entries.iter().map(|e| batch.pool.tokens(e.block)).sum();
-                stored == tokens.len()
+                stored == table.slots_before(tokens.len())
             });
             if !fits {
                 return Err(reader.damaged("has pages that hold more or fewer tokens than its requests have"));
@@ -224,6 +227,21 @@ fn page(
     Ok(batch.pool.allocate(keys, values))
 }
 
+/// Which of so many tokens a table kept; `None` for all.
+fn kept(reader: &mut Reader, tokens: usize) -> Result<Option<Arc<Kept>>> {
+    let count = reader.word()?;
+    if count == u32::MAX {
+        return Ok(None);
+    }
+    let bits = reader.take(tokens.div_ceil(8))?;
+    let positions: Vec<u32> =
+        (0..tokens as u32).filter(|p| bits[*p as usize / 8] >> (p % 8) & 1 == 1).collect();
+    if positions.is_empty() || positions.len() != count as usize {
+        return Err(reader.damaged("has a list of kept tokens that contradicts itself"));
+    }
+    Ok(Some(Arc::new(Kept { positions, tokens })))
+}
+
 fn entry(reader: &mut Reader) -> Result<(u32, Option<Scale>)> {
     let word = reader.word()?;
     let scale = if word & SCALED == 0 {
@@ -236,7 +254,12 @@ fn entry(reader: &mut Reader) -> Result<(u32, Option<Scale>)> {
 
 /// Writes what attention reads of an encoded file as a dump of f32 numbers; returns its manifest.
 pub fn decode(file: &Path, codec: Option<&Path>, out: &Path) -> Result<Manifest> {
-    let Encoded { batch, manifest, tokens, .. } = Encoded::read(file, codec)?;
+    let Encoded { batch, manifest, tokens, method } = Encoded::read(file, codec)?;
+    if batch.caches.iter().any(|c| c.layers.iter().any(|t| t.kept.is_some())) {
+        let problem =
+            format!("was encoded by {method}, which drops tokens; a dump holds all tokens of a prompt");
+        return Err(Error::file(file, problem));
+    }
     let _lock = FolderLock::take(out)?;
     files::writable_folder(out)?;
     if std::fs::read_dir(out).is_ok_and(|mut d| d.any(|e| e.is_ok_and(|e| e.file_name() != ".kvfuse-lock"))) {

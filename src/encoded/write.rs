@@ -1,9 +1,10 @@
 //! `kvfuse encode`: the caches of a dump through a chain, as one file.
 
 use super::{FUSED, Header, LAYER_FRAME, MAGIC, PAGE_FRAME, SCALED, STRIPPED, load_caches};
-use crate::block::{BlockId, BlockPool};
+use crate::block::{BlockId, BlockPool, Kept};
+use crate::codec::evict::observe;
 use crate::codec::{CacheBatch, Chain, Codec, Ledger, Memo, Role};
-use crate::dump::Manifest;
+use crate::dump::{Manifest, open_model};
 use crate::error::{Error, Result};
 use crate::files;
 use crate::model::Ropes;
@@ -55,6 +56,10 @@ pub fn encode(options: &EncodeOptions) -> Result<Size> {
     let ropes = Arc::new(Ropes::new(config, longest));
     let all: Vec<usize> = (0..manifest.requests.len()).collect();
     let (mut batch, tokens) = load_caches(dump, &manifest, &all, *block_size, ropes, 0)?;
+    if chain.needs_attention() {
+        let model = open_model(dump, None, &manifest)?;
+        batch.observed = Some(Arc::new(observe(&model, &batch)?));
+    }
     chain.encode(&mut batch, &Memo::default())?;
     if chain.role() == Role::Whole {
         return Err(Error::argument(format!(
@@ -77,6 +82,7 @@ pub fn encode(options: &EncodeOptions) -> Result<Size> {
         block_size: *block_size,
         touched: 0..0,
         table_layers: 1,
+        evicts: batch.caches.iter().any(|c| c.layers.iter().any(|t| t.kept.is_some())),
         manifest: Manifest { command: Vec::new(), ..manifest },
         tokens,
     };
@@ -92,7 +98,7 @@ pub fn encode(options: &EncodeOptions) -> Result<Size> {
     let header_bytes = bytes.len() as u64;
     let (mut frame_bytes, mut page_bits) = (0, 0);
     for layer in 0..header.manifest.model.config.layers {
-        let written = write_layer(&batch, layer, header.has_table(layer), &mut bytes);
+        let written = write_layer(&batch, layer, &header, &mut bytes);
         frame_bytes += (LAYER_FRAME + PAGE_FRAME * written.pages) as u64;
         page_bits += written.page_bits;
     }
@@ -118,11 +124,14 @@ struct Written {
 }
 
 /// Number of pages, pages in the order in which tables first list them, tables, checksum of number and tables.
-fn write_layer(batch: &CacheBatch, layer: usize, has_table: bool, bytes: &mut Vec<u8>) -> Written {
+fn write_layer(batch: &CacheBatch, layer: usize, header: &Header, bytes: &mut Vec<u8>) -> Written {
     let mut numbers: HashMap<BlockId, u32> = HashMap::new();
     let mut pages: Vec<BlockId> = Vec::new();
     let mut tables = Vec::new();
     for cache in &batch.caches {
+        if header.evicts {
+            tables.extend(kept_list(cache.layers[layer].kept.as_deref()));
+        }
         for entry in &cache.layers[layer].entries {
             let number = *numbers.entry(entry.block).or_insert_with(|| {
                 pages.push(entry.block);
@@ -149,12 +158,22 @@ fn write_layer(batch: &CacheBatch, layer: usize, has_table: bool, bytes: &mut Ve
     let mut sum = crc32fast::Hasher::new();
     sum.update(&count);
     // Layers of a group list the same pages in the same places.
-    if has_table {
+    if header.has_table(layer) {
         sum.update(&tables);
         bytes.extend(&tables);
     }
     bytes.extend(sum.finalize().to_le_bytes());
     Written { pages: pages.len(), page_bits }
+}
+
+/// The number of tokens that were kept and a bit a token; of a table that kept all, 2^32 - 1 and nothing else.
+fn kept_list(kept: Option<&Kept>) -> Vec<u8> {
+    let Some(kept) = kept else { return u32::MAX.to_le_bytes().to_vec() };
+    let mut bits = vec![0u8; kept.tokens.div_ceil(8)];
+    for &position in &kept.positions {
+        bits[position as usize / 8] |= 1 << (position % 8);
+    }
+    [&(kept.positions.len() as u32).to_le_bytes()[..], &bits].concat()
 }
 
 /// A page with its frame; returns the bits of its own bytes.

@@ -57,7 +57,16 @@ struct Task<'a> {
     kv_head: usize,
     row: usize,
     tokens: usize,
+    /// Position of the first query, and the slot of its own key.
     start: usize,
+    slot: usize,
+}
+
+impl Task<'_> {
+    /// The first slot that a query sees.
+    fn first_slot(&self, heads: Heads, position: usize) -> usize {
+        self.table.slots_before(heads.first_seen(position))
+    }
 }
 
 /// Causal attention of all requests' new tokens in one layer.
@@ -83,12 +92,15 @@ pub fn attend(
                     row: request.row + first,
                     tokens: TASK_TOKENS.min(request.tokens - first),
                     start: request.start + first,
+                    slot: request.table.slots_before(request.start + first),
                 });
             }
         }
     }
     let run = |task: &Task| {
-        if task.tokens * heads.group() >= GATHER_ROWS {
+        // Windows are counted in positions, rows of a product in slots.
+        let even = heads.window.is_none() || task.table.kept.is_none();
+        if even && task.tokens * heads.group() >= GATHER_ROWS {
             gathered(pool, rope, heads, queries, stride, task)
         } else {
             in_place(pool, rope, heads, queries, stride, task)
@@ -107,14 +119,14 @@ pub fn attend(
     out
 }
 
-/// A block of the table: its entry, the position of its first token, and its tokens that are looked at.
+/// A block of the table: its entry, the slot of its first token, and its tokens that are looked at.
 struct Seen<'a> {
     entry: &'a Entry,
     first: usize,
     tokens: usize,
 }
 
-/// The table's blocks that hold the tokens from `from` (rounded down to a whole block) to `to`.
+/// The table's blocks that hold the slots from `from` (rounded down to a whole block) to `to`.
 fn visible<'a>(
     pool: &'a BlockPool,
     table: &'a BlockTable,
@@ -153,7 +165,7 @@ fn in_place(
     task: &Task,
 ) -> Vec<f32> {
     let (d, group) = (heads.head_dim, heads.group());
-    let total = task.start + task.tokens;
+    let total = task.slot + task.tokens;
     let stride_kv = heads.kv_heads * d;
     let at = task.kv_head * d;
     let mut weights = vec![0.0; total];
@@ -161,8 +173,8 @@ fn in_place(
     let mut out = vec![0.0; task.tokens * group * d];
     for (i, out) in out.chunks_exact_mut(d).enumerate() {
         let (token, head) = (i / group, task.kv_head * group + i % group);
-        let end = task.start + token + 1;
-        let from = heads.first_seen(end - 1);
+        let end = task.slot + token + 1;
+        let from = task.first_slot(heads, task.start + token);
         let query = &queries[(task.row + token) * stride + head * d..][..d];
         for seen in visible(pool, task.table, from, end) {
             let scale = seen.entry.key_scale() * heads.scale;
@@ -199,8 +211,8 @@ fn gathered(
     let (d, group) = (heads.head_dim, heads.group());
     let size = pool.shape().block_size;
     // Blocks before the first query's window are of no use to any.
-    let from = heads.first_seen(task.start) / size * size;
-    let end = task.start + task.tokens;
+    let from = task.first_slot(heads, task.start) / size * size;
+    let end = task.slot + task.tokens;
     let total = end - from;
     let rows = task.tokens * group;
     let mut keys = Vec::with_capacity(total * d);
@@ -228,7 +240,7 @@ fn gathered(
     let mut weights = vec![0.0; rows * total];
     let queries = View::row_major(&gathered_queries, rows, d);
     product(queries, View::row_major(&keys, total, d).transposed(), &mut weights);
-    causal_softmax(&mut weights, total, task.start + 1 - from, group, heads.window.unwrap_or(usize::MAX));
+    causal_softmax(&mut weights, total, task.slot + 1 - from, group, heads.window.unwrap_or(usize::MAX));
     let mut out = vec![0.0; rows * d];
     product(View::row_major(&weights, rows, total), View::row_major(&values, total, d), &mut out);
     out
@@ -244,11 +256,11 @@ mod tests {
 
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(40))]
-        /// Both paths equal attention written out in f64: scales, blocks without positions and windows included.
+        /// Both paths equal attention written out in f64: scales, blocks without positions, windows and evicted tokens included.
         #[test]
         fn equals_the_definition(
             start in 0usize..40, tokens in 1usize..70, block_size in 1usize..20,
-            window in prop::option::of(1usize..60), seed in 0u64..99
+            window in prop::option::of(1usize..60), seed in 0u64..99, evict in any::<bool>()
         ) {
             let heads = Heads { heads: 4, kv_heads: 2, head_dim: 8, scale: 0.4, window };
             let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(seed);
@@ -257,13 +269,20 @@ mod tests {
             let mut table = BlockTable::default();
             let total = start + tokens;
             let (keys, values) = (random(total * 16), random(total * 16));
-            for t in 0..total {
+            // Two of three of the earlier tokens stay.
+            let there = |t: usize| !evict || t >= start || t % 3 != 1;
+            for t in (0..total).filter(|t| there(*t)) {
                 table.append(&mut pool, &keys[t * 16..][..16], &values[t * 16..][..16]);
+            }
+            let stored: Vec<usize> = (0..total).filter(|t| there(*t)).collect();
+            if evict {
+                let positions = stored.iter().filter(|t| **t < start).map(|t| *t as u32).collect();
+                table.kept = Some(std::sync::Arc::new(crate::block::Kept { positions, tokens: start }));
             }
             let rope = Rope::new(&RopeConfig::plain(100.0, 8), 128);
             for (i, entry) in table.entries.iter_mut().enumerate() {
                 if i % 2 == 1 { entry.scale = Some(Scale { key: 1.5, value: 0.5 }); }
-                if i % 3 == 1 {
+                if i % 3 == 1 && !evict {
                     let mut stripped = pool.keys(entry.block).to_vec();
                     rope.strip_tokens(&mut stripped, 16, i * block_size);
                     let values = pool.values(entry.block).to_vec();
@@ -280,10 +299,13 @@ mod tests {
                 for head in 0..4 {
                     let query = &queries[token * stride + head * 8..][..8];
                     let kv = head / 2;
-                    let scale = |t: usize, on: f64| if t / block_size % 2 == 1 { on } else { 1.0 };
+                    let scale = |t: usize, on: f64| {
+                        let slot = stored.iter().position(|s| *s == t).unwrap_or(0);
+                        if slot / block_size % 2 == 1 { on } else { 1.0 }
+                    };
                     let own = start + token;
                     let weights: Vec<f64> = (0..=own).map(|t| {
-                        if window.is_some_and(|w| own - t >= w) { return 0.0; }
+                        if window.is_some_and(|w| own - t >= w) || !there(t) { return 0.0; }
                         let key = &keys[t * 16 + kv * 8..][..8];
                         let s: f64 = query.iter().zip(key).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum();
                         (s * scale(t, 1.5) * 0.4).exp()

@@ -164,7 +164,7 @@ impl Codec for Coding {
         Coverage { layers: 0..layers, table_layers: layers.max(1), leaf_tokens: None, trained }
     }
 
-    fn takes_fused(&self) -> bool {
+    fn takes_changed(&self) -> bool {
         false
     }
 
