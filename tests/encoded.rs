@@ -40,7 +40,11 @@ fn chains(codec: &Path) -> Vec<Chain> {
     let mut all = Vec::new();
     for method in &METHODS {
         let dial = if method.dials.contains(&"tau") { ":tau=0.5,spare-layers=0" } else { "" };
-        let residual = if method.name == "kivi" { ":residual=4" } else { "" };
+        let residual = match method.name {
+            "kivi" => ":residual=4",
+            "kitty" => ":residual=4,sinks=4",
+            _ => "",
+        };
         let trained = if method.name == "joint" { format!(":codec={}", text(codec)) } else { String::new() };
         let own = format!("{}{dial}{residual}{trained}", method.name);
         for before in [

@@ -2,8 +2,7 @@
 
 mod common;
 
-use common::{made_up, refuse, succeed, text, tiny};
-use kvfuse::block::RequestCache;
+use common::{made_up, made_up_attention, refuse, succeed, text, tiny};
 use kvfuse::codec::evict::{Observed, Seen, observe};
 use kvfuse::codec::{CacheBatch, Chain, Codec, Ledger, Memo};
 use kvfuse::dump::{Manifest, open_model};
@@ -19,24 +18,6 @@ fn chain(text: &str) -> Chain {
     Chain::parse(text).unwrap().swap_remove(0)
 }
 
-/// Attention that grows with a hash of the token, so that every scorer has its own order.
-fn observed(batch: &CacheBatch, salt: u64) -> Arc<Vec<Observed>> {
-    let numbers = |tokens: usize, salt: u64| -> Vec<f32> {
-        (0..tokens as u64).map(|t| ((t + 1) * 2_654_435_761 * salt % 1009) as f32).collect()
-    };
-    let of = |cache: &RequestCache| Observed {
-        layers: (0..cache.layers.len() as u64)
-            .map(|n| Seen {
-                received: numbers(cache.tokens, salt + n),
-                window: numbers(cache.tokens, salt + n + 31),
-                expected: numbers(cache.tokens, salt + n + 57),
-                repeated: numbers(cache.tokens, salt + n + 83),
-            })
-            .collect(),
-    };
-    Arc::new(batch.caches.iter().map(of).collect())
-}
-
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(40))]
     /// What is left are whole tokens of the original, at their positions, as many as were asked for; nothing else is in the pool.
@@ -47,7 +28,7 @@ proptest! {
         before in prop::sample::select(vec!["", "prefix+"]),
     ) {
         let mut batch = made_up(seed, 4, 40, block_size, &["a"]);
-        batch.observed = Some(observed(&batch, seed + 1));
+        batch.observed = Some(made_up_attention(&batch, seed + 1));
         let mut original = batch.clone();
         // Requests of these caches do not have equal numbers where their tokens are equal.
         if before == "prefix+" {

@@ -269,6 +269,7 @@ fn all_chains() -> Vec<Chain> {
             format!("prefix:within-tenant=true+{own}"),
             format!("{fused}true+{own}"),
             format!("prefix+{fused}false+{own}"),
+            format!("prefix+snapkv:keep=0.6+{own}"),
         ] {
             // Not every chain means something: sharing twice, or prefilling after it.
             chains
@@ -320,7 +321,8 @@ proptest! {
     fn every_chain_of_the_registry_is_accounted_for(seed in 0u64..1000, requests in 1usize..6, pick in 0usize..1000) {
         let chains = all_chains();
         let chain = &chains[pick % chains.len()];
-        let original = random_batch(seed, requests, Storage::F16);
+        let mut original = random_batch(seed, requests, Storage::F16);
+        original.observed = Some(common::made_up_attention(&original, seed + 1));
         let mut batch = encoded(&original, chain);
         let ledger = Ledger::of(&batch, &chain.coverage(LAYERS));
         prop_assert_eq!(ledger.elements, original.pool.elements(), "{}", chain.name());

@@ -7,7 +7,7 @@ use super::external::External;
 use super::fusion::{Bff, Cff};
 use super::joint::Joint;
 use super::prefix::Prefix;
-use super::quantize::{Fp8, Int8, Kivi, Rotated};
+use super::quantize::{CacheGen, Fp8, Int8, Kitty, Kivi, KvQuant, KvarN, Rotated};
 use super::spec::{StageText, bad, nearest};
 use super::{Codec, Unfused};
 use crate::error::{Error, Result};
@@ -95,7 +95,7 @@ enum Problem {
 }
 
 /// The methods, in the order in which `kvfuse methods` lists them.
-pub static METHODS: [Entry; 15] = [
+pub static METHODS: [Entry; 19] = [
     entry::<Unfused>(),
     entry::<Prefix>(),
     entry::<Bff>(),
@@ -108,6 +108,10 @@ pub static METHODS: [Entry; 15] = [
     entry::<Int8>(),
     entry::<Fp8>(),
     entry::<Kivi>(),
+    entry::<Kitty>(),
+    entry::<KvQuant>(),
+    entry::<KvarN>(),
+    entry::<CacheGen>(),
     entry::<Rotated>(),
     entry::<Joint>(),
     entry::<External>(),

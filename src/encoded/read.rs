@@ -24,6 +24,9 @@ pub struct Encoded {
     tokens: Vec<Vec<u32>>,
 }
 
+/// One request's table as it is written: which tokens it kept, and its entries.
+type Listed = (Option<Arc<Kept>>, Vec<(u32, Option<Scale>)>);
+
 /// Bytes of a file, taken one stretch after the other.
 struct Reader<'a> {
     path: &'a Path,
@@ -74,7 +77,7 @@ impl Encoded {
             let cache = RequestCache { layers: Vec::new(), tokens: tokens.len() };
             batch.push(cache, tokens.clone(), &entry.request.tenant);
         }
-        let mut table: Vec<(Option<Arc<Kept>>, Vec<(u32, Option<Scale>)>)> = Vec::new();
+        let mut table: Vec<Listed> = Vec::new();
         for layer in 0..config.layers {
             interrupt::check()?;
             let count = reader.word()?;
@@ -204,7 +207,7 @@ fn page(
     if sum.finalize() != expected {
         return Err(reader.damaged("is damaged: the checksum of a page differs"));
     }
-    let page = PageShape { tokens, kv_heads: shape.kv_heads, head_dim: shape.head_dim };
+    let page = PageShape { tokens, kv_heads: shape.kv_heads, head_dim: shape.head_dim, layer: 0, layers: 1 };
     let unusable = || reader.damaged("has a page of another shape");
     // No more tokens than the requests have: a small file cannot ask for much memory.
     if tokens == 0 || tokens > shape.block_size || tokens > *tokens_left || (coded && !has_code) {

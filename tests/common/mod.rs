@@ -4,6 +4,7 @@
 use assert_cmd::Command;
 use kvfuse::block::{BlockShape, BlockTable, RequestCache, Storage};
 use kvfuse::codec::CacheBatch;
+use kvfuse::codec::evict::{Observed, Seen};
 use kvfuse::model::{Rope, RopeConfig, Ropes};
 use safetensors::Dtype;
 use safetensors::tensor::TensorView;
@@ -332,4 +333,22 @@ pub fn joint_codec(path: &Path, batch: &CacheBatch) {
         dumps: Vec::new(),
     };
     book::write(path, &origin, &books, &tables).unwrap();
+}
+
+/// Attention that grows with a hash of the token, so that every scorer has its own order.
+pub fn made_up_attention(batch: &CacheBatch, salt: u64) -> Arc<Vec<Observed>> {
+    let numbers = |tokens: usize, salt: u64| -> Vec<f32> {
+        (0..tokens as u64).map(|t| ((t + 1) * 2_654_435_761 * salt % 1009) as f32).collect()
+    };
+    let of = |cache: &RequestCache| Observed {
+        layers: (0..cache.layers.len() as u64)
+            .map(|n| Seen {
+                received: numbers(cache.tokens, salt + n),
+                window: numbers(cache.tokens, salt + n + 31),
+                expected: numbers(cache.tokens, salt + n + 57),
+                repeated: numbers(cache.tokens, salt + n + 83),
+            })
+            .collect(),
+    };
+    Arc::new(batch.caches.iter().map(of).collect())
 }

@@ -74,9 +74,9 @@ impl Watch {
     /// Notes a column.
     pub fn see(&mut self, number: usize, linked: &Linked, seen: Vec<Vec<Seen>>) {
         let half = number.is_multiple_of(2);
-        let coded = linked.sources.iter().skip(usize::from(linked.raw_first));
+        let coded = linked.sources.iter().zip(&linked.steps).skip(usize::from(linked.raw_first));
         let class = |s: &Option<super::column::Source>| s.as_ref().map_or(0, |s| s.class());
-        self.tokens.extend(coded.map(|s| ((class(s), linked.step), half)));
+        self.tokens.extend(coded.map(|(s, step)| ((class(s), *step), half)));
         for (n, layer) in seen.into_iter().enumerate() {
             let r = self.bits[n].len().max(1);
             for (i, s) in layer.iter().enumerate() {

@@ -38,8 +38,8 @@ pub struct Linked<'a> {
     pub tokens: usize,
     /// The first token is the first of its request: it is stored as it is.
     pub raw_first: bool,
-    /// The quantiser's step, in eighths of an octave.
-    pub step: i32,
+    /// The quantiser's step for each token, in eighths of an octave.
+    pub steps: Vec<i32>,
     pub sources: Vec<Option<Source<'a>>>,
 }
 
@@ -107,7 +107,7 @@ pub fn run<C: Coder>(book: &Book, linked: &Linked, coder: &mut C, wanted: Option
             let source = linked.sources[t].as_ref();
             let aim = target.as_ref().map(|u| (&u[t * r..][..r], wanted.map_or(0.0, |w| w.lambda)));
             let out = &mut coded[t * r..][..r];
-            token(book, layer, n, linked.step, source, aim, neighbours, coder, out, watched.as_mut());
+            token(book, layer, n, linked.steps[t], source, aim, neighbours, coder, out, watched.as_mut());
         }
         bits.push(coder.spent() - before);
         seen_all.extend(watched);

@@ -42,6 +42,10 @@ pub struct Joint {
     /// Finer steps for blocks that several requests share: the step is divided by their number to this power
     #[arg(long, default_value_t = SPREAD)]
     spread: f64,
+    /// Finer steps for tokens that the end of the prompt attends to, coarser ones for others: the step goes with attention to minus this
+    /// power; 0 for equal steps
+    #[arg(long, default_value_t = 0.0)]
+    attention: f64,
     /// Squared error, in steps, that a saved bit is worth in rounding
     #[arg(long, default_value_t = 0.0)]
     lambda: f32,
@@ -142,6 +146,7 @@ pub fn rebuild(
         step: None,
         reference: true,
         spread: SPREAD,
+        attention: 0.0,
         lambda: 0.0,
         within_tenant: false,
         charge_tokens: 0,
@@ -164,6 +169,10 @@ impl Codec for Coding {
         Coverage { layers: 0..layers, table_layers: layers.max(1), leaf_tokens: None, trained }
     }
 
+    fn needs_attention(&self) -> bool {
+        self.options.attention > 0.0
+    }
+
     fn takes_changed(&self) -> bool {
         false
     }
@@ -182,7 +191,7 @@ impl Codec for Coding {
         for (number, column) in all.iter().enumerate() {
             let bytes = &batch.pool.payload(column.pages[0]).ok_or_else(unusable)?.bytes;
             let mut coder = Decoder::new(bytes)?;
-            steps.push(coder.bits(16, 0) as i32 - (1 << 15));
+            steps.push(code_steps(&mut coder, &vec![0; column.tokens]));
             let own = code_references(&mut coder, &vec![None; column.tokens]);
             if !own.iter().flatten().all(|r| links::sound(r, number, &all)) {
                 return Err(unusable());
@@ -201,7 +210,7 @@ impl Codec for Coding {
                     let linked = Linked {
                         tokens: column.tokens,
                         raw_first: column.block == 0,
-                        step: steps[number],
+                        steps: steps[number].clone(),
                         sources: sources(&references[number], &components),
                     };
                     let rebuilt = column::run(&self.book, &linked, &mut coder, None);
@@ -244,20 +253,20 @@ impl Coding {
         } else {
             all.iter().map(|c| vec![None; c.tokens]).collect()
         };
-        let step = self.options.step.map_or(self.book.origin.step, entropy::eighths);
+        let steps = self.steps(batch, &all, &of_requests)?;
         let mut components: Vec<Components> = vec![Components::default(); all.len()];
         for wave in waves(&found) {
             let coded: Vec<(Rebuilt, Vec<u8>)> = wave
                 .par_iter()
                 .map(|&number| {
                     let column = &all[number];
-                    let linked = self.linked(column, &found[number], step, &components);
+                    let linked = self.linked(column, &found[number], &steps[number], &components);
                     self.encode_column(batch, column, &found[number], &linked, watch.is_some())
                 })
                 .collect();
             for (&number, (mut rebuilt, bytes)) in wave.iter().zip(coded) {
                 if let Some(watch) = &mut watch {
-                    let linked = self.linked(&all[number], &found[number], step, &components);
+                    let linked = self.linked(&all[number], &found[number], &steps[number], &components);
                     watch.see(number, &linked, std::mem::take(&mut rebuilt.seen));
                 }
                 store(batch, &all[number], &rebuilt, bytes);
@@ -281,20 +290,40 @@ impl Coding {
         )))
     }
 
-    /// What both sides know of a column before its numbers. Blocks that many requests read have a finer step.
+    /// The step of every token of every column. Blocks that many requests read have finer ones, and so have tokens that are attended to.
+    fn steps(&self, batch: &CacheBatch, all: &[Column], of_requests: &[Vec<usize>]) -> Result<Vec<Vec<i32>>> {
+        let base = self.options.step.map_or(self.book.origin.step, entropy::eighths);
+        let usual = |column: &Column| {
+            let readers = column.readers.max(1) as f64;
+            base - (8.0 * self.options.spread * readers.log2()).round() as i32
+        };
+        let mut steps: Vec<Vec<i32>> = all.iter().map(|c| vec![usual(c); c.tokens]).collect();
+        if self.options.attention > 0.0 {
+            let observed =
+                batch.observed.as_ref().ok_or_else(|| Error::argument("needs attention weights"))?;
+            let weights = weights(observed, all, of_requests, batch.pool.shape().block_size);
+            for (steps, weights) in steps.iter_mut().zip(weights) {
+                for (step, weight) in steps.iter_mut().zip(weights) {
+                    let offset = (-8.0 * self.options.attention * weight.log2() / 4.0).round() * 4.0;
+                    *step += (offset as i32).clamp(-MOST_OFFSET, MOST_OFFSET);
+                }
+            }
+        }
+        Ok(steps)
+    }
+
+    /// What both sides know of a column before its numbers.
     fn linked<'a>(
         &self,
         column: &Column,
         references: &Sources,
-        step: i32,
+        steps: &[i32],
         components: &'a [Components],
     ) -> Linked<'a> {
-        let readers = column.readers.max(1) as f64;
-        let finer = (8.0 * self.options.spread * readers.log2()).round() as i32;
         Linked {
             tokens: column.tokens,
             raw_first: column.block == 0,
-            step: step - finer,
+            steps: steps.to_vec(),
             sources: sources(references, components),
         }
     }
@@ -309,10 +338,61 @@ impl Coding {
     ) -> (Rebuilt, Vec<u8>) {
         let numbers = stripped(batch, column);
         let mut coder = Encoder::default();
-        coder.bits(16, (linked.step + (1 << 15)) as u32);
+        code_steps(&mut coder, &linked.steps);
         code_references(&mut coder, references);
         let wanted = Wanted { numbers: &numbers, lambda: self.options.lambda, watch };
         let rebuilt = column::run(&self.book, linked, &mut coder, Some(wanted));
         (rebuilt, coder.finish())
     }
+}
+
+/// The furthest that a token's step is from its column's, in eighths of an octave.
+const MOST_OFFSET: i32 = 28;
+
+/// What a token that nobody looks at weighs, of what is usual.
+const LEAST_WEIGHT: f64 = 0.1;
+
+/// Codes the steps of a column's tokens, or decodes them: the first, and whether all are equal; if not, differences in half octaves.
+fn code_steps<C: Coder>(coder: &mut C, wish: &[i32]) -> Vec<i32> {
+    let first = wish.first().copied().unwrap_or(0);
+    let first = coder.bits(16, (first + (1 << 15)) as u32) as i32 - (1 << 15);
+    let equal = wish.iter().all(|s| *s == first);
+    if coder.bits(1, u32::from(equal)) == 1 {
+        return vec![first; wish.len()];
+    }
+    let code = |s: &i32| first + (coder.bits(5, ((s - first) / 4 + 16) as u32) as i32 - 16) * 4;
+    wish.iter().map(code).collect()
+}
+
+/// How much each token of each column is attended to, by the end of the prompts that have it: 1 is usual.
+fn weights(
+    observed: &[super::evict::Observed],
+    all: &[Column],
+    of_requests: &[Vec<usize>],
+    size: usize,
+) -> Vec<Vec<f64>> {
+    let mut sums: Vec<Vec<f64>> = all.iter().map(|c| vec![0.0; c.tokens]).collect();
+    for (seen, own) in observed.iter().zip(of_requests) {
+        let layers = seen.layers.len().max(1) as f64;
+        let tokens = seen.layers.first().map_or(0, |l| l.window.len());
+        let mut w = vec![0.0f64; tokens];
+        for layer in &seen.layers {
+            // The first token takes what no other does.
+            let sum: f64 = layer.window.iter().skip(1).map(|x| f64::from(*x)).sum();
+            for (w, x) in w.iter_mut().zip(&layer.window) {
+                *w += f64::from(*x) / sum.max(1e-9) * tokens as f64 / layers;
+            }
+        }
+        for (i, &column) in own.iter().enumerate() {
+            for (t, sum) in sums[column].iter_mut().enumerate() {
+                *sum += w.get(i * size + t).copied().unwrap_or(1.0) / all[column].readers as f64;
+            }
+        }
+    }
+    sums.iter_mut().flatten().for_each(|w| *w = (*w + LEAST_WEIGHT) / (1.0 + LEAST_WEIGHT));
+    // The geometric mean is one, so that the rate stays about where the step puts it.
+    let n = sums.iter().flatten().count().max(1) as f64;
+    let log: f64 = sums.iter().flatten().map(|w| w.ln()).sum::<f64>() / n;
+    sums.iter_mut().flatten().for_each(|w| *w /= log.exp());
+    sums
 }

@@ -1,6 +1,6 @@
 //! KIVI: keys by channel, values by token, few bits, the latest tokens raw.
 
-use super::{BitSink, BitSource, Cost, PageShape, Quantized, Quantizer, put_f16, take_f16};
+use super::{BitSink, BitSource, PageShape, Quantized, Quantizer, affine};
 use crate::codec::Codec;
 use crate::codec::fusion::Part;
 use crate::codec::registry::{Method, Scale, Search};
@@ -35,54 +35,34 @@ impl Method for Kivi {
     }
 }
 
-impl Kivi {
-    /// Indices of the numbers of each group, in the order in which they are written.
-    fn groups(&self, part: Part, shape: PageShape) -> Vec<Vec<usize>> {
-        let width = shape.width();
-        let ranges = |n: usize| (0..n).step_by(self.group).map(move |from| from..n.min(from + self.group));
-        match part {
-            Part::Key => ranges(shape.tokens)
-                .flat_map(|tokens| (0..width).map(move |c| tokens.clone().map(|t| t * width + c).collect()))
-                .collect(),
-            Part::Value => (0..shape.tokens * shape.kv_heads)
-                .flat_map(|head| {
-                    ranges(shape.head_dim).map(move |c| c.map(|c| head * shape.head_dim + c).collect())
-                })
-                .collect(),
-        }
-    }
-
-    fn steps(&self) -> f32 {
-        ((1u32 << self.bits) - 1) as f32
+/// Indices of the numbers of each group, in the order in which they are written: of keys a channel over so many tokens, of values a
+/// token over so many channels.
+pub fn groups(part: Part, shape: PageShape, size: usize) -> Vec<Vec<usize>> {
+    let width = shape.width();
+    let ranges = |n: usize| (0..n).step_by(size).map(move |from| from..n.min(from + size));
+    match part {
+        Part::Key => ranges(shape.tokens)
+            .flat_map(|tokens| (0..width).map(move |c| tokens.clone().map(|t| t * width + c).collect()))
+            .collect(),
+        Part::Value => (0..shape.tokens * shape.kv_heads)
+            .flat_map(|head| {
+                ranges(shape.head_dim).map(move |c| c.map(|c| head * shape.head_dim + c).collect())
+            })
+            .collect(),
     }
 }
 
 impl Quantizer for Kivi {
     fn encode(&self, part: Part, page: &[f32], shape: PageShape, sink: &mut BitSink) {
-        for group in self.groups(part, shape) {
-            let (low, high) = group.iter().fold((f32::INFINITY, f32::NEG_INFINITY), |(low, high), &i| {
-                (low.min(page[i]), high.max(page[i]))
-            });
-            let zero = put_f16(sink, low);
-            let scale = put_f16(sink, (high - zero) / self.steps());
-            for i in group {
-                let code = if scale > 0.0 {
-                    ((page[i] - zero) / scale).round().clamp(0.0, self.steps())
-                } else {
-                    0.0
-                };
-                sink.put(Cost::Code, code as u32, self.bits);
-            }
+        for group in groups(part, shape, self.group) {
+            affine::put(sink, page, &group, self.bits);
         }
     }
 
     fn decode(&self, part: Part, shape: PageShape, source: &mut BitSource) -> Vec<f32> {
         let mut page = vec![0.0; shape.numbers()];
-        for group in self.groups(part, shape) {
-            let (zero, scale) = (take_f16(source), take_f16(source));
-            for i in group {
-                page[i] = zero + source.take(self.bits) as f32 * scale;
-            }
+        for group in groups(part, shape, self.group) {
+            affine::take(source, &mut page, &group, self.bits);
         }
         page
     }

@@ -1,17 +1,26 @@
 //! Quantisation of pages: every physical page that is left is written to bits and read back from them, so that what the ledger
 //! counts is what was written and what attention sees is what can be read.
 
+mod affine;
 mod bits;
+mod cachegen;
 mod fp8;
 mod int8;
+mod kitty;
 mod kivi;
+mod kvarn;
+mod kvquant;
 mod per_head;
 mod rotated;
 
 pub use bits::{BitSink, BitSource, Cost};
+pub use cachegen::CacheGen;
 pub use fp8::Fp8;
 pub use int8::Int8;
+pub use kitty::Kitty;
 pub use kivi::Kivi;
+pub use kvarn::KvarN;
+pub use kvquant::KvQuant;
 use per_head::PerHead;
 pub use rotated::Rotated;
 
@@ -21,14 +30,17 @@ use crate::block::{BlockId, Payload};
 use crate::error::{Error, Result};
 use half::f16;
 use rayon::prelude::*;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
-/// How the numbers of a page lie: `[tokens, kv_heads, head_dim]`.
+/// How the numbers of a page lie: `[tokens, kv_heads, head_dim]`; and of which layer they are.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct PageShape {
     pub tokens: usize,
     pub kv_heads: usize,
     pub head_dim: usize,
+    pub layer: usize,
+    /// Layers of the model.
+    pub layers: usize,
 }
 
 impl PageShape {
@@ -47,6 +59,11 @@ pub trait Quantizer: Send + Sync {
     fn encode(&self, part: Part, page: &[f32], shape: PageShape, sink: &mut BitSink);
 
     fn decode(&self, part: Part, shape: PageShape, source: &mut BitSource) -> Vec<f32>;
+
+    /// First tokens of every request whose pages stay as they are.
+    fn raw_first(&self) -> usize {
+        0
+    }
 
     /// Last tokens of every request whose pages stay as they are.
     fn raw_tokens(&self) -> usize {
@@ -72,14 +89,12 @@ impl<Q: Quantizer> Codec for Quantized<Q> {
     }
 
     fn decode(&self, batch: &mut CacheBatch) -> Result<()> {
-        let block = batch.pool.shape();
         let pool = &batch.pool;
-        let coded: Vec<BlockId> = pool.pages().filter(|id| pool.payload(*id).is_some()).collect();
+        let coded: Vec<(BlockId, PageShape)> =
+            pages(batch).into_iter().filter(|(id, _)| pool.payload(*id).is_some()).collect();
         let read: Vec<Option<(Vec<f32>, Vec<f32>)>> = coded
             .par_iter()
-            .map(|&id| {
-                let shape =
-                    PageShape { tokens: pool.tokens(id), kv_heads: block.kv_heads, head_dim: block.head_dim };
+            .map(|&(id, shape)| {
                 let bytes = &pool.payload(id)?.bytes;
                 let mut source = BitSource::new(bytes);
                 let keys = self.0.decode(Part::Key, shape, &mut source);
@@ -87,7 +102,7 @@ impl<Q: Quantizer> Codec for Quantized<Q> {
                 (source.bytes_taken() == bytes.len()).then_some((keys, values))
             })
             .collect();
-        for (id, read) in coded.into_iter().zip(read) {
+        for ((id, _), read) in coded.into_iter().zip(read) {
             let (keys, values) = read.ok_or_else(|| Error::argument("has a page of another shape"))?;
             let payload = batch.pool.payload(id).cloned().unwrap_or_default();
             batch.pool.recode(id, keys, values, payload);
@@ -98,33 +113,48 @@ impl<Q: Quantizer> Codec for Quantized<Q> {
     fn encode(&self, batch: &mut CacheBatch, _memo: &Memo) -> Result<()> {
         let block = batch.pool.shape();
         // A page is quantised if no request that has it needs it raw.
-        let mut pages: BTreeMap<BlockId, bool> = BTreeMap::new();
+        let mut raw: BTreeSet<BlockId> = BTreeSet::new();
         for cache in &batch.caches {
             let raw_from = cache.tokens.saturating_sub(self.0.raw_tokens());
             for table in &cache.layers {
                 for (i, entry) in table.entries.iter().enumerate() {
                     let tokens = batch.pool.tokens(entry.block);
                     let whole = tokens == block.block_size || self.0.takes_partial();
-                    let past = i * block.block_size + tokens <= raw_from;
-                    *pages.entry(entry.block).or_insert(true) &= whole && past;
+                    let first = i * block.block_size;
+                    let past = table.position(first + tokens - 1) < raw_from;
+                    if !(whole && past && table.position(first) >= self.0.raw_first()) {
+                        raw.insert(entry.block);
+                    }
                 }
             }
         }
-        let pages: Vec<BlockId> = pages.into_iter().filter(|(_, code)| *code).map(|(id, _)| id).collect();
+        let coded: Vec<(BlockId, PageShape)> =
+            pages(batch).into_iter().filter(|(id, _)| !raw.contains(id)).collect();
         let pool = &batch.pool;
-        let coded: Vec<(Vec<f32>, Vec<f32>, Payload)> = pages
-            .par_iter()
-            .map(|&id| {
-                let shape =
-                    PageShape { tokens: pool.tokens(id), kv_heads: block.kv_heads, head_dim: block.head_dim };
-                self.page(pool.keys(id), pool.values(id), shape)
-            })
-            .collect();
-        for (id, (keys, values, payload)) in pages.into_iter().zip(coded) {
+        let written: Vec<(Vec<f32>, Vec<f32>, Payload)> =
+            coded.par_iter().map(|&(id, shape)| self.page(pool.keys(id), pool.values(id), shape)).collect();
+        for ((id, _), (keys, values, payload)) in coded.into_iter().zip(written) {
             batch.pool.recode(id, keys, values, payload);
         }
         Ok(())
     }
+}
+
+/// All pages that tables list, each once, with the layer of the first table that does.
+fn pages(batch: &CacheBatch) -> Vec<(BlockId, PageShape)> {
+    let block = batch.pool.shape();
+    let mut all: BTreeMap<BlockId, PageShape> = BTreeMap::new();
+    for cache in &batch.caches {
+        let layers = cache.layers.len();
+        for (layer, table) in cache.layers.iter().enumerate() {
+            for entry in &table.entries {
+                let tokens = batch.pool.tokens(entry.block);
+                let (kv_heads, head_dim) = (block.kv_heads, block.head_dim);
+                all.entry(entry.block).or_insert(PageShape { tokens, kv_heads, head_dim, layer, layers });
+            }
+        }
+    }
+    all.into_iter().collect()
 }
 
 impl<Q: Quantizer> Quantized<Q> {

@@ -51,7 +51,7 @@ struct Turning {
 
 /// The levels of the scalar quantiser of a standard Gaussian with the least squared error: every level is the mean of what
 /// is nearest to it.
-fn lloyd_max(count: usize) -> Vec<f32> {
+pub fn lloyd_max(count: usize) -> Vec<f32> {
     let gaussian = Normal::standard();
     let mut levels: Vec<f64> =
         (0..count).map(|i| gaussian.inverse_cdf((i as f64 + 0.5) / count as f64)).collect();
@@ -78,22 +78,22 @@ impl Turning {
         let mut rng = ChaCha8Rng::seed_from_u64(self.seed);
         (0..head_dim).map(|_| if rng.random_bool(0.5) { 1.0 } else { -1.0 }).collect()
     }
+}
 
-    /// The level nearest to a number.
-    fn code(&self, x: f32) -> u32 {
-        let above = self.levels.partition_point(|level| *level < x);
-        let nearer = |i: usize| (self.levels[i] - x).abs();
-        match above {
-            0 => 0,
-            n if n == self.levels.len() => n as u32 - 1,
-            n if nearer(n) < nearer(n - 1) => n as u32,
-            n => n as u32 - 1,
-        }
+/// The index of the level nearest to a number; levels rise.
+pub fn nearest(levels: &[f32], x: f32) -> u32 {
+    let above = levels.partition_point(|level| *level < x);
+    let nearer = |i: usize| (levels[i] - x).abs();
+    match above {
+        0 => 0,
+        n if n == levels.len() => n as u32 - 1,
+        n if nearer(n) < nearer(n - 1) => n as u32,
+        n => n as u32 - 1,
     }
 }
 
 /// The orthonormal Hadamard transform, its own inverse, of stretches of the largest power of two that divides the length.
-fn hadamard(x: &mut [f32]) {
+pub fn hadamard(x: &mut [f32]) {
     let n = 1 << x.len().trailing_zeros();
     for stretch in x.chunks_exact_mut(n) {
         let mut half = 1;
@@ -121,7 +121,7 @@ impl Quantizer for Turning {
             let power = turned.iter().map(|x| x * x).sum::<f32>() / shape.head_dim as f32;
             let deviation = put_f16(sink, power.sqrt());
             for x in turned {
-                let code = if deviation > 0.0 { self.code(x / deviation) } else { 0 };
+                let code = if deviation > 0.0 { nearest(&self.levels, x / deviation) } else { 0 };
                 sink.put(Cost::Code, code, self.bits);
             }
         }
