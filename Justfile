@@ -36,7 +36,7 @@ figures *FLAGS:
 check:
     rm -rf target/check
     {{kvfuse}} run --quick --root target/check experiments/*.toml
-    {{kvfuse}} compare results/quick target/check/quick
+    {{kvfuse}} check results/quick target/check/quick
 
 # One HTML file of all results
 report:

@@ -5,6 +5,7 @@ pub mod block;
 pub mod calibrate;
 pub mod cli;
 pub mod codec;
+pub mod compare;
 pub mod dump;
 pub mod encoded;
 pub mod error;

@@ -3,7 +3,7 @@
 mod common;
 
 use common::{refuse, run, succeed, text, tiny};
-use kvfuse::codec::evict::observe;
+use kvfuse::codec::evict::{Needs, observe};
 use kvfuse::codec::registry::METHODS;
 use kvfuse::codec::{Chain, Codec, Ledger, Memo};
 use kvfuse::dump::{Manifest, open_model};
@@ -89,8 +89,9 @@ fn a_file_is_as_large_as_the_ledger_and_gives_back_every_bit() {
         assert_eq!(body, size.ledger_bits + size.padding_bits, "{name}");
 
         let mut batch = original.clone();
-        if chain.needs_attention() {
-            batch.observed = Some(Arc::new(observe(&model, &batch).unwrap()));
+        let needs = chain.needs();
+        if needs != Needs::default() {
+            batch.observed = Some(Arc::new(observe(&model, &batch, needs).unwrap()));
         }
         chain.encode(&mut batch, &Memo::default()).unwrap();
         let layers = manifest.model.config.layers;

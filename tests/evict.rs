@@ -3,7 +3,7 @@
 mod common;
 
 use common::{made_up, made_up_attention, refuse, succeed, text, tiny};
-use kvfuse::codec::evict::{Observed, Seen, observe};
+use kvfuse::codec::evict::{Needs, Observed, Seen, observe};
 use kvfuse::codec::{CacheBatch, Chain, Codec, Ledger, Memo};
 use kvfuse::dump::{Manifest, open_model};
 use kvfuse::encoded::load_caches;
@@ -132,7 +132,8 @@ fn attention_adds_up() {
     let manifest = Manifest::read(&dump).unwrap();
     let model: Model = open_model(&dump, None, &manifest).unwrap();
     let (batch, _) = load_caches(&dump, &manifest, &[0], 8, model.decoder.ropes(), 0).unwrap();
-    let seen = &observe(&model, &batch).unwrap()[0].layers[0];
+    let all = Needs { prompt: true, expected: true, repeated: true };
+    let seen = &observe(&model, &batch, all).unwrap()[0].layers[0];
     let tokens = batch.caches[0].tokens;
     // Two query heads read the one key/value head.
     let sum: f32 = seen.received.iter().sum();

@@ -105,9 +105,8 @@ fn an_experiment_runs_to_its_figures_and_skips_what_is_done() {
 
     // Made again elsewhere it is the same; changed it is not.
     run("again");
-    let compare = |extra: &[&str]| {
-        in_folder(dir.path(), &[&["compare", "results/quick", "again/quick"], extra].concat())
-    };
+    let compare =
+        |extra: &[&str]| in_folder(dir.path(), &[&["check", "results/quick", "again/quick"], extra].concat());
     let output = compare(&["--relative", "0", "--absolute", "0", "--outliers", "0"]);
     assert!(output.status.success(), "{:?}", said(&output));
     let csv = dir.path().join("again/quick/small/model-reproduce/sweep.csv");

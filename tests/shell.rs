@@ -4,7 +4,7 @@ mod common;
 
 use common::{run, small_dump, succeed, text};
 
-const COMMANDS: [&str; 22] = [
+const COMMANDS: [&str; 23] = [
     "search",
     "train",
     "sensitivity",
@@ -21,6 +21,7 @@ const COMMANDS: [&str; 22] = [
     "plot",
     "run",
     "compare",
+    "check",
     "report",
     "demo",
     "bench",

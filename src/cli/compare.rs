@@ -1,56 +1,93 @@
 //! `kvfuse compare`.
 
-use super::say;
 use super::table::table;
-use crate::tables::{Difference, Tolerance, compare_folders};
-use anyhow::{Result, bail};
+use super::{say, say_rows};
+use crate::compare::{CompareOptions, Compared, Slopes, compare, read};
+use crate::tables::{COMPARE_CSV, write_csv};
+use anyhow::Result;
 use std::path::PathBuf;
 
-/// Hold the tables of one results folder against those of another, column by column.
+/// Compare the methods of a sweep: what each stores at a KL and at no loss of score, and Bjontegaard differences to one of them.
 ///
-/// Every CSV file of the first folder (and its folders) must be in the second, with the same columns and rows: texts equal,
-/// numbers equal within the tolerances, but for a few outliers. Files that only the second folder has, names of runs and texts
-/// of answers are not looked at.
+/// Writes compare.csv beside sweep.csv. A method is a curve: rows that differ in dials alone. BD-rate is the mean difference of log bits at
+/// equal KL where both curves have it; it needs two points each.
 #[derive(Debug, clap::Args)]
-#[command(after_help = "Example:\n  kvfuse compare results/quick /tmp/again/quick")]
+#[command(
+    after_help = "Examples:\n  kvfuse compare results/chains/smollm2-135m\n  kvfuse compare results/qa --anchor prefix+kivi --max-kl 0.01 --margin 0.02"
+)]
 pub struct Args {
-    /// What is expected
-    expected: PathBuf,
-    /// What was made
-    made: PathBuf,
-    /// Numbers may differ by this part of the larger of them
-    #[arg(long, value_name = "SHARE", default_value_t = 0.02)]
-    relative: f64,
-    /// Or by this much
-    #[arg(long, value_name = "DIFFERENCE", default_value_t = 0.01)]
-    absolute: f64,
-    /// Share of a table's cells, and of each column's, that may lie outside, rounded up, but never a whole column: another
-    /// processor rounds otherwise, and a near tie of two tokens or of a cosine and its threshold then falls the other way
-    #[arg(long, value_name = "SHARE", default_value_t = 0.05)]
-    outliers: f64,
+    /// Folder that `kvfuse sweep` wrote
+    results: PathBuf,
+    /// The method that the others are held against, as the table names it [default: the first]
+    #[arg(long, value_name = "NAME")]
+    anchor: Option<String>,
+    /// KL at which ratios are read, nats per token
+    #[arg(long, value_name = "NATS", default_value_t = 0.02)]
+    max_kl: f64,
+    /// Loss of score that counts as none: the low end of the interval must not lie further below
+    #[arg(long, value_name = "SCORE", default_value_t = 0.05)]
+    margin: f64,
+    /// Curves between points
+    #[arg(long, value_enum, default_value = "pchip")]
+    slopes: Slopes,
+    /// Resamples of requests for intervals
+    #[arg(long, default_value_t = 1000, value_parser = clap::builder::RangedU64ValueParser::<usize>::new().range(1..=100_000))]
+    resamples: usize,
+    #[arg(long, default_value_t = 0)]
+    seed: u64,
+    /// Print the rows of compare.csv as JSON lines instead of a table
+    #[arg(long)]
+    json: bool,
 }
 
 pub fn run(args: Args) -> Result<()> {
-    let tolerance = Tolerance { relative: args.relative, absolute: args.absolute, outliers: args.outliers };
-    let found = compare_folders(&args.expected, &args.made, &tolerance)?;
-    let rows: Vec<Vec<String>> = found
-        .iter()
-        .map(|d: &Difference| {
-            vec![
-                d.file.clone(),
-                d.cells.to_string(),
-                d.different.to_string(),
-                d.outside.to_string(),
-                d.worst.clone().unwrap_or_else(|| "-".to_owned()),
-                if d.bad.is_empty() { "agrees".to_owned() } else { format!("DIFFERS: {}", d.bad.join(", ")) },
-            ]
-        })
-        .collect();
-    say(table(&["table", "cells", "not equal", "outside", "worst", ""], &rows))?;
-    let bad: Vec<&str> = found.iter().filter(|d| !d.bad.is_empty()).map(|d| &d.file[..]).collect();
-    if !bad.is_empty() {
-        bail!("{} of {} tables differ: {}", bad.len(), found.len(), bad.join(", "));
+    let series = read(&args.results)?;
+    let rows = compare(
+        &series,
+        &CompareOptions {
+            anchor: args.anchor.clone(),
+            max_kl: args.max_kl,
+            margin: args.margin,
+            slopes: args.slopes,
+            resamples: args.resamples,
+            seed: args.seed,
+        },
+    )?;
+    let path = args.results.join(COMPARE_CSV);
+    write_csv(&path, &rows)?;
+    if args.json {
+        return say_rows(&rows);
     }
-    say(format!("{} tables agree within {} or {} %", found.len(), args.absolute, 100.0 * args.relative))?;
-    Ok(())
+    let anchor = args.anchor.as_deref().unwrap_or(&series[0].name);
+    let (at_kl, at_score) = (format!("CR at KL {}", args.max_kl), format!("CR at score -{}", args.margin));
+    let against = format!("bits against {anchor}, % [95 %]");
+    let lines: Vec<Vec<String>> = rows.iter().map(line).collect();
+    say(table(&["method", "points", "on front", &at_kl, &at_score, &against, "KL, dB", "overlap"], &lines))?;
+    say(format!("\n{}", path.display()))
+}
+
+fn line(row: &Compared) -> Vec<String> {
+    let number = |x: Option<f64>, digits: usize| x.map_or("-".to_owned(), |x| format!("{x:.digits$}"));
+    let interval = |low: Option<f64>, high: Option<f64>, digits: usize| match (low, high) {
+        (Some(low), Some(high)) => format!(" [{low:.digits$}, {high:.digits$}]"),
+        _ => String::new(),
+    };
+    let more = if row.beyond_points { ">= " } else { "" };
+    vec![
+        row.series.clone(),
+        row.points.to_string(),
+        row.on_front.to_string(),
+        match row.cr_at_kl {
+            Some(cr) => format!("{more}{cr:.2}{}", interval(row.cr_at_kl_low, row.cr_at_kl_high, 2)),
+            None => "-".to_owned(),
+        },
+        number(row.cr_at_score, 2),
+        format!(
+            "{}{}",
+            number(row.bd_rate_percent, 0),
+            interval(row.bd_rate_percent_low, row.bd_rate_percent_high, 0)
+        ),
+        number(row.bd_quality_db, 1),
+        row.overlap.map_or("-".to_owned(), |o| format!("{:.0} %", 100.0 * o)),
+    ]
 }

@@ -2,6 +2,7 @@
 
 mod bench;
 mod calibrate;
+mod check;
 mod compare;
 mod completions;
 mod demo;
@@ -73,6 +74,7 @@ enum Command {
     Plot(plot::Args),
     Run(run::Args),
     Compare(compare::Args),
+    Check(check::Args),
     Report(report::Args),
     Demo(demo::Args),
     Bench(bench::Args),
@@ -116,6 +118,7 @@ impl Command {
             Command::Plot(args) => plot::run(args),
             Command::Run(args) => run::run(args),
             Command::Compare(args) => compare::run(args),
+            Command::Check(args) => check::run(args),
             Command::Report(args) => report::run(args),
             Command::Demo(args) => demo::run(args, typed),
             Command::Bench(args) => bench::run(args),

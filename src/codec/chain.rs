@@ -1,5 +1,6 @@
 //! Chains: codecs one after the other, each encoding what the one before left. A chain is a codec itself.
 
+use super::evict::Needs;
 use super::fusion::{ChunkFusion, Fusion};
 use super::joint::Bound;
 use super::registry::{Chosen, Search, build, known, method};
@@ -138,9 +139,9 @@ impl Chain {
         self.stages.iter().find_map(|s| s.codec.fusion())
     }
 
-    /// Whether a stage must know how tokens were attended to.
-    pub fn needs_attention(&self) -> bool {
-        self.stages.iter().any(|s| s.codec.needs_attention())
+    /// What its stages must know of how tokens were attended to.
+    pub fn needs(&self) -> Needs {
+        self.stages.iter().map(|s| s.codec.needs()).fold(Needs::default(), Needs::and)
     }
 
     /// The stage that prefills anew, chunk by chunk; always the first.

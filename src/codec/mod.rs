@@ -25,7 +25,7 @@ pub use registry::Method;
 use crate::block::{BlockPool, BlockShape, RequestCache, Storage};
 use crate::error::{Error, Result};
 use crate::model::Ropes;
-use evict::Observed;
+use evict::{Needs, Observed};
 use fusion::{Blocks, ChunkFusion, Fusion};
 use joint::Bound;
 use serde::Serialize;
@@ -133,7 +133,7 @@ impl Coverage {
 #[derive(Default)]
 pub struct Memo {
     blocks: OnceLock<Blocks>,
-    observed: OnceLock<Arc<Vec<Observed>>>,
+    observed: Mutex<Vec<(Needs, Arc<Vec<Observed>>)>>,
     /// Of what stages of chains leave of the batch, by the stage.
     next: Mutex<HashMap<String, Arc<Memo>>>,
 }
@@ -144,15 +144,19 @@ impl Memo {
         self.blocks.get_or_init(|| Blocks::of_requests(batch))
     }
 
-    /// How the batch's tokens were attended to; measured once.
-    pub fn observed(&self, measure: impl FnOnce() -> Result<Vec<Observed>>) -> Result<Arc<Vec<Observed>>> {
-        match self.observed.get() {
-            Some(known) => Ok(Arc::clone(known)),
-            None => {
-                let found = Arc::new(measure()?);
-                Ok(Arc::clone(self.observed.get_or_init(|| found)))
-            }
+    /// How the batch's tokens were attended to, as far as that is needed; measured once.
+    pub fn observed(
+        &self,
+        needs: Needs,
+        measure: impl FnOnce() -> Result<Vec<Observed>>,
+    ) -> Result<Arc<Vec<Observed>>> {
+        let mut known = self.observed.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((_, found)) = known.iter().find(|(has, _)| has.cover(needs)) {
+            return Ok(Arc::clone(found));
         }
+        let found = Arc::new(measure()?);
+        known.push((needs, Arc::clone(&found)));
+        Ok(found)
     }
 
     /// The memo of the batch after a stage of this name.
@@ -203,9 +207,9 @@ pub trait Codec: Send + Sync {
         true
     }
 
-    /// Whether it must know how tokens were attended to ([`CacheBatch::observed`]).
-    fn needs_attention(&self) -> bool {
-        false
+    /// What it must know of how tokens were attended to ([`CacheBatch::observed`]).
+    fn needs(&self) -> Needs {
+        Needs::default()
     }
 
     /// The trained file that it works with, if it does: where it is and its SHA-256.

@@ -2,7 +2,7 @@
 
 use super::{FUSED, Header, LAYER_FRAME, MAGIC, PAGE_FRAME, SCALED, STRIPPED, load_caches};
 use crate::block::{BlockId, BlockPool, Kept};
-use crate::codec::evict::observe;
+use crate::codec::evict::{Needs, observe};
 use crate::codec::{CacheBatch, Chain, Codec, Ledger, Memo, Role};
 use crate::dump::{Manifest, open_model};
 use crate::error::{Error, Result};
@@ -56,9 +56,10 @@ pub fn encode(options: &EncodeOptions) -> Result<Size> {
     let ropes = Arc::new(Ropes::new(config, longest));
     let all: Vec<usize> = (0..manifest.requests.len()).collect();
     let (mut batch, tokens) = load_caches(dump, &manifest, &all, *block_size, ropes, 0)?;
-    if chain.needs_attention() {
+    let needs = chain.needs();
+    if needs != Needs::default() {
         let model = open_model(dump, None, &manifest)?;
-        batch.observed = Some(Arc::new(observe(&model, &batch)?));
+        batch.observed = Some(Arc::new(observe(&model, &batch, needs)?));
     }
     chain.encode(&mut batch, &Memo::default())?;
     if chain.role() == Role::Whole {

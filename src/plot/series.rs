@@ -3,7 +3,7 @@
 use crate::codec::registry::is_control;
 use crate::codec::{Method, Unfused};
 use crate::error::{Error, Result};
-use crate::sweep::{Labelled, PACKING, series_labels};
+use crate::sweep::{Labelled, labelled, series_labels};
 use crate::tables::Columns;
 use plotters::style::RGBColor;
 use std::path::Path;
@@ -69,19 +69,7 @@ impl SweepTable {
         let (method, model, data) = (strings("method")?, strings("model")?, strings("data")?);
         let (block_size, requests) = (floats("block_size")?, floats("requests")?);
         let batch = floats("batch")?;
-        let options = table.names().into_iter().filter(|n| n.contains('.'));
-        let packing = PACKING.iter().map(|(name, _)| (*name).to_owned());
-        let named: Vec<(String, Vec<String>)> =
-            packing.chain(options).map(|n| Ok((n.clone(), strings(&n)?))).collect::<Result<_>>()?;
-        let row = |i: usize| Labelled {
-            method: method[i].clone(),
-            cells: named
-                .iter()
-                .filter(|(_, cells)| !cells[i].is_empty())
-                .map(|(name, cells)| (name.clone(), cells[i].clone()))
-                .collect(),
-        };
-        let rows: Vec<Labelled> = (0..table.rows()).map(row).collect();
+        let rows = labelled(table)?;
         let labels = series_labels(&rows);
         let dial = |row: &Labelled| {
             row.dials().iter().find_map(|(_, dial, at)| Some(((*dial).to_owned(), at.parse().ok()?)))

@@ -2,6 +2,8 @@
 
 use crate::codec::registry::method;
 use crate::codec::spec::{names, parse};
+use crate::error::Result;
+use crate::tables::Columns;
 use std::collections::{BTreeMap, BTreeSet};
 
 /// A row as labels see it.
@@ -45,6 +47,24 @@ impl Labelled {
         };
         self.dials().iter().map(name).collect::<Vec<_>>().join(", ")
     }
+}
+
+/// The rows of a sweep.csv as labels see them.
+pub fn labelled(table: &Columns) -> Result<Vec<Labelled>> {
+    let method = table.strings("method")?;
+    let options = table.names().into_iter().filter(|n| n.contains('.'));
+    let packing = PACKING.iter().map(|(name, _)| (*name).to_owned());
+    let named: Vec<(String, Vec<String>)> =
+        packing.chain(options).map(|n| Ok((n.clone(), table.strings(&n)?))).collect::<Result<_>>()?;
+    let row = |(i, method): (usize, &String)| Labelled {
+        method: method.clone(),
+        cells: named
+            .iter()
+            .filter(|(_, cells)| !cells[i].is_empty())
+            .map(|(name, cells)| (name.clone(), cells[i].clone()))
+            .collect(),
+    };
+    Ok(method.iter().enumerate().map(row).collect())
 }
 
 /// Options that a chain in normal form spells out, as `stage.option`.

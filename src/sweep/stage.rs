@@ -6,7 +6,7 @@ use super::rows::{LayerScore, Measured, RequestScore, Row, Setting, Timings};
 use super::runs::RunRecord;
 use super::settings::SweepOptions;
 use crate::block::Storage;
-use crate::codec::evict::observe;
+use crate::codec::evict::{Needs, observe};
 use crate::codec::{
     CacheBatch, Chain, Codec, Distortion, Ledger, Memo, Prefix, distortion_by_layer, distortion_in,
 };
@@ -220,8 +220,9 @@ pub fn encode_batch(model: &Model, base: &CacheBatch, memo: &Memo, chain: &Chain
     match chain.chunks() {
         None => {
             let mut batch = base.clone();
-            if chain.needs_attention() {
-                batch.observed = Some(memo.observed(|| observe(model, base))?);
+            let needs = chain.needs();
+            if needs != Needs::default() {
+                batch.observed = Some(memo.observed(needs, || observe(model, base, needs))?);
             }
             chain.encode(&mut batch, memo)?;
             Ok(batch)

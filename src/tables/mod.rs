@@ -15,5 +15,7 @@ pub const LAYERS_CSV: &str = "layers.csv";
 /// A codec against the Gaussian bound, a chain a row, and a layer's keys or values a row.
 pub const BOUND_CSV: &str = "bound.csv";
 pub const BOUND_LAYERS_CSV: &str = "bound_layers.csv";
+/// A method a row.
+pub const COMPARE_CSV: &str = "compare.csv";
 /// What each arm took.
 pub const TIMINGS_CSV: &str = "timings.csv";

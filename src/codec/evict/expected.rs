@@ -1,6 +1,6 @@
 //! Expected Attention: what the queries to come will look at, if they are like those of the prompt.
 
-use super::{Evicting, Scorer, Seen, share};
+use super::{Evicting, Needs, Scorer, Seen, share};
 use crate::codec::Codec;
 use crate::codec::registry::{Method, Scale, Search};
 use crate::error::Result;
@@ -40,5 +40,8 @@ impl Scorer for Expected {
         let expected = seen.map_or(&[][..], |s| &s.expected);
         let score = |t: usize| expected.get(t).copied().unwrap_or(0.0);
         (0..tokens).map(|t| if t < self.sinks { f32::INFINITY } else { score(t) }).collect()
+    }
+    fn needs(&self) -> Needs {
+        Needs { expected: true, ..Needs::default() }
     }
 }

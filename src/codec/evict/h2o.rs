@@ -1,6 +1,6 @@
 //! H2O: the heavy hitters of attention and the latest tokens.
 
-use super::{Evicting, Scorer, Seen, share};
+use super::{Evicting, Needs, Scorer, Seen, share};
 use crate::codec::Codec;
 use crate::codec::registry::{Method, Scale, Search};
 use crate::error::Result;
@@ -41,5 +41,8 @@ impl Scorer for H2o {
         let received = seen.map_or(&[][..], |s| &s.received);
         let score = |t: usize| received.get(t).copied().unwrap_or(0.0);
         (0..tokens).map(|t| if t + recent >= tokens { f32::INFINITY } else { score(t) }).collect()
+    }
+    fn needs(&self) -> Needs {
+        Needs { prompt: true, ..Needs::default() }
     }
 }

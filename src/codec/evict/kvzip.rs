@@ -1,6 +1,6 @@
 //! KVzip: what the model looks at when it has to repeat the prompt.
 
-use super::{Evicting, Scorer, Seen, share};
+use super::{Evicting, Needs, Scorer, Seen, share};
 use crate::codec::Codec;
 use crate::codec::registry::{Method, Scale, Search};
 use crate::error::Result;
@@ -39,5 +39,8 @@ impl Scorer for KvZip {
         let repeated = seen.map_or(&[][..], |s| &s.repeated);
         let score = |t: usize| repeated.get(t).copied().unwrap_or(0.0);
         (0..tokens).map(|t| if t < self.sinks { f32::INFINITY } else { score(t) }).collect()
+    }
+    fn needs(&self) -> Needs {
+        Needs { repeated: true, ..Needs::default() }
     }
 }

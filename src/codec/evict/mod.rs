@@ -13,7 +13,7 @@ mod streaming;
 pub use expected::Expected;
 pub use h2o::H2o;
 pub use kvzip::KvZip;
-pub use observe::{Observed, Seen, observe};
+pub use observe::{Needs, Observed, Seen, observe};
 pub use snapkv::SnapKv;
 pub use streaming::Streaming;
 
@@ -31,10 +31,8 @@ pub trait Scorer: Send + Sync {
     /// How much each of `tokens` tokens is needed; infinite for those that stay in any case.
     fn scores(&self, tokens: usize, seen: Option<&Seen>) -> Vec<f32>;
 
-    /// Whether scores come from attention.
-    fn looks(&self) -> bool {
-        true
-    }
+    /// What of attention scores come from.
+    fn needs(&self) -> Needs;
 }
 
 /// A scorer as a codec of all layers.
@@ -53,13 +51,13 @@ impl<S: Scorer> Codec for Evicting<S> {
         false
     }
 
-    fn needs_attention(&self) -> bool {
-        self.0.looks()
+    fn needs(&self) -> Needs {
+        self.0.needs()
     }
 
     fn encode(&self, batch: &mut CacheBatch, _memo: &Memo) -> Result<()> {
         let observed = batch.observed.clone();
-        if self.0.looks() && observed.is_none() {
+        if self.0.needs() != Needs::default() && observed.is_none() {
             return Err(Error::argument("needs attention weights, which a model gives; none is at hand"));
         }
         let mut compact = Compact::default();

@@ -19,13 +19,37 @@ const REPEATED: usize = 1024;
 /// What makes a model repeat its prompt.
 const REPEAT: &str = "\n\nRepeat the previous context exactly.\n";
 
+/// Which parts of [`Seen`] are wanted.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Needs {
+    /// `received` and `window`.
+    pub prompt: bool,
+    pub expected: bool,
+    pub repeated: bool,
+}
+
+impl Needs {
+    pub fn and(self, other: Needs) -> Needs {
+        Needs {
+            prompt: self.prompt || other.prompt,
+            expected: self.expected || other.expected,
+            repeated: self.repeated || other.repeated,
+        }
+    }
+
+    /// Whether nothing is wanted that is not here.
+    pub fn cover(self, wanted: Needs) -> bool {
+        self.and(wanted) == self
+    }
+}
+
 /// One request's attention, layer by layer.
 #[derive(Debug, Clone, Default)]
 pub struct Observed {
     pub layers: Vec<Seen>,
 }
 
-/// Attention to each token of one layer, mean over key/value heads.
+/// Attention to each token of one layer, mean over key/value heads; empty where it was not wanted.
 #[derive(Debug, Clone, Default)]
 pub struct Seen {
     /// From all tokens of the prompt.
@@ -49,22 +73,28 @@ struct Layer<'a> {
     rope: &'a Rope,
 }
 
-/// Runs every request's cached tokens through the model once more, and once again behind themselves.
+/// Runs every request's cached tokens through the model once more, and if that is wanted once again behind themselves.
 ///
 /// # Errors
 /// Numbers that are not finite; prompts that leave the context no room to be repeated.
-pub fn observe(model: &Model, batch: &CacheBatch) -> Result<Vec<Observed>> {
+pub fn observe(model: &Model, batch: &CacheBatch, needs: Needs) -> Result<Vec<Observed>> {
     let mut batch = batch.clone();
     let repeat = model.tokenizer.encode(REPEAT)?;
     let mut all = Vec::with_capacity(batch.caches.len());
     for request in 0..batch.caches.len() {
         interrupt::check()?;
-        all.push(one(model, &mut batch, request, &repeat)?);
+        all.push(one(model, &mut batch, request, &repeat, needs)?);
     }
     Ok(all)
 }
 
-fn one(model: &Model, batch: &mut CacheBatch, request: usize, repeat: &[u32]) -> Result<Observed> {
+fn one(
+    model: &Model,
+    batch: &mut CacheBatch,
+    request: usize,
+    repeat: &[u32],
+    needs: Needs,
+) -> Result<Observed> {
     let decoder = &model.decoder;
     let config = decoder.config();
     let tokens = batch.tokens[request].clone();
@@ -93,12 +123,15 @@ fn one(model: &Model, batch: &mut CacheBatch, request: usize, repeat: &[u32]) ->
     let mut cache = decoder.new_cache();
     let mut listen = |tapped: &Tapped| {
         let (keys, values) = &caches[tapped.layer];
-        layers.push(first_pass(layer(tapped.layer), tapped, keys, values));
+        layers.push(first_pass(layer(tapped.layer), tapped, keys, values, needs));
     };
     let mut segments = [Segment { cache: &mut cache, tokens: &tokens }];
     let ran = decoder.forward(&mut pool, &mut segments, Some(&mut listen));
     ran.map_err(|f| f.of(|_| &id))?;
 
+    if !needs.repeated {
+        return Ok(Observed { layers });
+    }
     for seen in &mut layers {
         seen.repeated = vec![0.0; tokens.len()];
     }
@@ -140,7 +173,7 @@ fn queries_of(rows: &[f32], stride: usize, layer: Layer, head: usize) -> Vec<f32
 }
 
 /// What the prompt itself attends to, and what later queries are expected to.
-fn first_pass(layer: Layer, tapped: &Tapped, keys: &[f32], values: &[f32]) -> Seen {
+fn first_pass(layer: Layer, tapped: &Tapped, keys: &[f32], values: &[f32], needs: Needs) -> Seen {
     let tokens = keys.len() / (layer.kv_heads * layer.d);
     let heads: Vec<Seen> = (0..layer.kv_heads)
         .into_par_iter()
@@ -149,9 +182,15 @@ fn first_pass(layer: Layer, tapped: &Tapped, keys: &[f32], values: &[f32]) -> Se
             let mut seen = Seen {
                 received: vec![0.0; tokens],
                 window: vec![0.0; tokens],
-                expected: expected(layer, tapped, head, &keys, &values),
+                expected: match needs.expected {
+                    true => expected(layer, tapped, head, &keys, &values),
+                    false => vec![0.0; tokens],
+                },
                 repeated: Vec::new(),
             };
+            if !needs.prompt {
+                return seen;
+            }
             for first in (0..tokens).step_by(ROWS) {
                 let end = (first + ROWS).min(tokens);
                 let rows = &tapped.queries[first * tapped.stride..end * tapped.stride];

@@ -1,7 +1,7 @@
 //! SnapKV: what the last tokens of the prompt look at.
 
 use super::observe::WINDOW;
-use super::{Evicting, Scorer, Seen, share};
+use super::{Evicting, Needs, Scorer, Seen, share};
 use crate::codec::Codec;
 use crate::codec::registry::{Method, Scale, Search};
 use crate::error::Result;
@@ -47,5 +47,8 @@ impl Scorer for SnapKv {
         // The window itself, the latest of it first where it is more than what stays.
         let own = |t: usize| f32::MAX / 2.0 * (1.0 + t as f32 / tokens as f32);
         (0..tokens).map(|t| if t + WINDOW >= tokens { own(t) } else { pooled(t) }).collect()
+    }
+    fn needs(&self) -> Needs {
+        Needs { prompt: true, ..Needs::default() }
     }
 }

@@ -1,6 +1,6 @@
 //! StreamingLLM: the first tokens and the latest ones.
 
-use super::{Evicting, Scorer, Seen, share};
+use super::{Evicting, Needs, Scorer, Seen, share};
 use crate::codec::Codec;
 use crate::codec::registry::{Method, Scale, Search};
 use crate::error::Result;
@@ -39,7 +39,7 @@ impl Scorer for Streaming {
         (0..tokens).map(|t| if t < self.sinks { f32::INFINITY } else { t as f32 }).collect()
     }
 
-    fn looks(&self) -> bool {
-        false
+    fn needs(&self) -> Needs {
+        Needs::default()
     }
 }

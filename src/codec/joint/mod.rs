@@ -10,6 +10,7 @@ mod links;
 pub mod reference;
 pub mod train;
 
+use super::evict::Needs;
 use super::registry::{Method, Scale, Search};
 use super::{CacheBatch, Codec, Coverage, Memo, Role};
 use crate::error::{Error, Result};
@@ -169,8 +170,8 @@ impl Codec for Coding {
         Coverage { layers: 0..layers, table_layers: layers.max(1), leaf_tokens: None, trained }
     }
 
-    fn needs_attention(&self) -> bool {
-        self.options.attention > 0.0
+    fn needs(&self) -> Needs {
+        Needs { prompt: self.options.attention > 0.0, ..Needs::default() }
     }
 
     fn takes_changed(&self) -> bool {
