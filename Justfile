@@ -62,6 +62,22 @@ fig-joint *FLAGS:
 fig-rag *FLAGS:
     {{experiment}} {{FLAGS}} experiments/rag.toml
 
+# Every method on one plane: few-shot questions, retrieval-augmented prompts, long documents (about an hour; --quick: four minutes)
+rd-plane *FLAGS:
+    {{experiment}} {{FLAGS}} experiments/rd-few-shot.toml experiments/rd-rag.toml experiments/rd-long.toml
+
+# Every method on few-shot questions
+fig-rd-few-shot *FLAGS:
+    {{experiment}} {{FLAGS}} experiments/rd-few-shot.toml
+
+# Every method on retrieval-augmented prompts
+fig-rd-rag *FLAGS:
+    {{experiment}} {{FLAGS}} experiments/rd-rag.toml
+
+# Every method on needles in long documents
+fig-rd-long *FLAGS:
+    {{experiment}} {{FLAGS}} experiments/rd-long.toml
+
 # How many requests are fused together, 8 to 64
 fig-batch *FLAGS:
     {{experiment}} {{FLAGS}} experiments/batch.toml

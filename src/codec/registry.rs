@@ -6,8 +6,10 @@ use super::evict::{Expected, H2o, KvZip, SnapKv, Streaming};
 use super::external::External;
 use super::fusion::{Bff, Cff};
 use super::joint::Joint;
+use super::lowrank::LowRank;
 use super::prefix::Prefix;
 use super::quantize::{CacheGen, Fp8, Int8, Kitty, Kivi, KvQuant, KvarN, Rotated};
+use super::random::Random;
 use super::spec::{StageText, bad, nearest};
 use super::{Codec, Unfused};
 use crate::error::{Error, Result};
@@ -95,11 +97,12 @@ enum Problem {
 }
 
 /// The methods, in the order in which `kvfuse methods` lists them.
-pub static METHODS: [Entry; 19] = [
+pub static METHODS: [Entry; 21] = [
     entry::<Unfused>(),
     entry::<Prefix>(),
     entry::<Bff>(),
     entry::<Cff>(),
+    entry::<Random>(),
     entry::<Streaming>(),
     entry::<H2o>(),
     entry::<SnapKv>(),
@@ -113,6 +116,7 @@ pub static METHODS: [Entry; 19] = [
     entry::<KvarN>(),
     entry::<CacheGen>(),
     entry::<Rotated>(),
+    entry::<LowRank>(),
     entry::<Joint>(),
     entry::<External>(),
 ];
