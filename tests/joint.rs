@@ -5,6 +5,7 @@ mod common;
 
 use common::{joint_codec, made_up};
 use kvfuse::block::RequestCache;
+use kvfuse::codec::joint::LayerBound;
 use kvfuse::codec::{CacheBatch, Chain, Codec, Ledger, Memo};
 use proptest::prelude::*;
 use std::path::Path;
@@ -178,4 +179,37 @@ fn a_codec_of_another_shape_is_refused() {
         let text = text.replace("CODEC", codec());
         assert!(Chain::parse(&text).is_err(), "{text}");
     }
+}
+
+/// The bound lies below what is coded, but not far; keys and values, layers and classes add up; encoding is the same watched or not.
+#[test]
+fn the_bound_is_near_and_below() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("j.safetensors");
+    joint_codec(&path, &made_up(1, 60, 60, 8, &["a"]));
+    for step in ["0.05", "0.1"] {
+        let chain =
+            Chain::parse(&format!("joint:codec={},step={step}", path.display())).unwrap().swap_remove(0);
+        let original = made_up(2, 60, 60, 8, &["a"]);
+        let mut watched = original.clone();
+        let bound = chain.bound(&mut watched).unwrap();
+        let mut plain = original.clone();
+        chain.encode(&mut plain, &Memo::default()).unwrap();
+        let bits = |batch: &CacheBatch| Ledger::of(batch, &chain.coverage(3)).file_bits();
+        assert_eq!(bits(&watched), bits(&plain));
+        let sum = |of: fn(&LayerBound) -> f64| bound.layers.iter().map(of).sum::<f64>();
+        let (coded, gaussian) = (bound.all.coded.total(), bound.all.gaussian.total());
+        assert!((sum(|l| l.coded.total()) - coded).abs() < 1e-6 * coded);
+        assert!((bound.matches.iter().map(|m| m.bits).sum::<f64>() - coded).abs() < 1e-3 * coded);
+        assert!(bound.matches.iter().all(|m| m.runs <= m.tokens && (m.tokens == 0 || m.runs > 0)));
+        // One water level for all layers needs no more than one each.
+        assert!(gaussian <= sum(|l| l.gaussian.total()) * 1.001);
+        let elements = bound.all.elements as f64;
+        let distance = (coded - gaussian) / elements;
+        assert!((-0.05..0.4).contains(&distance), "{distance} of {}", coded / elements);
+        assert!(coded < bits(&plain) as f64);
+    }
+    let mut batch = made_up(2, 4, 30, 8, &["a"]);
+    let none = Chain::parse("int8").unwrap().swap_remove(0).bound(&mut batch);
+    assert!(none.unwrap_err().to_string().contains("no Gaussian bound"));
 }

@@ -112,6 +112,17 @@ impl Plan {
         self.step("simulate").is_some_and(|s| s.settings.iter().any(|t| t.key == "method"))
     }
 
+    /// All that a codec depends on, as text: the dumps it is trained on and how.
+    pub fn trained_on(&self) -> String {
+        let own = self.step("train").into_iter();
+        let settings = self.training.iter().chain(own).map(|s| {
+            // Codecs that lack a part are files of their own.
+            let own = s.settings.iter().filter(|s| s.key != "without");
+            own.map(|s| format!("{}={}\n", s.key, s.value)).collect::<String>() + "\n"
+        });
+        settings.collect()
+    }
+
     /// Takes everything that `small` has.
     fn overlay(&mut self, small: Plan) {
         if !small.models.is_empty() {

@@ -141,13 +141,13 @@ impl Steps<'_> {
         let thresholds = format!("--out={}", self.out.join("thresholds.toml").display());
         for (command, filled) in [("calibrate", &thresholds), ("stats", &out)] {
             if self.plan.has(command) {
-                self.once(command, &[folder.clone(), filled.clone()], &identity, None)?;
+                self.once(command, &[folder.clone(), filled.clone()], &identity)?;
             }
         }
         if self.plan.bounds() {
             let codec = PathBuf::from(format!("{}.safetensors", self.codec()));
             let inputs = identity + &if codec.exists() { files::sha256(&codec)? } else { String::new() };
-            self.once("simulate", &[format!("--bound={folder}"), out.clone()], &inputs, None)?;
+            self.once("simulate", &[format!("--bound={folder}"), out.clone()], &inputs)?;
         }
         if self.plan.has("sweep") {
             let (line, command) = self.parse("sweep", &[folder.clone(), out.clone()])?;
@@ -164,7 +164,7 @@ impl Steps<'_> {
                 inputs += &files::sha256(&sweep)?;
                 filled.push(format!("--against={}", sweep.display()));
             }
-            self.once("simulate", &filled, &inputs, None)?;
+            self.once("simulate", &filled, &inputs)?;
         }
         Ok(())
     }
@@ -174,7 +174,7 @@ impl Steps<'_> {
         if !self.plan.has("train") {
             return Ok(());
         }
-        let (mut folders, mut identities) = (Vec::new(), String::new());
+        let mut folders = Vec::new();
         for line in self.plan.training(&[format!("--model={}", self.model)], &self.names())? {
             let parse = |line: &[String]| -> Result<Command> {
                 Ok(Cli::try_parse_from(line).map_err(|e| self.plan.usage("dump", &words_of(&e)))?.command)
@@ -184,7 +184,6 @@ impl Steps<'_> {
             let line = [&line[..], &[format!("--out={}", folder.display())]].concat();
             let command = parse(&line)?;
             self.step(line, command)?;
-            identities += &Manifest::read(&folder)?.identity()?;
             folders.push(folder.display().to_string());
         }
         let codec = PathBuf::from(format!("{}.safetensors", self.codec()));
@@ -192,14 +191,15 @@ impl Steps<'_> {
             files::writable_folder(folder)?;
         }
         folders.push(format!("--out={}", codec.display()));
-        self.once("train", &folders, &identities, Some(&codec))
+        // It knows itself whether the file is there; experiments that train the same share it.
+        let (line, command) = self.parse("train", &folders)?;
+        self.step(line, command)
     }
 
-    /// Where the codec goes, without its ending: beside the dumps, since it is as large as one.
+    /// Where the codec goes, without its ending: beside the dumps, since it is as large as one; named by what it is trained on.
     fn codec(&self) -> String {
-        let experiment = self.out.parent().and_then(Path::file_name).unwrap_or_default().to_string_lossy();
-        let size = if self.root.ends_with("quick") { "-quick" } else { "" };
-        let name = format!("{experiment}-{}{size}", self.short);
+        let of = format!("{}\n{}", self.model, self.plan.trained_on());
+        let name = format!("{}-{}", self.short, &files::sha256_bytes(of.as_bytes())[..8]);
         Path::new("dumps").join("codecs").join(name).display().to_string()
     }
 
@@ -237,22 +237,17 @@ impl Steps<'_> {
         }
     }
 
-    /// Runs a step that cannot go on where it stopped, unless it was finished with the same options and inputs and what it
-    /// made is still there: tables in the output folder, and a file elsewhere.
-    fn once(&self, name: &str, filled: &[String], inputs: &str, elsewhere: Option<&Path>) -> Result<()> {
+    /// Runs a step that cannot go on where it stopped, unless it was finished with the same options and inputs and its tables
+    /// are still there.
+    fn once(&self, name: &str, filled: &[String], inputs: &str) -> Result<()> {
         let (line, command) = self.parse(name, filled)?;
         let of = format!("{}\n{inputs}\n{} {STEP_SCHEMA}", line.join("\n"), env!("CARGO_PKG_VERSION"));
         let of = files::sha256_bytes(of.as_bytes());
         let path = self.out.join("runs").join("steps.json");
         let text = fs::read_to_string(&path).unwrap_or_default();
         let mut finished: BTreeMap<String, Finished> = serde_json::from_str(&text).unwrap_or_default();
-        let outside = elsewhere.map(|path| path.display().to_string());
-        let place = |name: &String| match elsewhere {
-            Some(path) if outside.as_ref() == Some(name) => path.to_owned(),
-            _ => self.out.join(name),
-        };
         let there = |made: &BTreeMap<String, String>| {
-            made.iter().all(|(name, sum)| files::sha256(&place(name)).is_ok_and(|s| s == *sum))
+            made.iter().all(|(name, sum)| files::sha256(&self.out.join(name)).is_ok_and(|s| s == *sum))
         };
         if finished.get(name).is_some_and(|f| f.of == of && there(&f.made)) {
             say(format!("$ {} (done)", line.join(" ")))?;
@@ -265,9 +260,6 @@ impl Steps<'_> {
             if before.get(&name) != Some(&written) {
                 made.insert(name.clone(), files::sha256(&self.out.join(name))?);
             }
-        }
-        if let Some(name) = &outside {
-            made.insert(name.clone(), files::sha256(&place(name))?);
         }
         finished.insert(name.to_owned(), Finished { of, made });
         files::writable_folder(&self.out.join("runs"))?;

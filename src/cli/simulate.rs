@@ -28,7 +28,7 @@ pub struct Args {
     #[arg(long, value_name = "FILE", required_unless_present = "bound")]
     stats: Option<PathBuf>,
     /// Instead of all else: what chains spend on this dump's caches, against the Gaussian rate-distortion bound
-    /// of their own predictors; writes bound.csv and bound_layers.csv
+    /// of their own predictors; writes bound.csv, bound_layers.csv and bound_matches.csv
     #[arg(long, value_name = "DUMP", conflicts_with_all = ["stats", "against", "requests"], requires = "method")]
     bound: Option<PathBuf>,
     /// Chains to hold against the bound
@@ -158,6 +158,7 @@ fn bound_table(rows: &[BoundRow]) -> String {
             format!("{:.3}", r.coded_bits_per_element),
             format!("{:.3}", r.gaussian_bits_per_element),
             format!("{:+.3}", r.distance_bits_per_element),
+            format!("{:.3}", r.predicted_bits_per_element),
             format!("{:.1}", r.cr_audited),
             format!("{:.1}", r.cr_bound),
         ]
@@ -169,6 +170,7 @@ fn bound_table(rows: &[BoundRow]) -> String {
             "coded bits/element",
             "Gaussian at the same error",
             "distance",
+            "predicted by training",
             "CR audited",
             "CR at the bound",
         ],

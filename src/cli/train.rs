@@ -82,8 +82,9 @@ pub fn run(args: Args, typed: Vec<String>) -> Result<()> {
     })?;
     let components: usize = trained.components.iter().sum();
     say(format!(
-        "{}: {} training tokens, {:.1} components a layer, {:.1} MB",
+        "{}{}: {} training tokens, {:.1} components a layer, {:.1} MB",
         args.out.display(),
+        if trained.known { " is there already" } else { "" },
         trained.tokens,
         components as f64 / trained.components.len().max(1) as f64,
         trained.bytes as f64 / 1e6

@@ -15,6 +15,8 @@ pub const LAYERS_CSV: &str = "layers.csv";
 /// A codec against the Gaussian bound, a chain a row, and a layer's keys or values a row.
 pub const BOUND_CSV: &str = "bound.csv";
 pub const BOUND_LAYERS_CSV: &str = "bound_layers.csv";
+/// Tokens by the class of their reference.
+pub const BOUND_MATCHES_CSV: &str = "bound_matches.csv";
 /// A method a row.
 pub const COMPARE_CSV: &str = "compare.csv";
 /// What each arm took.

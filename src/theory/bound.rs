@@ -1,9 +1,10 @@
 //! `kvfuse simulate --bound`: what a codec spends against the Gaussian rate-distortion bound of its own predictors
 //! (docs/theory.md, "The bound").
 
+use crate::codec::evict::{Needs, observe};
 use crate::codec::joint::LayerBound;
-use crate::codec::{Chain, Codec, Ledger};
-use crate::dump::Manifest;
+use crate::codec::{Chain, Codec, Ledger, Memo};
+use crate::dump::{Manifest, open_model};
 use crate::encoded::load_caches;
 use crate::error::{Error, Result};
 use crate::files;
@@ -12,7 +13,7 @@ use crate::lock::FolderLock;
 use crate::model::Ropes;
 use crate::progress::{Progress, Unit};
 use crate::stats::rounded;
-use crate::tables::{BOUND_CSV, BOUND_LAYERS_CSV, write_csv};
+use crate::tables::{BOUND_CSV, BOUND_LAYERS_CSV, BOUND_MATCHES_CSV, write_csv};
 use serde::Serialize;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -41,6 +42,8 @@ pub struct BoundRow {
     /// Of a Gaussian source at the same total squared error.
     pub gaussian_bits_per_element: f64,
     pub distance_bits_per_element: f64,
+    /// Of a Gaussian source with the widths that training found.
+    pub predicted_bits_per_element: f64,
     pub cr_audited: f64,
     /// The ratio if components took the Gaussian's bits and all else what it takes now.
     pub cr_bound: f64,
@@ -58,7 +61,18 @@ struct LayerRow {
     distance_bits_per_element: f64,
 }
 
-/// Encodes all requests of a dump as one batch by each chain and writes both tables.
+/// Tokens by the class of their reference: one row of bound_matches.csv.
+#[derive(Debug, Clone, Serialize)]
+struct MatchRow {
+    method: String,
+    /// 0 without a reference; then by how many tokens agree, the longest by sightings too (docs/joint.md).
+    class: usize,
+    tokens: u64,
+    runs: u64,
+    coded_bits_per_token_and_layer: f64,
+}
+
+/// Encodes all requests of a dump as one batch by each chain and writes the tables.
 ///
 /// # Errors
 /// Chains without such a bound; bad dumps.
@@ -71,12 +85,18 @@ pub fn bound(options: &BoundOptions) -> Result<Vec<BoundRow>> {
     let ropes = Arc::new(Ropes::new(config, longest));
     let all: Vec<usize> = (0..manifest.requests.len()).collect();
     let (batch, _) = load_caches(&options.dump, &manifest, &all, options.block_size, ropes, 1)?;
+    let memo = Memo::default();
     let progress = Progress::new("bounding", options.chains.len() as u64, Unit::Items("chains"));
-    let (mut rows, mut layers) = (Vec::new(), Vec::new());
+    let (mut rows, mut layers, mut matches) = (Vec::new(), Vec::new(), Vec::new());
     for chain in &options.chains {
         interrupt::check()?;
         let method = chain.name();
         let mut coded = batch.clone();
+        let needs = chain.needs();
+        if needs != Needs::default() {
+            let model = open_model(&options.dump, None, &manifest)?;
+            coded.observed = Some(memo.observed(needs, || observe(&model, &batch, needs))?);
+        }
         let found = chain.bound(&mut coded).map_err(|e| Error::argument(format!("{method}: {e}")))?;
         let ledger = Ledger::of(&coded, &chain.coverage(config.layers));
         let all = per_element(&found.all);
@@ -92,15 +112,27 @@ pub fn bound(options: &BoundOptions) -> Result<Vec<BoundRow>> {
             coded_bits_per_element: rounded(all.0),
             gaussian_bits_per_element: rounded(all.1),
             distance_bits_per_element: rounded(all.0 - all.1),
+            predicted_bits_per_element: rounded(
+                found.all.predicted.total() / found.all.elements.max(1) as f64,
+            ),
             cr_audited: rounded(ledger.cr_audited()),
             cr_bound: rounded(ledger.cr_audited() * bits / (bits - saved)),
         });
         for (layer, own) in found.layers.iter().enumerate() {
             layers.extend(kinds(&method, layer, own));
         }
+        let layers = config.layers as f64;
+        matches.extend(found.matches.iter().enumerate().map(|(class, m)| MatchRow {
+            method: method.clone(),
+            class,
+            tokens: m.tokens,
+            runs: m.runs,
+            coded_bits_per_token_and_layer: rounded(m.bits / m.tokens.max(1) as f64 / layers),
+        }));
         progress.increment();
     }
     progress.finish();
+    write_csv(&options.out.join(BOUND_MATCHES_CSV), &matches)?;
     write_csv(&options.out.join(BOUND_CSV), &rows)?;
     write_csv(&options.out.join(BOUND_LAYERS_CSV), &layers)?;
     let value = serde_json::json!({

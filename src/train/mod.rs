@@ -6,7 +6,7 @@ mod sensitivity;
 
 pub use sensitivity::{Sensitivity, SensitivityOptions, sensitivity};
 
-use crate::codec::joint::book::{Origin, SCHEMA, write};
+use crate::codec::joint::book::{Book, LayerBook, Origin, SCHEMA, write};
 use crate::codec::joint::rebuild;
 use crate::codec::joint::train::{Metric, Training, train as fit};
 use crate::dump::Manifest;
@@ -57,9 +57,11 @@ pub struct Trained {
     pub tokens: usize,
     pub components: Vec<usize>,
     pub bytes: u64,
+    /// It was there already.
+    pub known: bool,
 }
 
-/// Trains a joint codec and writes it.
+/// Trains a joint codec and writes it, unless it is there already: of the same dumps, settings and version.
 ///
 /// # Errors
 /// Dumps of different models, damaged dumps, too little text; files that cannot be written; Ctrl-C.
@@ -71,6 +73,20 @@ pub fn train(options: &TrainOptions) -> Result<Trained> {
             let problem = format!("is of another model than {}", options.dumps[0].display());
             return Err(Error::file(dump, problem));
         }
+    }
+    let settings = serde_json::json!({
+        "step": options.training.step,
+        "taps": options.training.taps,
+        "klt": options.training.klt,
+        "ridge": options.training.ridge,
+        "rank": options.training.rank,
+        "questions": options.questions,
+        "rounds": options.rounds,
+        "seed": options.seed,
+    });
+    let dumps: Vec<serde_json::Value> = manifests.iter().map(|m| m.origin()).collect::<Result<_>>()?;
+    if let Some(trained) = finished(options, &settings, &dumps) {
+        return Ok(trained);
     }
     let model = open_model(&options.dumps[0], None, first)?;
     let config = model.decoder.config().clone();
@@ -113,7 +129,8 @@ pub fn train(options: &TrainOptions) -> Result<Trained> {
         step: options.training.step,
         training_tokens: corpus.tokens(),
         contexts,
-        dumps: manifests.iter().map(|m| m.origin()).collect::<Result<_>>()?,
+        dumps,
+        settings,
     };
     write(&options.out, &origin, &layers, &tables)?;
     for &part in &options.without {
@@ -124,6 +141,33 @@ pub fn train(options: &TrainOptions) -> Result<Trained> {
         };
         write(&part.path(&options.out), &origin, &layers, &tables)?;
     }
-    let bytes = std::fs::metadata(&options.out).map(|m| m.len()).unwrap_or(0);
-    Ok(Trained { tokens: corpus.tokens(), components: layers.iter().map(|l| l.components).collect(), bytes })
+    Ok(came_to(&options.out, &origin, &layers, false))
+}
+
+/// What is there already: every file asked for, of the same dumps, settings and version.
+fn finished(
+    options: &TrainOptions,
+    settings: &serde_json::Value,
+    dumps: &[serde_json::Value],
+) -> Option<Trained> {
+    let same = |path: &Path| {
+        let book = Book::read(path).ok()?;
+        let origin = &book.origin;
+        let same = origin.settings == *settings
+            && origin.dumps == dumps
+            && origin.kvfuse_version == env!("CARGO_PKG_VERSION");
+        same.then_some(book)
+    };
+    let whole = same(&options.out)?;
+    let parts = options.without.iter().all(|part| same(&part.path(&options.out)).is_some());
+    parts.then(|| came_to(&options.out, &whole.origin, &whole.layers, true))
+}
+
+fn came_to(path: &Path, origin: &Origin, layers: &[LayerBook], known: bool) -> Trained {
+    Trained {
+        tokens: origin.training_tokens,
+        components: layers.iter().map(|l| l.components).collect(),
+        bytes: std::fs::metadata(path).map(|m| m.len()).unwrap_or(0),
+        known,
+    }
 }

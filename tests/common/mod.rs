@@ -331,6 +331,7 @@ pub fn joint_codec(path: &Path, batch: &CacheBatch) {
         training_tokens: corpus.tokens(),
         contexts: Vec::new(),
         dumps: Vec::new(),
+        settings: json!(null),
     };
     book::write(path, &origin, &books, &tables).unwrap();
 }

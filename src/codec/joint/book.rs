@@ -17,7 +17,7 @@ use std::collections::HashMap;
 use std::path::Path;
 
 /// Raised whenever a file of an older version would decode to something else.
-pub const SCHEMA: u32 = 1;
+pub const SCHEMA: u32 = 2;
 
 /// Where a codec comes from and what it fits.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -36,6 +36,8 @@ pub struct Origin {
     /// Checksums of the texts that it was trained on.
     pub contexts: Vec<String>,
     pub dumps: Vec<serde_json::Value>,
+    /// All else that the file depends on, as far as a user chooses it.
+    pub settings: serde_json::Value,
 }
 
 /// One layer: how to predict it and how to turn what the prediction misses.
@@ -88,6 +90,7 @@ impl Book {
             training_tokens: 0,
             contexts: Vec::new(),
             dumps: Vec::new(),
+            settings: serde_json::Value::Null,
         };
         let tables = Tables::new(&tables.probabilities, &tables.means, &tables.centroids)
             .ok_or_else(|| Error::Number("tables of a codec are not finite".into()))?;

@@ -6,6 +6,7 @@
 
 use super::book::{Book, LayerBook};
 use super::column::{Linked, Seen};
+use super::reference::CLASSES;
 use crate::error::{Error, Result};
 use faer::{Mat, Side};
 use half::f16;
@@ -21,6 +22,8 @@ pub struct LayerBound {
     pub coded: Parts,
     /// Bits of the Gaussian source at the same squared error.
     pub gaussian: Parts,
+    /// The same of the widths that training found, knowing of these caches only which tokens match which.
+    pub predicted: Parts,
 }
 
 /// Bits of keys and of values. A component that mixes both counts by its energy in each.
@@ -46,6 +49,18 @@ impl Parts {
 pub struct Bound {
     pub all: LayerBound,
     pub layers: Vec<LayerBound>,
+    /// By class of reference; class 0 has none.
+    pub matches: Vec<Matches>,
+}
+
+/// Tokens whose references are of one class.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub struct Matches {
+    pub tokens: u64,
+    /// Stretches of tokens that refer to tokens in a row.
+    pub runs: u64,
+    /// Spent on their components.
+    pub bits: f64,
 }
 
 /// Tokens whose rests have one covariance: same class of reference, same step.
@@ -62,18 +77,38 @@ pub struct Watch {
     /// Per layer and component.
     bits: Vec<Vec<f64>>,
     errors: Vec<Vec<f64>>,
+    matches: Vec<Matches>,
 }
 
 impl Watch {
     pub fn new(book: &Book) -> Self {
         let zeros: Vec<Vec<f64>> = book.layers.iter().map(|l| vec![0.0; l.components]).collect();
         let rests = vec![Vec::new(); book.layers.len()];
-        Watch { tokens: Vec::new(), rests, bits: zeros.clone(), errors: zeros }
+        Watch {
+            tokens: Vec::new(),
+            rests,
+            bits: zeros.clone(),
+            errors: zeros,
+            matches: vec![Matches::default(); CLASSES],
+        }
     }
 
     /// Notes a column.
     pub fn see(&mut self, number: usize, linked: &Linked, seen: Vec<Vec<Seen>>) {
         let half = number.is_multiple_of(2);
+        let first = usize::from(linked.raw_first);
+        for (t, source) in linked.sources.iter().enumerate().skip(first) {
+            let own = &mut self.matches[source.as_ref().map_or(0, |s| s.class())];
+            own.tokens += 1;
+            // Columns are told apart: a run ends with its column.
+            let goes_on = t > first
+                && match (&linked.sources[t - 1], source) {
+                    (Some(a), Some(b)) => std::ptr::eq(a.column, b.column) && a.token + 1 == b.token,
+                    (None, None) => true,
+                    _ => false,
+                };
+            own.runs += u64::from(!goes_on);
+        }
         let coded = linked.sources.iter().zip(&linked.steps).skip(usize::from(linked.raw_first));
         let class = |s: &Option<super::column::Source>| s.as_ref().map_or(0, |s| s.class());
         self.tokens.extend(coded.map(|(s, step)| ((class(s), *step), half)));
@@ -82,6 +117,8 @@ impl Watch {
             for (i, s) in layer.iter().enumerate() {
                 self.bits[n][i % r] += f64::from(s.bits);
                 self.errors[n][i % r] += f64::from(s.error).powi(2);
+                let source = &linked.sources[first + i / r];
+                self.matches[source.as_ref().map_or(0, |s| s.class())].bits += f64::from(s.bits);
             }
             self.rests[n].extend(layer.iter().map(|s| f16::from_f32(s.rest)));
         }
@@ -106,18 +143,40 @@ impl Watch {
                 let mut coded = Parts::default();
                 let shares = key_shares(&book.layers[n]);
                 self.bits[n].iter().zip(shares).for_each(|(bits, keys)| coded.add(*bits, keys));
-                LayerBound { elements, coded, gaussian }
+                let predicted = self.trained(&book.layers[n]).rate(self.errors[n].iter().sum());
+                LayerBound { elements, coded, gaussian, predicted }
             })
             .collect();
+        let trained = Spectrum(book.layers.iter().flat_map(|l| self.trained(l).0).collect());
         let whole = Spectrum(spectra.into_iter().flat_map(|s| s.0).collect());
-        let mut all =
-            LayerBound { gaussian: whole.rate(self.errors.iter().flatten().sum()), ..LayerBound::default() };
+        let mut all = LayerBound {
+            gaussian: whole.rate(self.errors.iter().flatten().sum()),
+            predicted: trained.rate(self.errors.iter().flatten().sum()),
+            ..LayerBound::default()
+        };
         for layer in &layers {
             all.elements += layer.elements;
             all.coded.keys += layer.coded.keys;
             all.coded.values += layer.coded.values;
         }
-        Ok(Bound { all, layers })
+        Ok(Bound { all, layers, matches: self.matches.clone() })
+    }
+
+    /// The widths that training gives a layer's components, for each class and step as often as these caches have it.
+    fn trained(&self, layer: &LayerBook) -> Spectrum {
+        let mut counts: BTreeMap<Group, f64> = BTreeMap::new();
+        for (group, _) in &self.tokens {
+            *counts.entry(*group).or_default() += 1.0;
+        }
+        let (r, shares) = (layer.components, key_shares(layer));
+        let part = |((class, step), count): (&Group, &f64)| -> Vec<(f64, f64, f64)> {
+            let variance = |k: usize| {
+                let octaves = f64::from(i32::from(layer.sigma[class * r + k]) - step) / 8.0;
+                (2.0 * octaves).exp2()
+            };
+            (0..r).map(|k| (*count, variance(k), shares[k])).collect()
+        };
+        Spectrum(counts.iter().flat_map(part).collect())
     }
 
     /// Tokens of each group, in two halves.

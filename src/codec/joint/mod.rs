@@ -16,7 +16,7 @@ use super::{CacheBatch, Codec, Coverage, Memo, Role};
 use crate::error::{Error, Result};
 use crate::files;
 use book::Book;
-pub use bound::{Bound, LayerBound, Parts};
+pub use bound::{Bound, LayerBound, Matches, Parts};
 use column::{Components, Linked, Rebuilt, Wanted};
 use columns::{Column, columns, store, stripped};
 pub use corpus::corpus_of;
