@@ -58,6 +58,10 @@ fig-chains *FLAGS:
 fig-joint *FLAGS:
     {{experiment}} {{FLAGS}} experiments/joint.toml
 
+# F1 of the joint codec on 240 questions
+fig-joint-accuracy *FLAGS:
+    {{experiment}} {{FLAGS}} experiments/joint-accuracy.toml
+
 # Retrieval-augmented prompts: fusion, quantisation, the joint codec
 fig-rag *FLAGS:
     {{experiment}} {{FLAGS}} experiments/rag.toml

@@ -98,3 +98,27 @@ fn a_sweep_is_compared() {
     assert_eq!(rows[1]["bd_rate_percent"], 0.0);
     refuse(&["compare", out, "--anchor", "prefix+kvi"], &["prefix+kvi", "prefix+kivi, prefix+rotated"]);
 }
+
+/// The cheapest setting that keeps to a KL, or to a score.
+#[test]
+fn a_setting_is_searched_for() {
+    let dump = text(small_dump());
+    let tried = |arguments: &[&str]| -> Vec<Value> {
+        let said = succeed(&[&["search", dump, "--json"], arguments].concat());
+        said.lines().map(|l| serde_json::from_str(l).unwrap()).collect()
+    };
+    let number = |row: &Value, name: &str| row[name].as_f64().unwrap();
+    let rows = tried(&["--method", "prefix+kivi", "--max-kl", "0.01"]);
+    let best = rows.iter().find(|r| r["best"] == true).unwrap();
+    let within = rows.iter().filter(|r| number(r, "kl") <= 0.01);
+    assert!(within.map(|r| number(r, "cr_audited")).fold(0.0, f64::max) == number(best, "cr_audited"));
+    assert!(rows.iter().any(|r| number(r, "kl") > 0.01), "something coarser was tried: {rows:?}");
+    // Of evictions by attention too.
+    let rows = tried(&["--method", "h2o", "--max-kl", "0.05", "--evaluations", "3"]);
+    assert!(rows.iter().any(|r| r["best"] == true), "{rows:?}");
+    // A random model's answers have no words in common with the references: no loss is possible.
+    let rows = tried(&["--method", "prefix+rotated", "--min-f1-diff", "-0.1", "--evaluations", "3"]);
+    assert!(rows.iter().all(|r| r["score_diff"].is_number()), "{rows:?}");
+    refuse(&["search", dump, "--method", "prefix+kivi"], &["--max-kl"]);
+    refuse(&["search", dump, "--method", "prefix+kivi", "--min-f1-diff", "2"], &["--min-f1-diff"]);
+}

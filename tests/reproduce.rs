@@ -5,6 +5,7 @@ mod common;
 use common::{kvfuse, text};
 use serde_json::Value;
 use std::fs;
+use std::io::Read;
 use std::path::Path;
 use std::process::Output;
 
@@ -132,7 +133,7 @@ fn report(dir: &Path, out: &Path) {
         "Claims and verdicts",
         "4.38",
         "independent",
-        "<svg",
+        "data-svg=",
         "cr_audited",
         "kvfuse_version",
     ] {
@@ -143,6 +144,12 @@ fn report(dir: &Path, out: &Path) {
     for outside in ["http://", "https://", "src=", "<link", "@import"] {
         assert!(!addresses.contains(outside), "{outside}");
     }
+    // Figures are there, packed.
+    let packed = html.split("data-svg=\"").nth(1).unwrap().split('"').next().unwrap();
+    let bytes = base64::Engine::decode(&base64::engine::general_purpose::STANDARD, packed).unwrap();
+    let mut svg = String::new();
+    flate2::read::GzDecoder::new(&bytes[..]).read_to_string(&mut svg).unwrap();
+    assert!(svg.starts_with("<svg"), "{}", &svg[..40]);
     let rows = fs::read_to_string(out.join("sweep.csv")).unwrap().lines().count() - 1;
     assert!(html.contains(&format!("({rows} rows)")), "{rows}");
     // The verdict on the headline is the table's.

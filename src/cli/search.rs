@@ -3,17 +3,17 @@
 use super::table::table;
 use super::{say, say_rows};
 use crate::dump::Half;
-use crate::sweep::{FirstToken, SearchOptions, search};
+use crate::sweep::{FirstToken, Goal, SearchOptions, search};
 use anyhow::Result;
 use std::path::PathBuf;
 
-/// Find the cheapest setting of a chain that keeps to a KL, in a few tries.
+/// Find the cheapest setting of a chain that keeps to a KL, or to a loss of score, in a few tries.
 ///
-/// The last stage that can be turned from fine to coarse is: joint's step, bff's tau, bits of kivi and rotated. Answers are not
-/// decoded; sweep the setting that was found.
+/// The last stage that can be turned from fine to coarse is: joint's step, bff's tau, bits of quantisers, the share that evictions keep. With
+/// --max-kl answers are not decoded; sweep the setting that was found.
 #[derive(Debug, clap::Args)]
 #[command(
-    after_help = "Examples:\n  kvfuse search dumps/qa --method prefix+joint:codec=joint.safetensors --max-kl 0.02\n  kvfuse search dumps/qa --method prefix+bff --max-kl 0.02"
+    after_help = "Examples:\n  kvfuse search dumps/qa --method prefix+joint:codec=joint.safetensors --max-kl 0.02\n  kvfuse search dumps/qa --method prefix+bff --max-kl 0.02\n  kvfuse search dumps/qa --method prefix+kivi --min-f1-diff -0.01"
 )]
 pub struct Args {
     /// Folder that `kvfuse dump` wrote
@@ -22,8 +22,12 @@ pub struct Args {
     #[arg(long, value_name = "CHAIN")]
     method: String,
     /// KL from no encoding, nats per token, at most
-    #[arg(long, value_name = "NATS", value_parser = positive)]
-    max_kl: f64,
+    #[arg(long, value_name = "NATS", value_parser = positive, required_unless_present = "min_f1_diff")]
+    max_kl: Option<f64>,
+    /// F1 (or the requests' own score) less that of no encoding, mean over requests, at least; answers are decoded. The mean of few
+    /// requests is noise: see the interval that a sweep gives
+    #[arg(long, value_name = "DIFFERENCE", conflicts_with = "max_kl", allow_negative_numbers = true, value_parser = difference)]
+    min_f1_diff: Option<f64>,
     /// Tokens a block
     #[arg(long, default_value_t = 16, value_parser = clap::builder::RangedU64ValueParser::<usize>::new().range(1..=65_535))]
     block_size: usize,
@@ -51,11 +55,21 @@ fn positive(text: &str) -> std::result::Result<f64, String> {
     }
 }
 
+fn difference(text: &str) -> std::result::Result<f64, String> {
+    match text.parse::<f64>() {
+        Ok(x) if (-1.0..=1.0).contains(&x) => Ok(x),
+        _ => Err("write a number from -1 to 1".to_owned()),
+    }
+}
+
 pub fn run(args: Args) -> Result<()> {
     let tried = search(&SearchOptions {
         dump: args.dump,
         method: args.method,
-        max_kl: args.max_kl,
+        goal: match (args.max_kl, args.min_f1_diff) {
+            (_, Some(least)) => Goal::Score(least),
+            (most, None) => Goal::Kl(most.unwrap_or_default()),
+        },
         block_size: args.block_size,
         batch: args.batch,
         first_token: args.first_token,
@@ -67,8 +81,9 @@ pub fn run(args: Args) -> Result<()> {
     }
     let line = |t: &crate::sweep::Tried| {
         let mark = if t.best { "best" } else { "" };
-        vec![t.method.clone(), format!("{:.2}", t.cr_audited), format!("{:.4}", t.kl), mark.to_owned()]
+        let score = t.score_diff.map_or("-".to_owned(), |d| format!("{d:+.4}"));
+        vec![t.method.clone(), format!("{:.2}", t.cr_audited), format!("{:.4}", t.kl), score, mark.to_owned()]
     };
     let lines: Vec<Vec<String>> = tried.iter().map(line).collect();
-    say(table(&["method", "CR audited", "KL nats/token", ""], &lines))
+    say(table(&["method", "CR audited", "KL nats/token", "score - none", ""], &lines))
 }

@@ -139,11 +139,6 @@ impl Chain {
         self.stages.iter().find_map(|s| s.codec.fusion())
     }
 
-    /// What its stages must know of how tokens were attended to.
-    pub fn needs(&self) -> Needs {
-        self.stages.iter().map(|s| s.codec.needs()).fold(Needs::default(), Needs::and)
-    }
-
     /// The stage that prefills anew, chunk by chunk; always the first.
     pub fn chunks(&self) -> Option<&ChunkFusion> {
         self.stages.first().and_then(|s| s.codec.chunks())
@@ -298,6 +293,10 @@ impl Codec for Chain {
 
     fn within_tenant(&self) -> Option<bool> {
         Some(self.within_tenant())
+    }
+
+    fn needs(&self) -> Needs {
+        self.stages.iter().map(|s| s.codec.needs()).fold(Needs::default(), Needs::and)
     }
 
     fn decode(&self, batch: &mut CacheBatch) -> Result<()> {

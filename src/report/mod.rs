@@ -1,15 +1,22 @@
 //! One self-contained HTML file of a results folder: what was claimed, figures, tables that sort, manifests.
 
 mod claims;
+mod front;
 
 pub use claims::{Claim, Verdict, claims};
+use front::{Front, front};
 
 use crate::error::{Error, IoAt, Result};
 use crate::files;
 use crate::tables::Columns;
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
+use flate2::Compression;
+use flate2::write::GzEncoder;
 use minijinja::{AutoEscape, Environment, context};
 use serde::Serialize;
 use std::fs;
+use std::io::Write;
 use std::path::{Path, PathBuf};
 
 pub const REPORT: &str = "report.html";
@@ -26,7 +33,11 @@ struct Section {
     /// Its path below the folder reported on.
     name: String,
     claims: Vec<Claim>,
-    /// SVG sources, with their names.
+    /// Why no claim can be judged: tables of an older version.
+    problem: Option<String>,
+    /// Its row of the first page.
+    front: Option<Front>,
+    /// SVG sources, with their names, compressed: a page of all figures as text is nine megabytes.
     figures: Vec<(String, String)>,
     tables: Vec<Table>,
     /// Names and texts.
@@ -61,7 +72,8 @@ pub fn report(out: &Path) -> Result<PathBuf> {
     jinja.add_template("report", TEMPLATE).map_err(bad)?;
     let title =
         out.file_name().map_or_else(|| out.display().to_string(), |n| n.to_string_lossy().into_owned());
-    let values = context! { title, sections, version => env!("CARGO_PKG_VERSION") };
+    let fronts: Vec<&Front> = sections.iter().filter_map(|s| s.front.as_ref()).collect();
+    let values = context! { title, fronts, sections, version => env!("CARGO_PKG_VERSION") };
     let html = jinja.get_template("report").and_then(|t| t.render(values)).map_err(bad)?;
     files::write_atomically(&path, |file| file.write_all(html.as_bytes()))?;
     Ok(path)
@@ -83,10 +95,15 @@ fn gather(root: &Path, folder: &Path, sections: &mut Vec<Section>) -> Result<()>
             let of = entries.iter().filter(|p| wanted(p));
             of.map(|p| Ok((name(p), fs::read_to_string(p).at(p)?))).collect()
         };
+        let own = if below.is_empty() { name(root) } else { below };
+        let figures = texts(&|p| kind(p, "svg"))?;
+        let judged = claims(folder);
         sections.push(Section {
-            name: if below.is_empty() { name(root) } else { below },
-            claims: claims(folder)?,
-            figures: texts(&|p| kind(p, "svg"))?,
+            problem: judged.as_ref().err().map(ToString::to_string),
+            claims: judged.unwrap_or_default(),
+            front: front(folder, &own)?,
+            name: own,
+            figures: figures.into_iter().map(|(name, svg)| (name, packed(&svg))).collect(),
             tables: tables
                 .into_iter()
                 .filter(|p| !LEFT_OUT.contains(&&name(p)[..]))
@@ -98,6 +115,14 @@ fn gather(root: &Path, folder: &Path, sections: &mut Vec<Section>) -> Result<()>
     // Finished runs and dumps are no results.
     let deeper = entries.iter().filter(|p| p.is_dir() && !["runs", "dump"].contains(&&name(p)[..]));
     deeper.into_iter().try_for_each(|p| gather(root, p, sections))
+}
+
+/// A text, gzipped, in base64.
+fn packed(text: &str) -> String {
+    let mut gz = GzEncoder::new(Vec::new(), Compression::best());
+    // Writing to memory does not fail.
+    let _ = gz.write_all(text.as_bytes());
+    STANDARD.encode(gz.finish().unwrap_or_default())
 }
 
 fn table(path: &Path, name: String) -> Result<Table> {

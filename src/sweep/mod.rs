@@ -20,6 +20,6 @@ pub use labels::{Labelled, PACKING, labelled, series_labels};
 pub use rows::{LayerRow, LayerScore, RequestRow, RequestScore, Row, Timings};
 pub use run::sweep;
 pub use runs::RunRecord;
-pub use search::{SearchOptions, Tried, search};
+pub use search::{Goal, SearchOptions, Tried, search};
 pub use settings::{Settings, SweepOptions};
 pub use stage::{Stage, load, targets};

@@ -1,10 +1,11 @@
-//! `kvfuse search`: the cheapest setting of a chain that keeps to a KL.
+//! `kvfuse search`: the cheapest setting of a chain that keeps to a KL, or to a loss of score.
 
-use super::arms::Packing;
+use super::arms::{Arm, Packing};
 use super::evaluate::FirstToken;
+use super::run::setting;
 use super::settings::{Settings, SweepOptions};
 use super::stage::Stage;
-use crate::codec::Turnable;
+use crate::codec::{Chain, Turnable};
 use crate::dump::{Half, Manifest, open_model};
 use crate::error::{Error, Result};
 use crate::interrupt;
@@ -17,8 +18,7 @@ pub struct SearchOptions {
     pub dump: PathBuf,
     /// One chain whose dial is not turned.
     pub method: String,
-    /// KL from no encoding, nats a token, mean over requests, at most.
-    pub max_kl: f64,
+    pub goal: Goal,
     pub block_size: usize,
     /// Requests encoded together.
     pub batch: usize,
@@ -28,6 +28,24 @@ pub struct SearchOptions {
     pub evaluations: usize,
 }
 
+/// What a setting must keep to.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Goal {
+    /// KL from no encoding, nats a token, mean over requests, at most.
+    Kl(f64),
+    /// Difference of the score from no encoding, paired, mean over requests, at least.
+    Score(f64),
+}
+
+impl Goal {
+    fn met(self, tried: &Tried) -> bool {
+        match self {
+            Goal::Kl(most) => tried.kl <= most,
+            Goal::Score(least) => tried.score_diff.is_some_and(|d| d >= least),
+        }
+    }
+}
+
 /// A setting that was tried.
 #[derive(Debug, Clone, Serialize)]
 pub struct Tried {
@@ -35,7 +53,9 @@ pub struct Tried {
     pub cr_audited: f64,
     pub bits_per_element: f64,
     pub kl: f64,
-    /// Whether it keeps to the KL, and none that does stores less.
+    /// With [`Goal::Score`]: answers were decoded.
+    pub score_diff: Option<f64>,
+    /// Whether it keeps to the goal, and none that does stores less.
     pub best: bool,
 }
 
@@ -43,7 +63,7 @@ pub struct Tried {
 const NEAR: f64 = 0.97;
 
 /// Tries settings between the finest and the coarsest, where KL should meet the bound if its logarithm were straight between
-/// those tried; in the order tried.
+/// those tried (in the middle for a score, which is no smooth curve); in the order tried.
 ///
 /// # Errors
 /// Chains without a dial, or with one turned; chains that prefill anew; bad dumps; no setting that keeps to the KL.
@@ -70,50 +90,84 @@ pub fn search(options: &SearchOptions) -> Result<Vec<Tried>> {
     let packing =
         Packing { block_size: options.block_size, batch: options.batch, first_token: options.first_token };
     let mut stage = Stage::new(&model, &sweep, &manifest, &requests, packing, None)?;
+    let setting = setting(&sweep, &manifest, &requests)?;
+    if let Goal::Score(_) = options.goal {
+        // Scores are paired with those of the arm that is run first.
+        let none = Chain::controls(false)?.swap_remove(0);
+        stage.run("", &setting, &Arm { chain: none, packing })?;
+    }
     let progress = Progress::new("searching", options.evaluations as u64, Unit::Items("settings"));
     let mut tried: Vec<Tried> = Vec::new();
     // Place between fine and coarse, and KL there.
     let (mut fine, mut coarse): ((f64, Option<f64>), (f64, Option<f64>)) = ((0.0, None), (1.0, None));
     for _ in 0..options.evaluations {
         interrupt::check()?;
-        let at = fine.0 + (coarse.0 - fine.0) * share(fine.1, coarse.1, options.max_kl);
+        let share = match options.goal {
+            Goal::Kl(most) => share(fine.1, coarse.1, most),
+            Goal::Score(_) => 0.5,
+        };
+        let at = fine.0 + (coarse.0 - fine.0) * share;
         let chain = dial.chain(at)?;
         // Whole numbers run out.
         if tried.iter().any(|t| t.method == chain.name()) {
             break;
         }
-        let (ledger, kl) = stage.rate_and_kl(&chain)?;
-        tried.push(Tried {
-            method: chain.name(),
-            cr_audited: ledger.cr_audited(),
-            bits_per_element: ledger.bits_per_element(),
-            kl,
-            best: false,
-        });
+        let own = match options.goal {
+            Goal::Kl(_) => {
+                let (ledger, kl) = stage.rate_and_kl(&chain)?;
+                let (cr_audited, bits_per_element) = (ledger.cr_audited(), ledger.bits_per_element());
+                Tried {
+                    method: chain.name(),
+                    cr_audited,
+                    bits_per_element,
+                    kl,
+                    score_diff: None,
+                    best: false,
+                }
+            }
+            Goal::Score(_) => {
+                let row = stage.run("", &setting, &Arm { chain, packing })?.row;
+                Tried {
+                    method: row.arm.method,
+                    cr_audited: row.cr_audited,
+                    bits_per_element: row.bits_per_element,
+                    kl: row.kl,
+                    score_diff: row.score_diff,
+                    best: false,
+                }
+            }
+        };
         progress.increment();
         // Settings that round to the same: nothing lies between.
-        if tried.iter().filter(|t| t.kl == kl && t.cr_audited == ledger.cr_audited()).count() > 1 {
+        let known = tried.iter().any(|t| t.kl == own.kl && t.cr_audited == own.cr_audited);
+        let (met, kl) = (options.goal.met(&own), own.kl);
+        tried.push(own);
+        if known || (met && matches!(options.goal, Goal::Kl(most) if kl >= NEAR * most)) {
             break;
         }
-        if kl <= options.max_kl {
+        if met {
             fine = (at, Some(kl));
-            if kl >= NEAR * options.max_kl {
-                break;
-            }
         } else {
             coarse = (at, Some(kl));
         }
     }
     progress.finish();
-    let within = tried.iter_mut().filter(|t| t.kl <= options.max_kl);
+    let within = tried.iter_mut().filter(|t| options.goal.met(t));
     match within.max_by(|a, b| a.cr_audited.total_cmp(&b.cr_audited)) {
         Some(best) => best.best = true,
         None => {
-            let least = tried.iter().map(|t| t.kl).fold(f64::INFINITY, f64::min);
-            return Err(Error::argument(format!(
-                "{}: no setting that was tried keeps the KL below {}; the least was {least:.4}",
-                options.method, options.max_kl
-            )));
+            let problem = match options.goal {
+                Goal::Kl(most) => {
+                    let least = tried.iter().map(|t| t.kl).fold(f64::INFINITY, f64::min);
+                    format!("keeps the KL below {most}; the least was {least:.4}")
+                }
+                Goal::Score(least) => {
+                    let scores = tried.iter().filter_map(|t| t.score_diff);
+                    let most = scores.fold(f64::NEG_INFINITY, f64::max);
+                    format!("keeps the score's difference above {least}; the most was {most:.4}")
+                }
+            };
+            return Err(Error::argument(format!("{}: no setting that was tried {problem}", options.method)));
         }
     }
     Ok(tried)

@@ -186,6 +186,7 @@ impl<'a> Stage<'a> {
         for lot in &self.lots {
             interrupt::check()?;
             let mut batch = lot.base.batch.clone();
+            show_attention(self.model, &mut batch, &lot.memo, codec)?;
             codec.encode(&mut batch, &lot.memo)?;
             ledger += &Ledger::of(&batch, &coverage);
             let compared = lot.reference.compare(self.model, &lot.base.spared, &mut batch, &lot.prompts)?;
@@ -215,15 +216,21 @@ impl<'a> Stage<'a> {
     }
 }
 
+/// Lets a batch of unfused caches know what a codec must know of attention.
+fn show_attention(model: &Model, batch: &mut CacheBatch, memo: &Memo, codec: &dyn Codec) -> Result<()> {
+    let needs = codec.needs();
+    if needs != Needs::default() {
+        batch.observed = Some(memo.observed(needs, || observe(model, batch, needs))?);
+    }
+    Ok(())
+}
+
 /// Unfused caches as an arm stores them.
 pub fn encode_batch(model: &Model, base: &CacheBatch, memo: &Memo, chain: &Chain) -> Result<CacheBatch> {
     match chain.chunks() {
         None => {
             let mut batch = base.clone();
-            let needs = chain.needs();
-            if needs != Needs::default() {
-                batch.observed = Some(memo.observed(needs, || observe(model, base, needs))?);
-            }
+            show_attention(model, &mut batch, memo, chain)?;
             chain.encode(&mut batch, memo)?;
             Ok(batch)
         }
