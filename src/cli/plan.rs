@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use toml::de::{DeTable, DeValue};
 
 /// Steps in the order they run; a table of this name holds the options of the command of this name.
-pub const STEPS: [&str; 6] = ["dump", "train", "calibrate", "stats", "sweep", "simulate"];
+pub const STEPS: [&str; 7] = ["dump", "train", "calibrate", "stats", "sweep", "compare", "simulate"];
 /// Tables of this name, in a list, hold options of `dump`: what `train` is given.
 const TRAINING: &str = "training";
 /// What `kvfuse run` fills in itself.
@@ -370,7 +370,7 @@ mod tests {
                 let plan = Plan::read(&path, quick).unwrap();
                 for step in &plan.steps {
                     let filled: &[String] = match step.command {
-                        "calibrate" | "stats" => &["x".to_owned()],
+                        "calibrate" | "stats" | "compare" => &["x".to_owned()],
                         "train" => &["x".to_owned(), "--out=x".to_owned()],
                         "simulate" if plan.bounds() => &["--bound=x".to_owned()],
                         "simulate" => &["--stats=x".to_owned()],

@@ -14,7 +14,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
-/// Run an experiment file: dump, calibrate, stats, sweep, simulate and plot, as far as it has a table for them.
+/// Run an experiment file: dump, train, calibrate, stats, sweep, plot, compare and simulate, as far as it has a table for them.
 ///
 /// Each table ([dump], [sweep] ...) holds options of the command of its name, spelt with `_`. The figures and tables go to
 /// results/NAME/MODEL, or with --quick to results/quick/NAME/MODEL, at the sizes of the file's [quick] table. What is
@@ -154,6 +154,10 @@ impl Steps<'_> {
             self.step(line, command)?;
             let line = ["kvfuse".to_owned(), "plot".to_owned(), self.out.display().to_string()];
             self.step(line.to_vec(), Cli::try_parse_from(&line)?.command)?;
+        }
+        if self.plan.has("compare") {
+            let (line, command) = self.parse("compare", &[self.out.display().to_string()])?;
+            self.step(line, command)?;
         }
         if self.plan.has("simulate") && !self.plan.bounds() {
             let stats = self.out.join(STATS_CSV);
