@@ -30,7 +30,7 @@ fn bin(text: &str) -> std::result::Result<f64, String> {
 
 impl Method for CacheGen {
     const NAME: &'static str = "cachegen";
-    const ABOUT: &'static str = "The first token of a page is the anchor (8 bits a number), the others are differences to it, in bins that grow with the layer, range coded                                  with a table of each channel's spread in the page (5 bits).";
+    const ABOUT: &'static str = "The first token of a page is the anchor (8 bits a number), the others are differences to it, in bins that grow with the layer, range coded with a table of each channel's spread in the page (5 bits).";
     const PAPER: &'static str = "after Liu et al. 2023, CacheGen (arXiv 2310.07240)";
     const DIALS: &'static [&'static str] = &["bin"];
     const SEARCH: Option<Search> =
