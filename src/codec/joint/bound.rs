@@ -1,17 +1,19 @@
-//! How far a codec is from the Gaussian rate-distortion bound of its own predictors (docs/theory.md, "The bound").
+//! How far a codec is from the Gaussian rate-distortion bound of its own predictors (docs/theory.md, 10).
 //!
 //! What predictions leave of a token's components has a covariance, given the class of its reference and the step. A Gaussian source
 //! of that covariance needs, at the squared error that the codec makes, the bits of reverse water-filling. The covariance's directions are
-//! taken from one half of the columns and variances along them from the other, so nothing is fitted to what it is held against.
+//! taken from one half of the text and variances along them from the other, so nothing is fitted to what it is held against; all
+//! sightings of a token are in one half.
 
 use super::book::{Book, LayerBook};
 use super::column::{Linked, Seen};
-use super::reference::CLASSES;
+use super::links::{Reference, Sources};
+use super::reference::{CLASSES, SAME};
 use crate::error::{Error, Result};
 use faer::{Mat, Side};
 use half::f16;
 use rayon::prelude::*;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 
 /// One layer's coded components against the bound; whole layers, or all of them together.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
@@ -78,6 +80,8 @@ pub struct Watch {
     bits: Vec<Vec<f64>>,
     errors: Vec<Vec<f64>>,
     matches: Vec<Matches>,
+    /// The half of each token of each column seen.
+    halves: HashMap<usize, Vec<bool>>,
 }
 
 impl Watch {
@@ -90,12 +94,17 @@ impl Watch {
             bits: zeros.clone(),
             errors: zeros,
             matches: vec![Matches::default(); CLASSES],
+            halves: HashMap::new(),
         }
     }
 
     /// Notes a column.
-    pub fn see(&mut self, number: usize, linked: &Linked, seen: Vec<Vec<Seen>>) {
-        let half = number.is_multiple_of(2);
+    pub fn see(&mut self, number: usize, references: &Sources, linked: &Linked, seen: Vec<Vec<Seen>>) {
+        let half = |reference: &Option<Reference>| match reference {
+            Some(r) if r.class >= SAME => self.halves[&r.column][r.token],
+            _ => number.is_multiple_of(2),
+        };
+        let halves: Vec<bool> = references.iter().map(half).collect();
         let first = usize::from(linked.raw_first);
         for (t, source) in linked.sources.iter().enumerate().skip(first) {
             let own = &mut self.matches[source.as_ref().map_or(0, |s| s.class())];
@@ -109,9 +118,10 @@ impl Watch {
                 };
             own.runs += u64::from(!goes_on);
         }
-        let coded = linked.sources.iter().zip(&linked.steps).skip(usize::from(linked.raw_first));
+        let coded = linked.sources.iter().zip(&linked.steps).zip(&halves).skip(first);
         let class = |s: &Option<super::column::Source>| s.as_ref().map_or(0, |s| s.class());
-        self.tokens.extend(coded.map(|(s, step)| ((class(s), *step), half)));
+        self.tokens.extend(coded.map(|((s, step), half)| ((class(s), *step), *half)));
+        self.halves.insert(number, halves);
         for (n, layer) in seen.into_iter().enumerate() {
             let r = self.bits[n].len().max(1);
             for (i, s) in layer.iter().enumerate() {

@@ -268,7 +268,7 @@ impl Coding {
             for (&number, (mut rebuilt, bytes)) in wave.iter().zip(coded) {
                 if let Some(watch) = &mut watch {
                     let linked = self.linked(&all[number], &found[number], &steps[number], &components);
-                    watch.see(number, &linked, std::mem::take(&mut rebuilt.seen));
+                    watch.see(number, &found[number], &linked, std::mem::take(&mut rebuilt.seen));
                 }
                 store(batch, &all[number], &rebuilt, bytes);
                 components[number] = rebuilt.components;
