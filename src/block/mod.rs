@@ -6,5 +6,5 @@
 mod pool;
 mod table;
 
-pub use pool::{BlockId, BlockPool, BlockShape, Payload, Storage};
+pub use pool::{BlockId, BlockPool, BlockShape, Payload, Storage, by_head};
 pub use table::{BlockTable, Entry, Kept, RequestCache, Scale};

@@ -2,6 +2,7 @@
 
 use half::f16;
 use half::slice::HalfFloatSliceExt;
+use ndarray::{ArrayView1, ArrayView3};
 use std::sync::Arc;
 
 /// Geometry of every block of a pool.
@@ -22,6 +23,21 @@ impl BlockShape {
     /// Length of a full block as one vector, the paper's r = t*h*d.
     pub fn block_width(&self) -> usize {
         self.block_size * self.token_width()
+    }
+}
+
+/// Numbers of a block, or of a whole layer, with named axes: `[tokens, kv_heads, head_dim]`.
+///
+/// # Panics
+/// If they are not whole tokens: a bug of the caller, never of input.
+pub fn by_head(numbers: &[f32], kv_heads: usize, head_dim: usize) -> ArrayView3<'_, f32> {
+    let width = kv_heads * head_dim;
+    assert!(width > 0 && numbers.len().is_multiple_of(width));
+    let view = ArrayView1::from(numbers);
+    match view.into_shape_with_order((numbers.len() / width, kv_heads, head_dim)) {
+        Ok(view) => view,
+        // As many numbers as the shape has.
+        Err(_) => unreachable!("the shape fits"),
     }
 }
 

@@ -4,6 +4,7 @@ use crate::codec::CacheBatch;
 use crate::codec::fusion::{Blocks, Choices, Part, Place, Positions};
 use crate::error::{Error, Result};
 use crate::model::kernels::cosine;
+use crate::stats;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use rayon::prelude::*;
@@ -41,14 +42,13 @@ pub fn floors<'a>(
     let of = |&layer: &usize| {
         let cosines = |part: Part| {
             let pairs = drawn.iter().flat_map(|d| d.pairs.iter().map(move |&(a, b)| (d, a, b)));
-            let mut found: Vec<f64> = pairs
+            let found: Vec<f64> = pairs
                 .map(|(Unrelated { batch, blocks, .. }, a, b)| {
                     let numbers = |place| blocks.numbers(batch, choices.rope, part, layer, place);
                     cosine(&numbers(a), &numbers(b))
                 })
                 .collect();
-            found.sort_by(f64::total_cmp);
-            found[((found.len() - 1) as f64 * quantile).round() as usize]
+            stats::quantile(&found, quantile).unwrap_or(f64::NAN)
         };
         (cosines(Part::Key), cosines(Part::Value))
     };

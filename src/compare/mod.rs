@@ -9,7 +9,7 @@ pub use interpolate::{Cubic, Slopes};
 pub use measured::{Point, Series, read};
 
 use crate::error::{Error, Result};
-use crate::stats::rounded;
+use crate::stats::{quantile, rounded};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde::Serialize;
@@ -105,13 +105,11 @@ fn with_interval(
     draws: &[Vec<usize>],
 ) -> (Option<f64>, Option<f64>, Option<f64>) {
     let own = statistic(None);
-    let mut drawn: Vec<f64> = draws.iter().filter_map(|d| statistic(Some(d))).collect();
+    let drawn: Vec<f64> = draws.iter().filter_map(|d| statistic(Some(d))).collect();
     if own.is_none() || drawn.len() < draws.len() || drawn.is_empty() {
         return (own, None, None);
     }
-    drawn.sort_by(f64::total_cmp);
-    let at = |share: f64| drawn[((drawn.len() - 1) as f64 * share).round() as usize];
-    (own, Some(at(0.025)), Some(at(0.975)))
+    (own, quantile(&drawn, 0.025), quantile(&drawn, 0.975))
 }
 
 /// A point's mean KL over the requests drawn.

@@ -1,5 +1,6 @@
 //! Percentile bootstrap of a mean over requests (Efron 1979).
 
+use super::quantile;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
@@ -24,12 +25,10 @@ pub fn bootstrap_mean(x: &[f64], resamples: usize, seed: u64) -> Option<Interval
         return None;
     }
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
-    let mut means: Vec<f64> = (0..resamples.max(1))
+    let means: Vec<f64> = (0..resamples.max(1))
         .map(|_| (0..x.len()).map(|_| x[rng.random_range(0..x.len())]).sum::<f64>() / x.len() as f64)
         .collect();
-    means.sort_by(f64::total_cmp);
-    let quantile = |q: f64| means[((means.len() - 1) as f64 * q).round() as usize];
-    Some(Interval { mean: mean(x), low: quantile(0.025), high: quantile(0.975) })
+    Some(Interval { mean: mean(x), low: quantile(&means, 0.025)?, high: quantile(&means, 0.975)? })
 }
 
 #[cfg(test)]

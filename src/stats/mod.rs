@@ -7,6 +7,7 @@ mod gaps;
 mod histogram;
 mod measure;
 mod pairs;
+mod quantile;
 mod similarity;
 
 pub use blocks::{Class, DistinctBlocks, Home, distinct_blocks};
@@ -16,6 +17,7 @@ pub use gaps::Gaps;
 pub use histogram::Histogram;
 pub use measure::{STATS_CSV, STATS_MANIFEST, StatsOptions, measure, read_stats};
 pub use pairs::{LayerSums, PairSums, count_pairs};
+pub use quantile::quantile;
 pub use similarity::{SimilarityOptions, StatRow, similarities};
 
 /// Six significant digits: more than any number in a result table carries.

@@ -1,11 +1,13 @@
 //! How much each cached token was attended to: measured by running the prompt through the model.
 
+use crate::block::by_head;
 use crate::codec::CacheBatch;
 use crate::error::{Error, Result};
 use crate::interrupt;
 use crate::model::gemm::{View, product};
 use crate::model::kernels::{causal_softmax, softmax_row};
 use crate::model::{Model, Rope, Segment, Tapped};
+use ndarray::s;
 use rayon::prelude::*;
 
 /// Last tokens of a prompt whose attention SnapKV counts.
@@ -159,10 +161,9 @@ fn one(
     Ok(Observed { layers })
 }
 
-/// One key/value head's numbers, token by token: `[tokens, d]`.
+/// One key/value head's numbers, token by token: `[tokens, d]`, of `[tokens, kv_heads, d]`.
 fn head_of(rows: &[f32], layer: Layer, head: usize) -> Vec<f32> {
-    let width = layer.kv_heads * layer.d;
-    rows.chunks_exact(width).flat_map(|row| &row[head * layer.d..][..layer.d]).copied().collect()
+    by_head(rows, layer.kv_heads, layer.d).slice(s![.., head, ..]).iter().copied().collect()
 }
 
 /// Queries of one group of heads for some rows, scaled: `[rows * group, d]`.

@@ -2,10 +2,12 @@
 
 use super::rotated::hadamard;
 use super::{BitSink, BitSource, PageShape, Quantized, Quantizer, affine, put_f16, take_f16};
+use crate::block::by_head;
 use crate::codec::Codec;
 use crate::codec::fusion::Part;
 use crate::codec::registry::{Method, Scale, Search};
 use crate::error::Result;
+use ndarray::s;
 use serde::Serialize;
 use std::sync::Arc;
 
@@ -73,8 +75,7 @@ fn column_scales(x: &[f32], columns: usize) -> Vec<f32> {
 
 /// One head of a page, `[tokens, head_dim]`.
 fn head_of(page: &[f32], shape: PageShape, head: usize) -> Vec<f32> {
-    let rows = page.chunks_exact(shape.width());
-    rows.flat_map(|row| &row[head * shape.head_dim..][..shape.head_dim]).copied().collect()
+    by_head(page, shape.kv_heads, shape.head_dim).slice(s![.., head, ..]).iter().copied().collect()
 }
 
 impl Quantizer for KvarN {
