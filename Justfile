@@ -58,6 +58,10 @@ fig-chains *FLAGS:
 fig-joint *FLAGS:
     {{experiment}} {{FLAGS}} experiments/joint.toml
 
+# The joint codec on two other models
+fig-joint-models *FLAGS:
+    {{experiment}} {{FLAGS}} experiments/joint-models.toml
+
 # F1 of the joint codec on 240 questions
 fig-joint-accuracy *FLAGS:
     {{experiment}} {{FLAGS}} experiments/joint-accuracy.toml

@@ -205,9 +205,11 @@ fn directions(x: &[f32], rows: usize, columns: usize, rank: usize) -> Result<Vec
         let gram = &x * x.transpose();
         let eigen = gram.self_adjoint_eigen(Side::Lower).map_err(|_| failed(()))?;
         let (u, s) = (eigen.U(), eigen.S());
+        // Directions in which there is nothing are none.
+        let least = 1e-9 * s[rows - 1].max(0.0);
         let leading = Mat::from_fn(rows, rank, |i, k| {
             let k = rows - 1 - k;
-            u[(i, k)] / s[k].max(1e-12).sqrt()
+            if s[k] > least { u[(i, k)] / s[k].sqrt() } else { 0.0 }
         });
         let v = x.transpose() * leading;
         return Ok((0..columns).flat_map(|i| (0..rank).map(move |k| (i, k))).map(|p| v[p]).collect());
@@ -226,19 +228,20 @@ mod tests {
     /// Rows that lie in a plane are given back from two directions, whichever side is longer.
     #[test]
     fn few_directions_hold_what_has_few() {
-        for (rows, columns) in [(20, 6), (5, 12)] {
+        for (rows, columns, rank) in [(20, 6, 2), (5, 12, 2), (5, 12, 5)] {
             let x: Vec<f32> = (0..rows * columns)
                 .map(|i| {
                     let (r, c) = ((i / columns) as f32, (i % columns) as f32);
                     (r + 1.0) * (c - 2.0) + (r * r - 3.0) * (c * 0.7).sin()
                 })
                 .collect();
-            let v = directions(&x, rows, columns, 2).unwrap();
-            let mut places = vec![0.0; rows * 2];
-            product(View::row_major(&x, rows, columns), View::row_major(&v, columns, 2), &mut places);
+            let v = directions(&x, rows, columns, rank).unwrap();
+            assert!(v.iter().all(|v| v.abs() <= 1.001), "unit vectors, or none: {v:?}");
+            let mut places = vec![0.0; rows * rank];
+            product(View::row_major(&x, rows, columns), View::row_major(&v, columns, rank), &mut places);
             let mut back = vec![0.0; rows * columns];
-            let by = View::row_major(&v, columns, 2).transposed();
-            product(View::row_major(&places, rows, 2), by, &mut back);
+            let by = View::row_major(&v, columns, rank).transposed();
+            product(View::row_major(&places, rows, rank), by, &mut back);
             let most = x.iter().fold(0.0f32, |m, x| m.max(x.abs()));
             let worst = x.iter().zip(&back).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
             assert!(worst < 1e-3 * most, "{worst} of {most}");
