@@ -47,7 +47,7 @@ pub struct Args {
     #[arg(long)]
     tau: Option<String>,
     /// Tokens a block, where the statistics have several sizes [default: the first]
-    #[arg(long)]
+    #[arg(long, value_parser = clap::builder::RangedU64ValueParser::<usize>::new().range(1..=65_535))]
     block_size: Option<usize>,
     /// Layer that the synthetic caches are like [default: the middle one]
     #[arg(long)]

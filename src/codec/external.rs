@@ -52,6 +52,7 @@ impl Serialize for Rebuilt {
 
 impl Method for External {
     const NAME: &'static str = "external";
+    const ROLE: crate::codec::Role = crate::codec::Role::Whole;
     const ABOUT: &'static str = "Caches that another program rebuilt, with the bits it says they took. Read as they are and charged as said.";
     const PAPER: &'static str = "";
 

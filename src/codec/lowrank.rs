@@ -15,7 +15,8 @@ use std::sync::Arc;
 
 #[derive(Debug, Clone, Copy, Serialize, clap::Args)]
 pub struct LowRank {
-    /// Directions kept, as a share of those that a token has in the layers of a group
+    /// Directions kept, as a share of the most there can be: of a token's numbers in the layers of a group, or of the tokens if these
+    /// are fewer
     #[arg(long, default_value_t = 0.25, value_parser = share)]
     rank: f64,
     /// Layers side by side
@@ -32,8 +33,10 @@ fn share(text: &str) -> std::result::Result<f64, String> {
 
 impl Method for LowRank {
     const NAME: &'static str = "lowrank";
+    const ROLE: crate::codec::Role = crate::codec::Role::Code;
     const ABOUT: &'static str = "Of each request's own blocks (not those it shares), keys without position and values of neighbouring layers side by side: the leading \
-                                 directions of the prompt itself, and each token's place along them, all in f16. The directions are stored with every prompt.";
+                                 directions of the prompt itself, and each token's place along them, all in f16. The directions are stored with every prompt; where that \
+                                 saves nothing, blocks stay raw.";
     const PAPER: &'static str = "after Chang et al. 2025, xKV (arXiv 2503.18893)";
     const DIALS: &'static [&'static str] = &["rank"];
     const SEARCH: Option<Search> =
@@ -98,8 +101,10 @@ impl LowRank {
                     .collect();
                 let pages: Vec<Vec<BlockId>> =
                     range.clone().map(|layer| blocks.iter().map(|&b| page(layer, b)).collect()).collect();
-                let tokens = pages[0].iter().map(|p| batch.pool.tokens(*p)).sum();
-                if tokens > 0 {
+                let tokens: usize = pages[0].iter().map(|p| batch.pool.tokens(*p)).sum();
+                let side = range.len() * batch.pool.shape().token_width();
+                // Directions and places must take less than the numbers themselves.
+                if tokens > 0 && self.rank(tokens, side) * (side + tokens) < tokens * side {
                     stacks.push(Stack { layers: range, blocks, pages, tokens });
                 }
             }
@@ -147,7 +152,8 @@ impl LowRank {
     }
 
     fn rank(&self, tokens: usize, side: usize) -> usize {
-        ((self.rank * side as f64).ceil() as usize).clamp(1, side.min(tokens))
+        let most = side.min(tokens);
+        ((self.rank * most as f64).ceil() as usize).clamp(1, most)
     }
 
     /// Puts what the bytes say into the pages.

@@ -22,6 +22,7 @@ pub use distortion::{
 pub use ledger::{LayerRate, Ledger};
 pub use prefix::Prefix;
 pub use quantize::PageShape;
+pub use random::Random;
 pub use registry::Method;
 
 use crate::block::{BlockPool, BlockShape, RequestCache, Storage};
@@ -249,6 +250,7 @@ pub struct Unfused {}
 
 impl Method for Unfused {
     const NAME: &'static str = "none";
+    const ROLE: crate::codec::Role = crate::codec::Role::Nothing;
     const ABOUT: &'static str =
         "The caches as they are, in 16 bits a number: the control that every arm is compared with.";
     const PAPER: &'static str = "";

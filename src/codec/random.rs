@@ -8,7 +8,7 @@ use rand::SeedableRng;
 use rand::seq::SliceRandom;
 use rand_chacha::ChaCha8Rng;
 use serde::Serialize;
-use std::collections::HashMap;
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 
 #[derive(Debug, Clone, Copy, Serialize, clap::Args)]
@@ -33,6 +33,7 @@ fn share(text: &str) -> std::result::Result<f64, String> {
 
 impl Method for Random {
     const NAME: &'static str = "random";
+    const ROLE: crate::codec::Role = crate::codec::Role::Fuse;
     const ABOUT: &'static str = "A control for fusion: some blocks, drawn at random, are replaced by others of their layer, drawn at random, with their own norms restored.";
     const PAPER: &'static str = "a control";
     const DIALS: &'static [&'static str] = &["share"];
@@ -73,20 +74,23 @@ impl Codec for Random {
         let size = batch.pool.shape().block_size;
         for layer in self.coverage(layers).layers {
             let mut rng = ChaCha8Rng::seed_from_u64(self.seed ^ (layer as u64) << 32);
-            // Tenants keep to themselves; those of a single tenant are drawn among all.
-            let mut by_tenant: Vec<(&str, Vec<BlockId>)> = Vec::new();
+            // Tenants keep to themselves; blocks of several tenants stay as they are.
+            let mut tenants: BTreeMap<BlockId, BTreeSet<&str>> = BTreeMap::new();
             for (cache, tenant) in batch.caches.iter().zip(&batch.tenants) {
-                let at = by_tenant.iter().position(|(t, _)| t == tenant).unwrap_or_else(|| {
-                    by_tenant.push((tenant, Vec::new()));
-                    by_tenant.len() - 1
-                });
-                let full = cache.layers[layer].entries.iter().map(|e| e.block);
-                by_tenant[at].1.extend(full.filter(|b| batch.pool.tokens(*b) == size));
+                for entry in &cache.layers[layer].entries {
+                    if batch.pool.tokens(entry.block) == size {
+                        tenants.entry(entry.block).or_default().insert(tenant);
+                    }
+                }
+            }
+            let mut by_tenant: BTreeMap<&str, Vec<BlockId>> = BTreeMap::new();
+            for (block, owners) in tenants {
+                if let (Some(owner), 1) = (owners.first(), owners.len()) {
+                    by_tenant.entry(owner).or_default().push(block);
+                }
             }
             let mut replaced: HashMap<BlockId, BlockId> = HashMap::new();
-            for (_, mut blocks) in by_tenant {
-                blocks.sort_unstable();
-                blocks.dedup();
+            for mut blocks in by_tenant.into_values() {
                 blocks.shuffle(&mut rng);
                 let gone = (self.share * blocks.len() as f64).round() as usize;
                 let (gone, stay) = blocks.split_at(gone.min(blocks.len().saturating_sub(1)));

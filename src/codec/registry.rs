@@ -11,7 +11,7 @@ use super::prefix::Prefix;
 use super::quantize::{CacheGen, Fp8, Int8, Kitty, Kivi, KvQuant, KvarN, Rotated};
 use super::random::Random;
 use super::spec::{StageText, bad, nearest};
-use super::{Codec, Unfused};
+use super::{Codec, Role, Unfused};
 use crate::error::{Error, Result};
 use clap::{Args, Command, FromArgMatches, ValueHint};
 use serde::Serialize;
@@ -30,6 +30,8 @@ pub trait Method: Args + FromArgMatches + Serialize + Clone {
     const DIALS: &'static [&'static str] = &[];
     /// The option that is turned to meet a KL.
     const SEARCH: Option<Search> = None;
+    /// What it does to caches, as its codec says.
+    const ROLE: Role;
     /// Whether what is read back equals what was stored.
     const LOSSLESS: bool = false;
     /// What a text that turns no dial means.
@@ -84,6 +86,8 @@ pub struct Entry {
     pub paper: &'static str,
     pub dials: &'static [&'static str],
     pub lossless: bool,
+    /// What it does to caches.
+    pub role: Role,
     pub grid: Option<(&'static str, &'static str)>,
     pub search: Option<Search>,
     command: fn() -> Command,
@@ -128,6 +132,7 @@ const fn entry<M: Method>() -> Entry {
         paper: M::PAPER,
         dials: M::DIALS,
         lossless: M::LOSSLESS,
+        role: M::ROLE,
         grid: M::GRID,
         search: M::SEARCH,
         command: || M::augment_args(Command::new(M::NAME).no_binary_name(true).disable_help_flag(true)),

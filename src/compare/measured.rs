@@ -29,7 +29,7 @@ pub struct Series {
     pub points: Vec<Point>,
 }
 
-/// All series of a sweep's folder, in the order of its table; controls stay out, but for exact prefix sharing.
+/// All series of a sweep's folder, in the order of its table; controls stay out.
 ///
 /// # Errors
 /// Folders without a sweep.csv; tables that are none of a sweep.

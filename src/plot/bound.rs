@@ -2,6 +2,7 @@
 
 use super::canvas::{Area, Drawn, Figure, axes, fitting, legend, said, series_color};
 use crate::error::Result;
+use crate::sweep::boundary;
 use crate::tables::Columns;
 use plotters::prelude::*;
 
@@ -50,7 +51,7 @@ impl Bounds {
         let same = self.methods.iter().map(agree).min().unwrap_or(0);
         let cut = match self.methods.len() {
             0 | 1 => 0,
-            _ => first[..same].rfind([',', ':', '+']).map_or(0, |at| at + 1),
+            _ => first[..boundary(first, same)].rfind([',', ':', '+']).map_or(0, |at| at + 1),
         };
         self.methods.iter().map(|m| m[cut..].to_owned()).collect()
     }

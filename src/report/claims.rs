@@ -1,5 +1,8 @@
 //! What the paper and its reviewers say, held against the tables of one folder.
 
+use crate::codec::registry::method;
+use crate::codec::spec::names;
+use crate::codec::{Method, Random, Role};
 use crate::error::Result;
 use crate::tables::{Columns, SWEEP_CSV};
 use crate::theory::SUMMARY_CSV;
@@ -58,6 +61,14 @@ pub fn claims(folder: &Path) -> Result<Vec<Claim>> {
     Ok(found)
 }
 
+/// Whether a chain is the paper's: fusion of similar blocks, with nothing that codes or drops what is left.
+fn is_fusion(chain: &str) -> bool {
+    let roles: Vec<Role> = names(chain).iter().filter_map(|n| method(n)).map(|m| m.role).collect();
+    roles.contains(&Role::Fuse)
+        && roles.iter().all(|r| *r <= Role::Fuse)
+        && !names(chain).contains(&Random::NAME)
+}
+
 /// One fusing arm of a sweep.
 struct Arm {
     cr_audited: f64,
@@ -81,7 +92,7 @@ fn of_sweep(table: &Columns) -> Result<Vec<Claim>> {
     let diff = [column("score_diff")?, column("score_diff_low")?, column("score_diff_high")?];
     let (key, value) = (column("key_error")?, column("value_error")?);
     let arms: Vec<Arm> = (0..table.rows())
-        .filter(|&i| !crate::codec::registry::is_control(&method[i]))
+        .filter(|&i| is_fusion(&method[i]))
         .map(|i| Arm {
             cr_audited: audited[i],
             cr_paper: paper[i],

@@ -132,6 +132,12 @@ pub fn explain(options: &ExplainOptions) -> Result<Explanation> {
     // With a spared first token, the sweep's caches hold the last prompt token too.
     let original = Base::new(&model, batch, &prompts, first_token)?.batch;
     let encoded = encode_batch(&model, &original, &Memo::default(), &arm.chain)?;
+    if encoded.caches.iter().any(|c| c.layers.iter().any(|t| t.kept.is_some())) {
+        let name = arm.chain.name();
+        return Err(Error::argument(format!(
+            "{name} drops tokens; only blocks that stand where they stood can be explained"
+        )));
+    }
     let tokens = &original.tokens[at - first];
     let texts = tokens.chunks_exact(block_size).map(|t| model.tokenizer.decode(t)).collect::<Result<_>>()?;
     let mut fused = fused_blocks(&original, &encoded, at - first);

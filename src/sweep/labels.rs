@@ -73,6 +73,14 @@ fn spelt(chain: &str) -> Vec<String> {
     stages.flat_map(|s| s.options.into_iter().map(move |o| format!("{}.{}", s.name, o.name))).collect()
 }
 
+/// The last end of a character at or before a byte.
+pub fn boundary(text: &str, mut at: usize) -> usize {
+    while !text.is_char_boundary(at) {
+        at -= 1;
+    }
+    at
+}
+
 /// Bytes that a name begins with as all others do, up to the end of one of them or of a word.
 fn common<'a>(name: &str, others: impl Iterator<Item = &'a String>) -> usize {
     let agree = |a: &str, b: &str| a.bytes().zip(b.bytes()).take_while(|(a, b)| a == b).count();
@@ -80,7 +88,7 @@ fn common<'a>(name: &str, others: impl Iterator<Item = &'a String>) -> usize {
         .map(|other| {
             let same = agree(name, other);
             let whole = same == name.len() || same == other.len();
-            if whole { same } else { name[..same].rfind('-').unwrap_or(0) }
+            if whole { same } else { name[..boundary(name, same)].rfind('-').unwrap_or(0) }
         })
         .min()
         .unwrap_or(0)

@@ -16,7 +16,7 @@ pub use arms::{Arm, ArmColumns, Packing};
 pub use evaluate::{Base, FirstToken, Prompt, Reference};
 pub use explain::{ExplainOptions, Explanation, FusedBlock, Partner, explain};
 pub use grid::parse_taus;
-pub use labels::{Labelled, PACKING, labelled, series_labels};
+pub use labels::{Labelled, PACKING, boundary, labelled, series_labels};
 pub use rows::{LayerRow, LayerScore, RequestRow, RequestScore, Row, Timings};
 pub use run::sweep;
 pub use runs::RunRecord;

@@ -106,12 +106,20 @@ pub fn search(options: &SearchOptions) -> Result<Vec<Tried>> {
             Goal::Kl(most) => share(fine.1, coarse.1, most),
             Goal::Score(_) => 0.5,
         };
-        let at = fine.0 + (coarse.0 - fine.0) * share;
-        let chain = dial.chain(at)?;
-        // Whole numbers run out.
-        if tried.iter().any(|t| t.method == chain.name()) {
-            break;
+        let place = |share: f64| fine.0 + (coarse.0 - fine.0) * share;
+        let is_new = |at: &f64| -> Result<bool> {
+            let name = dial.chain(*at)?.name();
+            Ok(tried.iter().all(|t| t.method != name))
+        };
+        // Of whole numbers the place looked for may be one that was tried, with others left between.
+        let mut at = None;
+        for share in [share, 0.5, 0.25, 0.75] {
+            if at.is_none() && is_new(&place(share))? {
+                at = Some(place(share));
+            }
         }
+        let Some(at) = at else { break };
+        let chain = dial.chain(at)?;
         let own = match options.goal {
             Goal::Kl(_) => {
                 let (ledger, kl) = stage.rate_and_kl(&chain)?;
@@ -138,11 +146,9 @@ pub fn search(options: &SearchOptions) -> Result<Vec<Tried>> {
             }
         };
         progress.increment();
-        // Settings that round to the same: nothing lies between.
-        let known = tried.iter().any(|t| t.kl == own.kl && t.cr_audited == own.cr_audited);
         let (met, kl) = (options.goal.met(&own), own.kl);
         tried.push(own);
-        if known || (met && matches!(options.goal, Goal::Kl(most) if kl >= NEAR * most)) {
+        if met && matches!(options.goal, Goal::Kl(most) if kl >= NEAR * most) {
             break;
         }
         if met {

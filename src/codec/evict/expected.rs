@@ -19,6 +19,7 @@ pub struct Expected {
 
 impl Method for Expected {
     const NAME: &'static str = "expected";
+    const ROLE: crate::codec::Role = crate::codec::Role::Evict;
     const ABOUT: &'static str = "Keeps the tokens to which a Gaussian query, of the prompt's mean and covariance and turned to the places that come next, would attend \
                                  most, times the norm of their values.";
     const PAPER: &'static str = "Devoto et al. 2025, Expected Attention (arXiv 2510.00636)";

@@ -19,6 +19,7 @@ pub struct H2o {
 
 impl Method for H2o {
     const NAME: &'static str = "h2o";
+    const ROLE: crate::codec::Role = crate::codec::Role::Evict;
     const ABOUT: &'static str =
         "Keeps the tokens that got the most attention from all tokens of the prompt, and the latest ones.";
     const PAPER: &'static str = "Zhang et al. 2023, H2O (arXiv 2306.14048)";

@@ -19,6 +19,7 @@ pub struct KvZip {
 
 impl Method for KvZip {
     const NAME: &'static str = "kvzip";
+    const ROLE: crate::codec::Role = crate::codec::Role::Evict;
     const ABOUT: &'static str = "Feeds the prompt once more behind itself, as if to be repeated, and keeps the tokens that got the highest attention in that.";
     const PAPER: &'static str = "Kim et al. 2025, KVzip (arXiv 2505.23416)";
     const DIALS: &'static [&'static str] = &["keep"];

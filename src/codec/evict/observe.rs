@@ -119,7 +119,7 @@ fn one(
         (keys.concat(), values.concat())
     };
     let caches: Vec<(Vec<f32>, Vec<f32>)> = (0..config.layers).map(|n| read(batch, n)).collect();
-    let id = request.to_string();
+    let id = format!("{request} of its batch");
     let mut layers: Vec<Seen> = Vec::with_capacity(config.layers);
     let mut pool = crate::block::BlockPool::new(batch.pool.shape(), crate::block::Storage::F32);
     let mut cache = decoder.new_cache();
@@ -140,7 +140,7 @@ fn one(
     let room = decoder.context().saturating_sub(tokens.len() + repeat.len());
     if room == 0 {
         let problem = format!(
-            "request {request}: {} tokens leave no room to be repeated; use shorter prompts",
+            "request {id}: {} tokens leave no room to be repeated; use shorter prompts",
             tokens.len()
         );
         return Err(Error::argument(problem));
@@ -151,7 +151,9 @@ fn one(
         let mut listen = |tapped: &Tapped| {
             let n = tapped.layer;
             let rows = &tapped.queries[repeat.len() * tapped.stride..];
-            second_pass(layer(n), rows, tapped.stride, &caches[n].0, &mut layers[n].repeated);
+            // Positions go on behind the prompt.
+            let first = tokens.len() + repeat.len();
+            second_pass(layer(n), rows, tapped.stride, first, &caches[n].0, &mut layers[n].repeated);
         };
         let mut segments = [Segment { cache: &mut fork, tokens: &fed }];
         let ran = decoder.forward(&mut batch.pool, &mut segments, Some(&mut listen));
@@ -272,7 +274,11 @@ fn expected(layer: Layer, tapped: &Tapped, head: usize, keys: &[f32], values: &[
                 layer.scale * along + 0.5 * layer.scale * layer.scale * spread
             })
             .collect();
-        softmax_row(&mut scores);
+        // What the next token does not see any more is not attended to.
+        let forgotten = (tokens + 1).saturating_sub(layer.window).min(tokens.saturating_sub(1));
+        let (forgotten, seen) = scores.split_at_mut(forgotten);
+        forgotten.fill(0.0);
+        softmax_row(seen);
         all.iter_mut().zip(&scores).for_each(|(a, s)| *a += s / group as f32);
     }
     let norm = |v: &[f32]| v.iter().map(|x| x * x).sum::<f32>().sqrt();
@@ -280,21 +286,29 @@ fn expected(layer: Layer, tapped: &Tapped, head: usize, keys: &[f32], values: &[
 }
 
 /// Raises `highest` to the attention that rows of a repeated prompt pay to the prompt itself.
-fn second_pass(layer: Layer, rows: &[f32], stride: usize, keys: &[f32], highest: &mut [f32]) {
+fn second_pass(layer: Layer, rows: &[f32], stride: usize, first: usize, keys: &[f32], highest: &mut [f32]) {
     let tokens = highest.len();
     let heads: Vec<Vec<f32>> = (0..layer.kv_heads)
         .into_par_iter()
         .map(|head| {
             let keys = head_of(keys, layer, head);
             let mut most = vec![0.0f32; tokens];
-            for rows in rows.chunks(ROWS * stride) {
+            for (chunk, rows) in rows.chunks(ROWS * stride).enumerate() {
                 let queries = queries_of(rows, stride, layer, head);
                 let count = queries.len() / layer.d;
                 let mut weights = vec![0.0; count * tokens];
                 let by = View::row_major(&keys, tokens, layer.d).transposed();
                 product(View::row_major(&queries, count, layer.d), by, &mut weights);
-                for row in weights.chunks_exact_mut(tokens) {
+                for (i, row) in weights.chunks_exact_mut(tokens).enumerate() {
+                    let position = first + chunk * ROWS + i / layer.group;
+                    let forgotten = (position + 1).saturating_sub(layer.window).min(tokens);
+                    let (forgotten, row) = row.split_at_mut(forgotten);
+                    forgotten.fill(0.0);
+                    if row.is_empty() {
+                        continue;
+                    }
                     softmax_row(row);
+                    let most = &mut most[forgotten.len()..];
                     most.iter_mut().zip(&*row).for_each(|(m, w)| *m = m.max(*w));
                 }
             }

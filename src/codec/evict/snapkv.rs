@@ -20,6 +20,7 @@ pub struct SnapKv {
 
 impl Method for SnapKv {
     const NAME: &'static str = "snapkv";
+    const ROLE: crate::codec::Role = crate::codec::Role::Evict;
     const ABOUT: &'static str =
         "Keeps the last 64 tokens of the prompt and those that they look at most, with their neighbours.";
     const PAPER: &'static str = "Li et al. 2024, SnapKV (arXiv 2404.14469)";

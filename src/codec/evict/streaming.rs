@@ -19,6 +19,7 @@ pub struct Streaming {
 
 impl Method for Streaming {
     const NAME: &'static str = "streaming";
+    const ROLE: crate::codec::Role = crate::codec::Role::Evict;
     const ABOUT: &'static str = "Keeps the first tokens (attention sinks) and the latest ones, at their own positions; the rest is dropped.";
     const PAPER: &'static str = "Xiao et al. 2023, StreamingLLM (arXiv 2309.17453)";
     const DIALS: &'static [&'static str] = &["keep"];

@@ -194,6 +194,7 @@ const GRID: Option<(&str, &str)> = Some(("tau", "0.95:0.60:0.05"));
 
 impl Method for Bff {
     const NAME: &'static str = "bff";
+    const ROLE: crate::codec::Role = crate::codec::Role::Fuse;
     const ABOUT: &'static str = "Batch fast-fusion: similar blocks of different requests are replaced by one that they share, layer by layer, each with \
                                  factors of its own. The defaults are the paper's (docs/fusion.md).";
     const PAPER: &'static str = PAPER;
@@ -217,6 +218,7 @@ impl Method for Bff {
 
 impl Method for Cff {
     const NAME: &'static str = "cff";
+    const ROLE: crate::codec::Role = crate::codec::Role::Fuse;
     const ABOUT: &'static str = "Chunks fast-fusion: similar blocks of different chunks of one prompt are fused while it is prefilled; later chunks and the answer \
                                  attend to the fused cache.";
     const PAPER: &'static str = PAPER;

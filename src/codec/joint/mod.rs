@@ -25,6 +25,7 @@ use entropy::{Coder, Decoder, Encoder};
 use links::{Sources, code_references, references, sources, waves};
 use rayon::prelude::*;
 use serde::{Serialize, Serializer};
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -41,14 +42,14 @@ pub struct Joint {
     #[arg(long, action = clap::ArgAction::Set, default_value_t = true, value_name = "BOOL")]
     reference: bool,
     /// Finer steps for blocks that several requests share: the step is divided by their number to this power
-    #[arg(long, default_value_t = SPREAD)]
+    #[arg(long, default_value_t = SPREAD, value_parser = power)]
     spread: f64,
     /// Finer steps for tokens that the end of the prompt attends to, coarser ones for others: the step goes with attention to minus this
     /// power; 0 for equal steps
-    #[arg(long, default_value_t = 0.0)]
+    #[arg(long, default_value_t = 0.0, value_parser = power)]
     attention: f64,
     /// Squared error, in steps, that a saved bit is worth in rounding
-    #[arg(long, default_value_t = 0.0)]
+    #[arg(long, default_value_t = 0.0, value_parser = price)]
     lambda: f32,
     /// Never refer to a request of another tenant
     #[arg(long, action = clap::ArgAction::Set, default_value_t = false, value_name = "BOOL")]
@@ -65,6 +66,20 @@ fn step(text: &str) -> std::result::Result<f64, String> {
     match text.parse::<f64>() {
         Ok(step) if step > 1e-6 && step < 1e6 => Ok(step),
         _ => Err("a step is a number above 0".to_owned()),
+    }
+}
+
+fn power(text: &str) -> std::result::Result<f64, String> {
+    match text.parse::<f64>() {
+        Ok(power) if (0.0..=4.0).contains(&power) => Ok(power),
+        _ => Err("a power is from 0 to 4".to_owned()),
+    }
+}
+
+fn price(text: &str) -> std::result::Result<f32, String> {
+    match text.parse::<f32>() {
+        Ok(price) if (0.0..=100.0).contains(&price) => Ok(price),
+        _ => Err("a price is from 0 to 100".to_owned()),
     }
 }
 
@@ -104,6 +119,7 @@ impl Serialize for Trained {
 
 impl Method for Joint {
     const NAME: &'static str = "joint";
+    const ROLE: crate::codec::Role = crate::codec::Role::Code;
     const ABOUT: &'static str = "Predicts every block from the layers below and from earlier blocks with the same text, quantises what differs by what an error there does, and \
                                  codes it. Needs a codec that was trained for the model (`kvfuse train`).";
     const PAPER: &'static str = "kvfuse, docs/joint.md";
@@ -302,7 +318,12 @@ impl Coding {
         if self.options.attention > 0.0 {
             let observed =
                 batch.observed.as_ref().ok_or_else(|| Error::argument("needs attention weights"))?;
-            let weights = weights(observed, all, of_requests, batch.pool.shape().block_size);
+            let own = |column: &Column| match self.options.within_tenant {
+                true => &batch.tenants[column.request][..],
+                false => "",
+            };
+            let groups: Vec<&str> = all.iter().map(own).collect();
+            let weights = weights(observed, all, of_requests, batch.pool.shape().block_size, &groups);
             for (steps, weights) in steps.iter_mut().zip(weights) {
                 for (step, weight) in steps.iter_mut().zip(weights) {
                     let offset = (-8.0 * self.options.attention * weight.log2() / 4.0).round() * 4.0;
@@ -365,12 +386,13 @@ fn code_steps<C: Coder>(coder: &mut C, wish: &[i32]) -> Vec<i32> {
     wish.iter().map(code).collect()
 }
 
-/// How much each token of each column is attended to, by the end of the prompts that have it: 1 is usual.
+/// How much each token of each column is attended to, by the end of the prompts that have it: 1 is usual in the column's group.
 fn weights(
     observed: &[super::evict::Observed],
     all: &[Column],
     of_requests: &[Vec<usize>],
     size: usize,
+    groups: &[&str],
 ) -> Vec<Vec<f64>> {
     let mut sums: Vec<Vec<f64>> = all.iter().map(|c| vec![0.0; c.tokens]).collect();
     for (seen, own) in observed.iter().zip(of_requests) {
@@ -391,9 +413,15 @@ fn weights(
         }
     }
     sums.iter_mut().flatten().for_each(|w| *w = (*w + LEAST_WEIGHT) / (1.0 + LEAST_WEIGHT));
-    // The geometric mean is one, so that the rate stays about where the step puts it.
-    let n = sums.iter().flatten().count().max(1) as f64;
-    let log: f64 = sums.iter().flatten().map(|w| w.ln()).sum::<f64>() / n;
-    sums.iter_mut().flatten().for_each(|w| *w /= log.exp());
+    // The geometric mean is one in every group, so that the rate stays about where the step puts it.
+    let mut logs: BTreeMap<&str, (f64, usize)> = BTreeMap::new();
+    for (own, group) in sums.iter().zip(groups) {
+        let sum = logs.entry(group).or_default();
+        *sum = (sum.0 + own.iter().map(|w| w.ln()).sum::<f64>(), sum.1 + own.len());
+    }
+    for (own, group) in sums.iter_mut().zip(groups) {
+        let (log, count) = logs[group];
+        own.iter_mut().for_each(|w| *w /= (log / count.max(1) as f64).exp());
+    }
     sums
 }

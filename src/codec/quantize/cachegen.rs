@@ -30,6 +30,7 @@ fn bin(text: &str) -> std::result::Result<f64, String> {
 
 impl Method for CacheGen {
     const NAME: &'static str = "cachegen";
+    const ROLE: crate::codec::Role = crate::codec::Role::Code;
     const ABOUT: &'static str = "The first token of a page is the anchor (8 bits a number), the others are differences to it, in bins that grow with the layer, range coded with a table of each channel's spread in the page (5 bits).";
     const PAPER: &'static str = "after Liu et al. 2023, CacheGen (arXiv 2310.07240)";
     const DIALS: &'static [&'static str] = &["bin"];
@@ -47,20 +48,33 @@ const SPREADS: usize = 28;
 /// The largest difference, in bins.
 const MOST: i32 = 511;
 
-/// Probabilities of differences under a Laplace distribution of this spread.
+/// Probabilities of differences under a Laplace distribution of this spread. From one number on, rounded to 2^-20, all is multiplication
+/// and square roots: the same on every machine.
 fn table(spread: usize) -> Table {
-    let scale = (spread as f64 / 2.0 - 4.0).exp2() / std::f64::consts::SQRT_2;
-    let below = |x: f64| if x < 0.0 { 0.5 * (x / scale).exp() } else { 1.0 - 0.5 * (-x / scale).exp() };
-    let cell = |q: i32| {
-        let (low, high) = (f64::from(q) - 0.5, f64::from(q) + 0.5);
-        // Of two tails the small one is exact.
-        if q > 0 { below(-low) - below(-high) } else { below(high) - below(low) }
-    };
-    let p: Vec<f64> = (-MOST..=MOST).map(|q| cell(q) + 1e-7).collect();
-    match Table::from_floating_point_probabilities_fast(&p, None) {
+    let octaves = f64::from(1u32 << (spread / 2)) / 16.0;
+    let scale =
+        octaves * if spread % 2 == 1 { std::f64::consts::SQRT_2 } else { 1.0 } / std::f64::consts::SQRT_2;
+    let rounded = |x: f64| (x * f64::from(1 << 20)).round() / f64::from(1 << 20);
+    // From one magnitude to the next.
+    let decay = rounded((-1.0 / scale).exp());
+    let beyond = decay.sqrt();
+    let mut p = vec![0.0; 2 * MOST as usize + 1];
+    p[MOST as usize] = 1.0 - beyond;
+    let mut tail = 0.5 * beyond;
+    for q in 1..=MOST as usize {
+        let own = tail * (1.0 - decay);
+        (p[MOST as usize + q], p[MOST as usize - q]) = (own, own);
+        tail *= decay;
+    }
+    // Whole numbers that sum to 2^24, none zero.
+    let room = f64::from((1u32 << 24) - p.len() as u32);
+    let mut whole: Vec<u32> = p.iter().map(|p| 1 + (p * room).floor() as u32).collect();
+    let left = (1u32 << 24) - whole.iter().sum::<u32>();
+    whole[MOST as usize] += left;
+    match Table::from_nonzero_fixed_point_probabilities(whole, false) {
         Ok(table) => table,
-        // More than a thousand positive numbers.
-        Err(()) => unreachable!("probabilities are positive"),
+        // They are positive and sum to what they must.
+        Err(()) => unreachable!("probabilities fit"),
     }
 }
 

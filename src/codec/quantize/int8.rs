@@ -12,6 +12,7 @@ pub struct Int8 {}
 
 impl Method for Int8 {
     const NAME: &'static str = "int8";
+    const ROLE: crate::codec::Role = crate::codec::Role::Code;
     const ABOUT: &'static str = "Eight-bit integers, symmetric, with one f16 scale for every token and head.";
     const PAPER: &'static str = "as in vLLM and TensorRT-LLM (per-token quantised KV cache)";
 

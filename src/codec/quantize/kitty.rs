@@ -37,6 +37,7 @@ fn share(text: &str) -> std::result::Result<f64, String> {
 
 impl Method for Kitty {
     const NAME: &'static str = "kitty";
+    const ROLE: crate::codec::Role = crate::codec::Role::Code;
     const ABOUT: &'static str = "KIVI with two bits more for the key channels of each page that are largest (one bit a channel says which), the first tokens and the last raw.";
     const PAPER: &'static str = "Xia et al. 2025, Kitty (arXiv 2511.18643)";
     const DIALS: &'static [&'static str] = &["bits"];

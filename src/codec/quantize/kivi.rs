@@ -23,6 +23,7 @@ pub struct Kivi {
 
 impl Method for Kivi {
     const NAME: &'static str = "kivi";
+    const ROLE: crate::codec::Role = crate::codec::Role::Code;
     const ABOUT: &'static str = "Asymmetric quantisation of keys per channel over groups of tokens and of values per token over groups of channels, f16 scale and zero \
                                  point each; the last tokens of a request stay raw.";
     const PAPER: &'static str = "Liu et al. 2024, KIVI (arXiv 2402.02750)";

@@ -26,6 +26,7 @@ pub struct KvarN {
 
 impl Method for KvarN {
     const NAME: &'static str = "kvarn";
+    const ROLE: crate::codec::Role = crate::codec::Role::Code;
     const ABOUT: &'static str = "Every head of a page: Hadamard transform, then tokens and channels are divided by their deviations in turn, sixteen times, then asymmetric rounding by token. Best with large blocks (128 in the paper): a page pays f16 for every channel.";
     const PAPER: &'static str = "KVarN 2026 (arXiv 2606.03458)";
     const DIALS: &'static [&'static str] = &["bits"];

@@ -29,6 +29,7 @@ fn share(text: &str) -> std::result::Result<f64, String> {
 
 impl Method for KvQuant {
     const NAME: &'static str = "kvquant";
+    const ROLE: crate::codec::Role = crate::codec::Role::Code;
     const ABOUT: &'static str = "Keys per channel and values per token and head, shifted and scaled by their own mean and deviation (f16) to levels of a Gaussian with the least squared error; the largest deviations are kept apart in f16. The paper calibrates its levels with Fisher information and takes keys before RoPE; this does not.";
     const PAPER: &'static str = "after Hooper et al. 2024, KVQuant (arXiv 2401.18079)";
     const DIALS: &'static [&'static str] = &["bits"];

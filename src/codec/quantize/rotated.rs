@@ -24,6 +24,7 @@ pub struct Rotated {
 
 impl Method for Rotated {
     const NAME: &'static str = "rotated";
+    const ROLE: crate::codec::Role = crate::codec::Role::Code;
     const ABOUT: &'static str = "Every head's vector is turned by random signs and a Hadamard transform, scaled by its own norm (f16) and rounded to Lloyd-Max levels of a \
                                  Gaussian.";
     const PAPER: &'static str =
