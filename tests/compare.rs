@@ -122,3 +122,18 @@ fn a_setting_is_searched_for() {
     refuse(&["search", dump, "--method", "prefix+kivi"], &["--max-kl"]);
     refuse(&["search", dump, "--method", "prefix+kivi", "--min-f1-diff", "2"], &["--min-f1-diff"]);
 }
+
+/// The claims of a report are about fusion; what other methods reach is on its first page.
+#[test]
+fn claims_of_fusion_are_judged_on_fusion() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = text(dir.path());
+    let method = "prefix+rotated:bits=8|6,prefix+random:share=0.1,prefix+bff:tau=0.99";
+    let quick = ["--max-new-tokens", "2", "--resamples", "20", "-o", out];
+    succeed(&[&["sweep", text(small_dump()), "--method", method], &quick[..]].concat());
+    succeed(&["report", out]);
+    let html = fs::read_to_string(dir.path().join("report.html")).unwrap();
+    let headline = html.split("<tr>").find(|row| row.contains("4.38")).unwrap();
+    assert!(headline.contains("none reaches it"), "{headline}");
+    assert!(html.contains("What should I use?") && html.contains("<b>prefix+rotated</b>"), "the first page");
+}

@@ -302,3 +302,32 @@ fn choices_beyond_reason() {
     data("builtin:qa", &["--shift", "100000"], &["--shift 100000", "less than 8192"]);
     data("synth:hay", &[], &["synth:hay", "synth:niah"]);
 }
+
+/// Only blocks that stand where they stood can be explained.
+#[test]
+fn evictions_are_not_explained() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = text(dir.path());
+    sweep(small_dump(), dir.path(), &["--method", "prefix+streaming:keep=0.5"]);
+    refuse(
+        &["explain", out, "--request", "1", "--method", "prefix+streaming:keep=0.5"],
+        &["prefix+streaming", "drops tokens"],
+    );
+}
+
+#[test]
+fn numbers_of_methods_beyond_reason() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = text(dir.path());
+    let dump = text(small_dump());
+    refuse(
+        &["simulate", "--bound", dump, "--method", "prefix", "--block-size", "0", "-o", out],
+        &["--block-size"],
+    );
+    refuse(&["sweep", dump, "--method", "joint:spread=1e4"], &["spread", "from 0 to 4"]);
+    refuse(&["sweep", dump, "--method", "joint:attention=-1"], &["attention", "from 0 to 4"]);
+    refuse(&["sweep", dump, "--method", "random:share=1"], &["share", "below 1"]);
+    refuse(&["sweep", dump, "--method", "cachegen:bin=0"], &["bin", "0.01"]);
+    refuse(&["sweep", dump, "--method", "lowrank:rank=0"], &["rank", "above 0"]);
+    refuse(&["sweep", dump, "--method", "kvquant:outliers=2"], &["outliers", "0.5"]);
+}
