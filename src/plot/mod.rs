@@ -43,6 +43,9 @@ pub fn plot_all(out: &Path) -> Result<Vec<PathBuf>> {
     Ok(written)
 }
 
+/// Series up to which figures with a panel or a line for each are drawn.
+const MOST_PANELS: usize = 12;
+
 /// Draws all figures of a sweep folder from its sweep.csv, as PNG and SVG; returns what was written.
 pub fn plot_sweep(out: &Path) -> Result<Vec<PathBuf>> {
     let csv = out.join(SWEEP_CSV);
@@ -52,7 +55,8 @@ pub fn plot_sweep(out: &Path) -> Result<Vec<PathBuf>> {
         table.bound_by(&Columns::read(&bound)?)?;
     }
     let mut written = canvas::save(&tradeoff::Tradeoff { table: &table }, out, "quality_vs_cr", "")?;
-    if !table.fusion.is_empty() {
+    // Panels by dial and by layer are for a few methods; with many, only the plane they share can be read.
+    if (1..=MOST_PANELS).contains(&table.fusion.len()) {
         let mut dials: Vec<&str> =
             table.fusion.iter().filter_map(|s| Some(&s[0].dial.as_ref()?.0[..])).collect();
         dials.sort_unstable();
