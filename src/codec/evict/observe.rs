@@ -56,7 +56,7 @@ pub struct Observed {
 pub struct Seen {
     /// From all tokens of the prompt.
     pub received: Vec<f32>,
-    /// From the last [`WINDOW`] tokens.
+    /// From the last 64 tokens, as SnapKV has it.
     pub window: Vec<f32>,
     /// Expected of later tokens, times the norm of the value.
     pub expected: Vec<f32>,
