@@ -19,6 +19,9 @@ use std::path::Path;
 /// Raised whenever a file of an older version would decode to something else.
 pub const SCHEMA: u32 = 2;
 
+/// Heads of more numbers than this have metrics so uneven that components in bytes do not undo each other.
+const WIDE: usize = 128;
+
 /// Where a codec comes from and what it fits.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Origin {
@@ -153,9 +156,13 @@ pub fn write(path: &Path, origin: &Origin, layers: &[LayerBook], tables: &TableP
         let d = origin.head_dim;
         add("root", Dtype::F16, vec![2 * origin.kv_heads, d, d], f16_bytes(&scaled));
         add("root_factor", Dtype::F32, vec![1], f32_bytes(&[scale]));
-        let (bytes, factors) = bytes_by_column(&layer.turn, r);
-        add("turn", Dtype::I8, vec![width, r], bytes);
-        add("turn_factors", Dtype::F32, vec![r], f32_bytes(&factors));
+        if origin.head_dim > WIDE {
+            add("turn", Dtype::F16, vec![width, r], f16_bytes(&layer.turn));
+        } else {
+            let (bytes, factors) = bytes_by_column(&layer.turn, r);
+            add("turn", Dtype::I8, vec![width, r], bytes);
+            add("turn_factors", Dtype::F32, vec![r], f32_bytes(&factors));
+        }
         let sigma = layer.sigma.iter().flat_map(|s| s.to_le_bytes()).collect();
         add("sigma", Dtype::I16, vec![CLASSES, r], sigma);
         add("gain", Dtype::F16, vec![CLASSES, r], f16_bytes(&layer.gain));
@@ -248,7 +255,10 @@ impl Reader<'_> {
         let root = self.f16(&name("root"), &[heads, d, d])?;
         let root: Vec<Vec<f32>> =
             root.chunks_exact(d * d).map(|block| block.iter().map(|x| x * scale).collect()).collect();
-        let turn = self.i8(&name("turn"), width, components)?;
+        let turn = match d > WIDE {
+            true => self.f16(&name("turn"), &[width, components])?,
+            false => self.i8(&name("turn"), width, components)?,
+        };
         let (analysis, synthesis) = both_ways(&root, &turn, components)
             .ok_or_else(|| self.bad(&format!("layer {n} has a metric that cannot be inverted")))?;
         let sigma = self.bytes(&name("sigma"), Dtype::I16, &[CLASSES, components])?;
