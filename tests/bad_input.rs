@@ -2,19 +2,9 @@
 
 mod common;
 
-use common::{copy_folder, refuse, small_dump, small_model, text};
+use common::{copy_folder, refuse, scratch, small_dump, small_model, text, write};
 use std::fs;
 use std::io::Write;
-use std::path::{Path, PathBuf};
-
-fn scratch() -> tempfile::TempDir {
-    tempfile::tempdir().unwrap()
-}
-
-fn write(path: &Path, bytes: &[u8]) -> PathBuf {
-    fs::write(path, bytes).unwrap();
-    path.to_owned()
-}
 
 #[test]
 fn a_text_file_named_gguf() {

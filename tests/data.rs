@@ -2,25 +2,14 @@
 
 mod common;
 
-use common::{refuse, run, small_model, succeed, text};
+use common::{fixture, refuse, run, small_model, spec, succeed, text};
 use serde_json::Value;
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
-fn fixture(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(name)
-}
-
-fn spec(kind: &str, path: &Path) -> String {
-    format!("{kind}:{}", path.display())
-}
-
-/// Dumps and reads the manifest back.
+/// Dumps through the made-up model.
 fn dumped(out: &Path, arguments: &[&str]) -> Value {
-    succeed(
-        &[&["dump", "--model", text(small_model()), "--dtype", "f16", "-o", text(out)], arguments].concat(),
-    );
-    serde_json::from_str(&fs::read_to_string(out.join("manifest.json")).unwrap()).unwrap()
+    common::dumped(out, &[&["--model", text(small_model())], arguments].concat())
 }
 
 #[test]

@@ -2,28 +2,13 @@
 
 mod common;
 
-use common::{SMALL, assert_same_dump, kvfuse, small_dump, small_model, succeed, text};
+use common::{SMALL, assert_same_dump, kvfuse, small_dump, small_model, succeed, sweep_arguments, text};
 use kvfuse::model::{Model, to_f32};
 use safetensors::SafeTensors;
 use std::fs;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
-
-fn sweep_arguments<'a>(dump: &'a str, out: &'a str) -> Vec<&'a str> {
-    vec![
-        "sweep",
-        dump,
-        "--method",
-        "bff:tau=0.9|0.75",
-        "--max-new-tokens",
-        "8",
-        "--resamples",
-        "200",
-        "-o",
-        out,
-    ]
-}
 
 #[test]
 fn a_block_size_list_and_a_spared_first_token() {

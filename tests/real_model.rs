@@ -3,52 +3,16 @@
 
 mod common;
 
-use common::{model_file, real_dump, refuse, succeed, text};
+use common::{
+    dumped, fixture, model_file, real_dump, refuse, scratch, spec, succeed, sweep_arguments, text, write,
+};
 use kvfuse::model::{Gguf, Tokenizer, to_f32};
 use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
 use serde_json::Value;
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
-
-fn fixture(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(name)
-}
-
-fn spec(kind: &str, path: &Path) -> String {
-    format!("{kind}:{}", path.display())
-}
-
-fn scratch() -> tempfile::TempDir {
-    tempfile::tempdir().unwrap()
-}
-
-fn write(path: &Path, bytes: &[u8]) -> PathBuf {
-    fs::write(path, bytes).unwrap();
-    path.to_owned()
-}
-
-/// Dumps and reads the manifest back.
-fn dumped(out: &Path, arguments: &[&str]) -> Value {
-    succeed(&[&["dump", "--dtype", "f16", "-o", text(out)], arguments].concat());
-    serde_json::from_str(&fs::read_to_string(out.join("manifest.json")).unwrap()).unwrap()
-}
-
-fn sweep_arguments<'a>(dump: &'a str, out: &'a str) -> Vec<&'a str> {
-    vec![
-        "sweep",
-        dump,
-        "--method",
-        "bff:tau=0.9|0.75",
-        "--max-new-tokens",
-        "8",
-        "--resamples",
-        "200",
-        "-o",
-        out,
-    ]
-}
 
 #[test]
 fn from_dump_to_figures_the_same_bytes_on_one_thread_and_two() {

@@ -145,7 +145,7 @@ impl Steps<'_> {
             }
         }
         if self.plan.bounds() {
-            let codec = PathBuf::from(format!("{}.safetensors", self.codec()));
+            let codec = self.codec_file();
             let inputs = identity + &if codec.exists() { files::sha256(&codec)? } else { String::new() };
             self.once("simulate", &[format!("--bound={folder}"), out.clone()], &inputs)?;
         }
@@ -190,7 +190,7 @@ impl Steps<'_> {
             self.step(line, command)?;
             folders.push(folder.display().to_string());
         }
-        let codec = PathBuf::from(format!("{}.safetensors", self.codec()));
+        let codec = self.codec_file();
         if let Some(folder) = codec.parent() {
             files::writable_folder(folder)?;
         }
@@ -205,6 +205,10 @@ impl Steps<'_> {
         let of = format!("{}\n{}", self.model, self.plan.trained_on());
         let name = format!("{}-{}", self.short, &files::sha256_bytes(of.as_bytes())[..8]);
         Path::new("dumps").join("codecs").join(name).display().to_string()
+    }
+
+    fn codec_file(&self) -> PathBuf {
+        PathBuf::from(format!("{}.safetensors", self.codec()))
     }
 
     /// What names in the file stand for.

@@ -19,6 +19,7 @@ pub struct Stage {
     pub set: Vec<(String, Value)>,
     /// All options, defaults filled in, and what else a method has to say of itself.
     pub effective: Map<String, Value>,
+    pub role: Role,
     pub codec: Arc<dyn Codec>,
 }
 
@@ -123,9 +124,14 @@ impl Chain {
         &self.stages
     }
 
+    /// What its last stage does.
+    pub fn role(&self) -> Role {
+        self.stages.last().map_or(Role::Nothing, |s| s.role)
+    }
+
     /// Whether it leaves caches as they are.
     pub fn is_unfused(&self) -> bool {
-        self.stages.iter().all(|s| s.codec.role() == Role::Nothing)
+        self.stages.iter().all(|s| s.role == Role::Nothing)
     }
 
     /// Whether it never shares between tenants.
@@ -155,7 +161,7 @@ impl Chain {
     }
 
     fn check(self, text: &str, written: &ChainText) -> Result<Self> {
-        let roles: Vec<Role> = self.stages.iter().map(|s| s.codec.role()).collect();
+        let roles: Vec<Role> = self.stages.iter().map(|s| s.role).collect();
         for i in 1..roles.len() {
             let (name, before) = (self.stages[i].name, self.stages[i - 1].name);
             let problem = match (roles[i - 1], roles[i]) {
@@ -287,10 +293,6 @@ impl Turnable {
 }
 
 impl Codec for Chain {
-    fn role(&self) -> Role {
-        self.stages.last().map_or(Role::Nothing, |s| s.codec.role())
-    }
-
     fn within_tenant(&self) -> Option<bool> {
         Some(self.within_tenant())
     }
@@ -316,7 +318,7 @@ impl Codec for Chain {
 
     /// Of its fusion, if it has one: the paper counts these layers.
     fn coverage(&self, layers: usize) -> Coverage {
-        let fusing = self.stages.iter().find(|s| s.codec.role() == Role::Fuse);
+        let fusing = self.stages.iter().find(|s| s.role == Role::Fuse);
         let stage = fusing.or(self.stages.last());
         stage.map_or(Coverage::of(0..0), |s| s.codec.coverage(layers))
     }

@@ -2,7 +2,6 @@
 
 use super::CacheBatch;
 use rayon::prelude::*;
-use std::collections::HashMap;
 use std::ops::{AddAssign, Range};
 
 /// Squared errors and energies over all tokens and layers.
@@ -126,22 +125,23 @@ fn evicted(original: &CacheBatch, encoded: &CacheBatch, request: usize, n: usize
     let width = original.pool.shape().token_width();
     let size = original.pool.shape().block_size;
     let table = &encoded.caches[request].layers[n];
-    let mut kept: HashMap<usize, (Vec<f32>, Vec<f32>)> = HashMap::new();
-    let mut slot = 0;
-    for block in 0..table.entries.len() {
-        let (keys, values) = encoded.read(request, n, block);
-        for (k, v) in keys.chunks_exact(width).zip(values.chunks_exact(width)) {
-            kept.insert(table.position(slot), (k.to_vec(), v.to_vec()));
-            slot += 1;
-        }
-    }
+    let blocks = 0..table.entries.len();
+    // In slots.
+    let (keys, values): (Vec<_>, Vec<_>) = blocks.map(|block| encoded.read(request, n, block)).unzip();
+    let (keys, values) = (keys.concat(), values.concat());
     let gone = vec![0.0; width];
     let (mut sum, mut worst) = (Distortion::default(), 0.0f64);
     for (block, entry) in original.caches[request].layers[n].entries.iter().enumerate() {
         let mut own = Distortion::default();
         let rows = original.pool.keys(entry.block).chunks_exact(width);
         for (t, (key, value)) in rows.zip(original.pool.values(entry.block).chunks_exact(width)).enumerate() {
-            let (k, v) = kept.get(&(block * size + t)).map_or((&gone, &gone), |(k, v)| (k, v));
+            let position = block * size + t;
+            let slot = table.slots_before(position);
+            let there = table.slots_before(position + 1) > slot;
+            let (k, v) = match there {
+                true => (&keys[slot * width..][..width], &values[slot * width..][..width]),
+                false => (&gone[..], &gone[..]),
+            };
             let (key_error, key_energy) = squares(key, k, 1.0);
             let (value_error, value_energy) = squares(value, v, 1.0);
             own += Distortion { key_error, key_energy, value_error, value_energy };

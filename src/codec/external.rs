@@ -52,7 +52,7 @@ impl Serialize for Rebuilt {
 
 impl Method for External {
     const NAME: &'static str = "external";
-    const ROLE: crate::codec::Role = crate::codec::Role::Whole;
+    const ROLE: Role = Role::Whole;
     const ABOUT: &'static str = "Caches that another program rebuilt, with the bits it says they took. Read as they are and charged as said.";
     const PAPER: &'static str = "";
 
@@ -83,10 +83,6 @@ impl Rebuilt {
 }
 
 impl Codec for Rebuilt {
-    fn role(&self) -> Role {
-        Role::Whole
-    }
-
     fn coverage(&self, layers: usize) -> Coverage {
         Coverage::of(0..layers)
     }

@@ -11,7 +11,7 @@ const ELEMENT_BITS: u64 = 16;
 /// Bits of one block-table entry: a 32-bit block number.
 const ENTRY_BITS: u64 = 32;
 /// Bits before a list of kept tokens, which has a bit a token, in whole bytes; where a batch has any, tables that kept all say so in these.
-pub const KEPT_BITS: u64 = 32;
+const KEPT_BITS: u64 = 32;
 /// Bits of the side information of one fused block in one request: a key and a value scale, f32 each.
 const SCALE_BITS: u64 = 64;
 

@@ -1,6 +1,6 @@
 //! xKV-like low rank: the caches of some layers side by side, as few directions as are asked for, found for each prompt anew and stored with it.
 
-use super::registry::{Method, Scale, Search};
+use super::registry::{Method, Scale, Search, number};
 use super::{CacheBatch, Codec, Coverage, Memo, Role};
 use crate::block::{BlockId, Payload};
 use crate::error::{Error, Result};
@@ -10,30 +10,23 @@ use half::f16;
 use half::slice::HalfFloatSliceExt;
 use rayon::prelude::*;
 use serde::Serialize;
-use std::ops::Range;
+use std::ops::{Bound, Range};
 use std::sync::Arc;
 
 #[derive(Debug, Clone, Copy, Serialize, clap::Args)]
 pub struct LowRank {
     /// Directions kept, as a share of the most there can be: of a token's numbers in the layers of a group, or of the tokens if these
     /// are fewer
-    #[arg(long, default_value_t = 0.25, value_parser = share)]
+    #[arg(long, default_value_t = 0.25, value_parser = number("a share", Bound::Excluded(0.0), Bound::Included(1.0)))]
     rank: f64,
     /// Layers side by side
     #[arg(long, default_value_t = 4, value_parser = clap::builder::RangedU64ValueParser::<usize>::new().range(1..=64))]
     group: usize,
 }
 
-fn share(text: &str) -> std::result::Result<f64, String> {
-    match text.parse::<f64>() {
-        Ok(share) if share > 0.0 && share <= 1.0 => Ok(share),
-        _ => Err("a share is above 0 and at most 1".to_owned()),
-    }
-}
-
 impl Method for LowRank {
     const NAME: &'static str = "lowrank";
-    const ROLE: crate::codec::Role = crate::codec::Role::Code;
+    const ROLE: Role = Role::Code;
     const ABOUT: &'static str = "Of each request's own blocks (not those it shares), keys without position and values of neighbouring layers side by side: the leading \
                                  directions of the prompt itself, and each token's place along them, all in f16. The directions are stored with every prompt; where that \
                                  saves nothing, blocks stay raw.";
@@ -56,10 +49,6 @@ struct Stack {
 }
 
 impl Codec for LowRank {
-    fn role(&self) -> Role {
-        Role::Code
-    }
-
     fn coverage(&self, layers: usize) -> Coverage {
         Coverage::of(0..layers)
     }
@@ -205,11 +194,14 @@ impl LowRank {
 /// The leading right singular vectors of `x` `[rows, columns]`: `[columns, rank]`.
 fn directions(x: &[f32], rows: usize, columns: usize, rank: usize) -> Result<Vec<f32>> {
     let failed = |_| Error::Number("caches are not finite".to_owned());
+    let flat = |v: Mat<f32>| -> Vec<f32> {
+        (0..columns).flat_map(|i| (0..rank).map(move |k| (i, k))).map(|p| v[p]).collect()
+    };
     let x = Mat::from_fn(rows, columns, |i, j| x[i * columns + j]);
     if rows < columns {
         // Of the smaller product, turned over.
         let gram = &x * x.transpose();
-        let eigen = gram.self_adjoint_eigen(Side::Lower).map_err(|_| failed(()))?;
+        let eigen = gram.self_adjoint_eigen(Side::Lower).map_err(failed)?;
         let (u, s) = (eigen.U(), eigen.S());
         // Directions in which there is nothing are none.
         let least = 1e-9 * s[rows - 1].max(0.0);
@@ -217,14 +209,12 @@ fn directions(x: &[f32], rows: usize, columns: usize, rank: usize) -> Result<Vec
             let k = rows - 1 - k;
             if s[k] > least { u[(i, k)] / s[k].sqrt() } else { 0.0 }
         });
-        let v = x.transpose() * leading;
-        return Ok((0..columns).flat_map(|i| (0..rank).map(move |k| (i, k))).map(|p| v[p]).collect());
+        return Ok(flat(x.transpose() * leading));
     }
     let gram = x.transpose() * &x;
-    let eigen = gram.self_adjoint_eigen(Side::Lower).map_err(|_| failed(()))?;
+    let eigen = gram.self_adjoint_eigen(Side::Lower).map_err(failed)?;
     let u = eigen.U();
-    let of = |(i, k): (usize, usize)| u[(i, columns - 1 - k)];
-    Ok((0..columns).flat_map(|i| (0..rank).map(move |k| (i, k))).map(of).collect())
+    Ok(flat(Mat::from_fn(columns, rank, |i, k| u[(i, columns - 1 - k)])))
 }
 
 #[cfg(test)]

@@ -188,8 +188,6 @@ pub enum Role {
 
 /// A way of shrinking the caches of a batch: it changes block tables and scales, and frees blocks of the pool.
 pub trait Codec: Send + Sync {
-    fn role(&self) -> Role;
-
     /// Whether it shares within tenants only; `None` if it shares nothing.
     fn within_tenant(&self) -> Option<bool> {
         None
@@ -250,7 +248,7 @@ pub struct Unfused {}
 
 impl Method for Unfused {
     const NAME: &'static str = "none";
-    const ROLE: crate::codec::Role = crate::codec::Role::Nothing;
+    const ROLE: Role = Role::Nothing;
     const ABOUT: &'static str =
         "The caches as they are, in 16 bits a number: the control that every arm is compared with.";
     const PAPER: &'static str = "";
@@ -262,10 +260,6 @@ impl Method for Unfused {
 }
 
 impl Codec for Unfused {
-    fn role(&self) -> Role {
-        Role::Nothing
-    }
-
     fn coverage(&self, _layers: usize) -> Coverage {
         Coverage::of(0..0)
     }

@@ -19,7 +19,7 @@ pub struct Prefix {
 
 impl Method for Prefix {
     const NAME: &'static str = "prefix";
-    const ROLE: crate::codec::Role = crate::codec::Role::Share;
+    const ROLE: Role = Role::Share;
     const ABOUT: &'static str = "Exact prefix sharing: full blocks whose tokens, and all tokens before them, are equal are stored once, in all layers. Lossless; \
                                  what a server with prefix caching has anyway.";
     const PAPER: &'static str =
@@ -33,10 +33,6 @@ impl Method for Prefix {
 }
 
 impl Codec for Prefix {
-    fn role(&self) -> Role {
-        Role::Share
-    }
-
     fn within_tenant(&self) -> Option<bool> {
         Some(self.within_tenant)
     }

@@ -1,6 +1,6 @@
 //! Random fusion: as many blocks are gone as a fusion would take, whichever they are. What a fusion is worth is its distance to this.
 
-use super::registry::{Method, Scale, Search};
+use super::registry::{Method, Scale, Search, number};
 use super::{CacheBatch, Codec, Coverage, Memo, Role};
 use crate::block::{BlockId, Entry, Scale as Gain};
 use crate::error::Result;
@@ -9,13 +9,14 @@ use rand::seq::SliceRandom;
 use rand_chacha::ChaCha8Rng;
 use serde::Serialize;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::ops::Bound;
 use std::sync::Arc;
 
 #[derive(Debug, Clone, Copy, Serialize, clap::Args)]
 #[serde(rename_all = "kebab-case")]
 pub struct Random {
     /// Share of each layer's distinct full blocks that are replaced by another one
-    #[arg(long, default_value_t = 0.2, value_parser = share)]
+    #[arg(long, default_value_t = 0.2, value_parser = number("a share", Bound::Excluded(0.0), Bound::Excluded(1.0)))]
     share: f64,
     /// First and last layers that stay as they are
     #[arg(long, default_value_t = 2)]
@@ -24,16 +25,9 @@ pub struct Random {
     seed: u64,
 }
 
-fn share(text: &str) -> std::result::Result<f64, String> {
-    match text.parse::<f64>() {
-        Ok(share) if share > 0.0 && share < 1.0 => Ok(share),
-        _ => Err("a share is above 0 and below 1".to_owned()),
-    }
-}
-
 impl Method for Random {
     const NAME: &'static str = "random";
-    const ROLE: crate::codec::Role = crate::codec::Role::Fuse;
+    const ROLE: Role = Role::Fuse;
     const ABOUT: &'static str = "A control for fusion: some blocks, drawn at random, are replaced by others of their layer, drawn at random, with their own norms restored.";
     const PAPER: &'static str = "a control";
     const DIALS: &'static [&'static str] = &["share"];
@@ -56,10 +50,6 @@ fn gain(own: &[f32], other: &[f32]) -> f32 {
 }
 
 impl Codec for Random {
-    fn role(&self) -> Role {
-        Role::Fuse
-    }
-
     fn coverage(&self, layers: usize) -> Coverage {
         let spare = self.spare_layers.min(layers / 2);
         Coverage::of(spare..layers - spare)

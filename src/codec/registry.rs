@@ -16,6 +16,9 @@ use crate::error::{Error, Result};
 use clap::{Args, Command, FromArgMatches, ValueHint};
 use serde::Serialize;
 use serde_json::{Map, Value};
+use std::fmt::Display;
+use std::ops::{Bound, RangeBounds};
+use std::str::FromStr;
 use std::sync::Arc;
 
 /// A way of shrinking caches, with its options as fields. Serialised with names as on the command line; what is not set
@@ -30,7 +33,7 @@ pub trait Method: Args + FromArgMatches + Serialize + Clone {
     const DIALS: &'static [&'static str] = &[];
     /// The option that is turned to meet a KL.
     const SEARCH: Option<Search> = None;
-    /// What it does to caches, as its codec says.
+    /// What it does to caches.
     const ROLE: Role;
     /// Whether what is read back equals what was stored.
     const LOSSLESS: bool = false;
@@ -48,6 +51,30 @@ pub trait Method: Args + FromArgMatches + Serialize + Clone {
     }
 
     fn codec(&self) -> Result<Arc<dyn Codec>>;
+}
+
+/// Reads a number of an option, called `what` in errors, that lies between two bounds.
+pub fn number<T>(
+    what: &'static str,
+    least: Bound<T>,
+    most: Bound<T>,
+) -> impl Fn(&str) -> std::result::Result<T, String> + Clone
+where
+    T: FromStr + PartialOrd + Display + Copy,
+{
+    move |text| match text.parse::<T>() {
+        Ok(number) if (least, most).contains(&number) => Ok(number),
+        _ => Err(match (least, most) {
+            (Bound::Included(least), Bound::Included(most)) => format!("{what} is from {least} to {most}"),
+            (Bound::Excluded(least), Bound::Included(most)) => {
+                format!("{what} is above {least} and at most {most}")
+            }
+            (Bound::Excluded(least), Bound::Excluded(most)) => {
+                format!("{what} is above {least} and below {most}")
+            }
+            _ => format!("{what} lies outside of its range"),
+        }),
+    }
 }
 
 /// Values of an option from the finest to the coarsest.
@@ -156,7 +183,13 @@ fn stage<M: Method>(method: M, usual: &M) -> Result<Stage> {
     let (own, usual) = (fields(&method)?, fields(usual)?);
     let set: Vec<(String, Value)> =
         own.into_iter().filter(|(name, value)| usual.get(name) != Some(value) && !value.is_null()).collect();
-    Ok(Stage { name: M::NAME, set, effective: object(method.effective()?), codec: method.codec()? })
+    Ok(Stage {
+        name: M::NAME,
+        set,
+        effective: object(method.effective()?),
+        role: M::ROLE,
+        codec: method.codec()?,
+    })
 }
 
 /// An option of a method, for people.

@@ -73,12 +73,14 @@ pub fn compare(series: &[Series], options: &CompareOptions) -> Result<Vec<Compar
     let beaten = |p: &Point| all.iter().any(|q| q.cr >= p.cr && q.kl <= p.kl && (q.cr > p.cr || q.kl < p.kl));
     let rows = series.iter().map(|s| {
         let at_kl = |draw: Option<&Vec<usize>>| ratio_at(s, options.max_kl, draw);
+        let curves = |draw: Option<&Vec<usize>>| (curve(&series[anchor], draw), curve(s, draw));
         let against = |draw: Option<&Vec<usize>>| {
-            bd_rate(&curve(&series[anchor], draw), &curve(s, draw), options.slopes).map(|d| d.value)
+            let (a, b) = curves(draw);
+            bd_rate(&a, &b, options.slopes)
         };
         let (cr, cr_low, cr_high) = with_interval(at_kl, &draws);
-        let (rate, rate_low, rate_high) = with_interval(against, &draws);
-        let (a, b) = (curve(&series[anchor], None), curve(s, None));
+        let (rate, rate_low, rate_high) = with_interval(|draw| against(draw).map(|d| d.value), &draws);
+        let (a, b) = curves(None);
         let keeps = |p: &&Point| p.score_low >= -options.margin;
         Compared {
             series: s.name.clone(),
@@ -93,7 +95,7 @@ pub fn compare(series: &[Series], options: &CompareOptions) -> Result<Vec<Compar
             bd_rate_percent_low: rate_low.map(rounded),
             bd_rate_percent_high: rate_high.map(rounded),
             bd_quality_db: bd_quality(&a, &b, options.slopes).map(|d| rounded(d.value)),
-            overlap: bd_rate(&a, &b, options.slopes).map(|d| rounded(d.overlap)),
+            overlap: against(None).map(|d| rounded(d.overlap)),
         }
     });
     Ok(rows.collect())

@@ -2,7 +2,7 @@
 
 use super::{FUSED, Header, LAYER_FRAME, MAGIC, PAGE_FRAME, SCALED, STRIPPED, load_caches};
 use crate::block::{BlockId, BlockPool, Kept};
-use crate::codec::evict::{Needs, observe};
+use crate::codec::evict::{observe, show_attention};
 use crate::codec::{CacheBatch, Chain, Codec, Ledger, Memo, Role};
 use crate::dump::{Manifest, open_model};
 use crate::error::{Error, Result};
@@ -56,12 +56,11 @@ pub fn encode(options: &EncodeOptions) -> Result<Size> {
     let ropes = Arc::new(Ropes::new(config, longest));
     let all: Vec<usize> = (0..manifest.requests.len()).collect();
     let (mut batch, tokens) = load_caches(dump, &manifest, &all, *block_size, ropes, 0)?;
-    let needs = chain.needs();
-    if needs != Needs::default() {
-        let model = open_model(dump, None, &manifest)?;
-        batch.observed = Some(Arc::new(observe(&model, &batch, needs)?));
-    }
-    chain.encode(&mut batch, &Memo::default())?;
+    let memo = Memo::default();
+    show_attention(&mut batch, chain, &memo, |batch, needs| {
+        observe(&open_model(dump, None, &manifest)?, batch, needs)
+    })?;
+    chain.encode(&mut batch, &memo)?;
     if chain.role() == Role::Whole {
         return Err(Error::argument(format!(
             "{}: its bits are another program's and not at hand",
@@ -70,7 +69,7 @@ pub fn encode(options: &EncodeOptions) -> Result<Size> {
     }
     let coverage = chain.coverage(config.layers);
     let ledger = Ledger::of(&batch, &coverage);
-    let code = chain.stages().last().filter(|s| s.codec.role() == Role::Code);
+    let code = chain.stages().last().filter(|s| s.role == Role::Code);
     let trained = code.and_then(|s| s.codec.trained_file());
     let mut header = Header {
         kvfuse_version: env!("CARGO_PKG_VERSION").to_owned(),

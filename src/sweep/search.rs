@@ -106,20 +106,16 @@ pub fn search(options: &SearchOptions) -> Result<Vec<Tried>> {
             Goal::Kl(most) => share(fine.1, coarse.1, most),
             Goal::Score(_) => 0.5,
         };
-        let place = |share: f64| fine.0 + (coarse.0 - fine.0) * share;
-        let is_new = |at: &f64| -> Result<bool> {
-            let name = dial.chain(*at)?.name();
-            Ok(tried.iter().all(|t| t.method != name))
-        };
         // Of whole numbers the place looked for may be one that was tried, with others left between.
-        let mut at = None;
-        for share in [share, 0.5, 0.25, 0.75] {
-            if at.is_none() && is_new(&place(share))? {
-                at = Some(place(share));
-            }
-        }
-        let Some(at) = at else { break };
-        let chain = dial.chain(at)?;
+        let mut places = [share, 0.5, 0.25, 0.75].into_iter().map(|share| {
+            let at = fine.0 + (coarse.0 - fine.0) * share;
+            Ok((at, dial.chain(at)?))
+        });
+        let untried = |found: &Result<(f64, Chain)>| match found {
+            Ok((_, chain)) => tried.iter().all(|t| t.method != chain.name()),
+            Err(_) => true,
+        };
+        let Some((at, chain)) = places.find(untried).transpose()? else { break };
         let own = match options.goal {
             Goal::Kl(_) => {
                 let (ledger, kl) = stage.rate_and_kl(&chain)?;

@@ -6,7 +6,7 @@ use super::rows::{LayerScore, Measured, RequestScore, Row, Setting, Timings};
 use super::runs::RunRecord;
 use super::settings::SweepOptions;
 use crate::block::Storage;
-use crate::codec::evict::{Needs, observe};
+use crate::codec::evict::{observe, show_attention};
 use crate::codec::{
     CacheBatch, Chain, Codec, Distortion, Ledger, Memo, Prefix, distortion_by_layer, distortion_in,
 };
@@ -186,7 +186,7 @@ impl<'a> Stage<'a> {
         for lot in &self.lots {
             interrupt::check()?;
             let mut batch = lot.base.batch.clone();
-            show_attention(self.model, &mut batch, &lot.memo, codec)?;
+            show_attention(&mut batch, codec, &lot.memo, |b, needs| observe(self.model, b, needs))?;
             codec.encode(&mut batch, &lot.memo)?;
             ledger += &Ledger::of(&batch, &coverage);
             let compared = lot.reference.compare(self.model, &lot.base.spared, &mut batch, &lot.prompts)?;
@@ -216,21 +216,12 @@ impl<'a> Stage<'a> {
     }
 }
 
-/// Lets a batch of unfused caches know what a codec must know of attention.
-fn show_attention(model: &Model, batch: &mut CacheBatch, memo: &Memo, codec: &dyn Codec) -> Result<()> {
-    let needs = codec.needs();
-    if needs != Needs::default() {
-        batch.observed = Some(memo.observed(needs, || observe(model, batch, needs))?);
-    }
-    Ok(())
-}
-
 /// Unfused caches as an arm stores them.
 pub fn encode_batch(model: &Model, base: &CacheBatch, memo: &Memo, chain: &Chain) -> Result<CacheBatch> {
     match chain.chunks() {
         None => {
             let mut batch = base.clone();
-            show_attention(model, &mut batch, memo, chain)?;
+            show_attention(&mut batch, chain, memo, |b, needs| observe(model, b, needs))?;
             chain.encode(&mut batch, memo)?;
             Ok(batch)
         }

@@ -1,7 +1,7 @@
 //! `kvfuse simulate --bound`: what a codec spends against the Gaussian rate-distortion bound of its own predictors
 //! (docs/theory.md, "The bound").
 
-use crate::codec::evict::{Needs, observe};
+use crate::codec::evict::{observe, show_attention};
 use crate::codec::joint::LayerBound;
 use crate::codec::{Chain, Codec, Ledger, Memo};
 use crate::dump::{Manifest, open_model};
@@ -92,11 +92,9 @@ pub fn bound(options: &BoundOptions) -> Result<Vec<BoundRow>> {
         interrupt::check()?;
         let method = chain.name();
         let mut coded = batch.clone();
-        let needs = chain.needs();
-        if needs != Needs::default() {
-            let model = open_model(&options.dump, None, &manifest)?;
-            coded.observed = Some(memo.observed(needs, || observe(&model, &batch, needs))?);
-        }
+        show_attention(&mut coded, chain, &memo, |batch, needs| {
+            observe(&open_model(&options.dump, None, &manifest)?, batch, needs)
+        })?;
         let found = chain.bound(&mut coded).map_err(|e| Error::argument(format!("{method}: {e}")))?;
         let ledger = Ledger::of(&coded, &chain.coverage(config.layers));
         let all = per_element(&found.all);

@@ -113,6 +113,48 @@ pub fn real_dump() -> &'static Path {
     })
 }
 
+/// A file among the tests' fixtures.
+pub fn fixture(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(name)
+}
+
+/// `--data` of a file of some kind.
+pub fn spec(kind: &str, path: &Path) -> String {
+    format!("{kind}:{}", path.display())
+}
+
+pub fn scratch() -> tempfile::TempDir {
+    tempfile::tempdir().unwrap()
+}
+
+/// Writes a file; returns where it is.
+pub fn write(path: &Path, bytes: &[u8]) -> PathBuf {
+    fs::write(path, bytes).unwrap();
+    path.to_owned()
+}
+
+/// Dumps in f16 and reads the manifest back.
+pub fn dumped(out: &Path, arguments: &[&str]) -> serde_json::Value {
+    succeed(&[&["dump", "--dtype", "f16", "-o", text(out)], arguments].concat());
+    serde_json::from_str(&fs::read_to_string(out.join("manifest.json")).unwrap()).unwrap()
+}
+
+/// A sweep of two thresholds with short answers.
+pub fn sweep_arguments<'a>(dump: &'a str, out: &'a str) -> Vec<&'a str> {
+    vec![
+        "sweep",
+        dump,
+        "--method",
+        "bff:tau=0.9|0.75",
+        "--max-new-tokens",
+        "8",
+        "--resamples",
+        "200",
+        "-o",
+        out,
+    ]
+}
+
 /// Copies the files of a folder (not its subfolders).
 pub fn copy_folder(from: &Path, to: &Path) {
     fs::create_dir_all(to).unwrap();

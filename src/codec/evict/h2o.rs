@@ -1,8 +1,8 @@
 //! H2O: the heavy hitters of attention and the latest tokens.
 
-use super::{Evicting, Needs, Scorer, Seen, share};
-use crate::codec::Codec;
-use crate::codec::registry::{Method, Scale, Search};
+use super::{Evicting, KEEP, Needs, Scorer, Seen, share};
+use crate::codec::registry::{Method, Search};
+use crate::codec::{Codec, Role};
 use crate::error::Result;
 use serde::Serialize;
 use std::sync::Arc;
@@ -10,22 +10,21 @@ use std::sync::Arc;
 #[derive(Debug, Clone, Copy, Serialize, clap::Args)]
 pub struct H2o {
     /// Share of the tokens that stay
-    #[arg(long, default_value_t = 0.5, value_parser = share)]
+    #[arg(long, default_value_t = 0.5, value_parser = share())]
     keep: f64,
     /// Share of these that are the latest
-    #[arg(long, default_value_t = 0.5, value_parser = share)]
+    #[arg(long, default_value_t = 0.5, value_parser = share())]
     recent: f64,
 }
 
 impl Method for H2o {
     const NAME: &'static str = "h2o";
-    const ROLE: crate::codec::Role = crate::codec::Role::Evict;
+    const ROLE: Role = Role::Evict;
     const ABOUT: &'static str =
         "Keeps the tokens that got the most attention from all tokens of the prompt, and the latest ones.";
     const PAPER: &'static str = "Zhang et al. 2023, H2O (arXiv 2306.14048)";
     const DIALS: &'static [&'static str] = &["keep"];
-    const SEARCH: Option<Search> =
-        Some(Search { option: "keep", fine: 0.999, coarse: 0.02, scale: Scale::Linear });
+    const SEARCH: Option<Search> = Some(KEEP);
 
     fn codec(&self) -> Result<Arc<dyn Codec>> {
         Ok(Arc::new(Evicting(*self)))
@@ -43,6 +42,7 @@ impl Scorer for H2o {
         let score = |t: usize| received.get(t).copied().unwrap_or(0.0);
         (0..tokens).map(|t| if t + recent >= tokens { f32::INFINITY } else { score(t) }).collect()
     }
+
     fn needs(&self) -> Needs {
         Needs { prompt: true, ..Needs::default() }
     }

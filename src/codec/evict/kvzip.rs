@@ -1,8 +1,8 @@
 //! KVzip: what the model looks at when it has to repeat the prompt.
 
-use super::{Evicting, Needs, Scorer, Seen, share};
-use crate::codec::Codec;
-use crate::codec::registry::{Method, Scale, Search};
+use super::{Evicting, KEEP, Needs, Scorer, Seen, behind_sinks, share};
+use crate::codec::registry::{Method, Search};
+use crate::codec::{Codec, Role};
 use crate::error::Result;
 use serde::Serialize;
 use std::sync::Arc;
@@ -10,7 +10,7 @@ use std::sync::Arc;
 #[derive(Debug, Clone, Copy, Serialize, clap::Args)]
 pub struct KvZip {
     /// Share of the tokens that stay
-    #[arg(long, default_value_t = 0.5, value_parser = share)]
+    #[arg(long, default_value_t = 0.5, value_parser = share())]
     keep: f64,
     /// First tokens that always stay
     #[arg(long, default_value_t = 4)]
@@ -19,12 +19,11 @@ pub struct KvZip {
 
 impl Method for KvZip {
     const NAME: &'static str = "kvzip";
-    const ROLE: crate::codec::Role = crate::codec::Role::Evict;
+    const ROLE: Role = Role::Evict;
     const ABOUT: &'static str = "Feeds the prompt once more behind itself, as if to be repeated, and keeps the tokens that got the highest attention in that.";
     const PAPER: &'static str = "Kim et al. 2025, KVzip (arXiv 2505.23416)";
     const DIALS: &'static [&'static str] = &["keep"];
-    const SEARCH: Option<Search> =
-        Some(Search { option: "keep", fine: 0.999, coarse: 0.02, scale: Scale::Linear });
+    const SEARCH: Option<Search> = Some(KEEP);
 
     fn codec(&self) -> Result<Arc<dyn Codec>> {
         Ok(Arc::new(Evicting(*self)))
@@ -37,10 +36,9 @@ impl Scorer for KvZip {
     }
 
     fn scores(&self, tokens: usize, seen: Option<&Seen>) -> Vec<f32> {
-        let repeated = seen.map_or(&[][..], |s| &s.repeated);
-        let score = |t: usize| repeated.get(t).copied().unwrap_or(0.0);
-        (0..tokens).map(|t| if t < self.sinks { f32::INFINITY } else { score(t) }).collect()
+        behind_sinks(tokens, self.sinks, seen.map(|s| &s.repeated))
     }
+
     fn needs(&self) -> Needs {
         Needs { repeated: true, ..Needs::default() }
     }

@@ -13,14 +13,16 @@ mod streaming;
 pub use expected::Expected;
 pub use h2o::H2o;
 pub use kvzip::KvZip;
-pub use observe::{Needs, Observed, Seen, observe};
+pub use observe::{Needs, Observed, Seen, observe, show_attention};
 pub use snapkv::SnapKv;
 pub use streaming::Streaming;
 
-use super::{CacheBatch, Codec, Coverage, Memo, Role};
+use super::registry::{Scale, Search, number};
+use super::{CacheBatch, Codec, Coverage, Memo};
 use crate::block::{BlockId, BlockTable, Kept};
 use crate::error::{Error, Result};
 use std::collections::HashMap;
+use std::ops::Bound;
 use std::sync::Arc;
 
 /// Decides which tokens of a request stay in a layer.
@@ -39,10 +41,6 @@ pub trait Scorer: Send + Sync {
 pub struct Evicting<S>(pub S);
 
 impl<S: Scorer> Codec for Evicting<S> {
-    fn role(&self) -> Role {
-        Role::Evict
-    }
-
     fn coverage(&self, layers: usize) -> Coverage {
         Coverage::of(0..layers)
     }
@@ -84,11 +82,17 @@ fn highest(scores: &[f32], count: usize) -> Vec<u32> {
 }
 
 /// A share of tokens to keep.
-fn share(text: &str) -> std::result::Result<f64, String> {
-    match text.parse::<f64>() {
-        Ok(share) if share > 0.0 && share <= 1.0 => Ok(share),
-        _ => Err("a share is above 0 and at most 1".to_owned()),
-    }
+fn share() -> impl Fn(&str) -> std::result::Result<f64, String> + Clone {
+    number("a share", Bound::Excluded(0.0), Bound::Included(1.0))
+}
+
+/// How all evictions are turned from fine to coarse.
+const KEEP: Search = Search { option: "keep", fine: 0.999, coarse: 0.02, scale: Scale::Linear };
+
+/// The scores of what was seen, and the first tokens in any case.
+fn behind_sinks(tokens: usize, sinks: usize, seen: Option<&Vec<f32>>) -> Vec<f32> {
+    let score = |t: usize| seen.and_then(|s| s.get(t)).copied().unwrap_or(0.0);
+    (0..tokens).map(|t| if t < sinks { f32::INFINITY } else { score(t) }).collect()
 }
 
 /// Pages made of kept tokens: equal ones, of equal sources, are one.

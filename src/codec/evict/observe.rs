@@ -1,7 +1,7 @@
 //! How much each cached token was attended to: measured by running the prompt through the model.
 
-use crate::block::by_head;
-use crate::codec::CacheBatch;
+use crate::block::{BlockPool, Storage, by_head};
+use crate::codec::{CacheBatch, Codec, Memo};
 use crate::error::{Error, Result};
 use crate::interrupt;
 use crate::model::gemm::{View, product};
@@ -90,6 +90,20 @@ pub fn observe(model: &Model, batch: &CacheBatch, needs: Needs) -> Result<Vec<Ob
     Ok(all)
 }
 
+/// Lets a batch of caches as prefill left them know what a codec must know of attention; `measure` is called where that is not known yet.
+pub fn show_attention(
+    batch: &mut CacheBatch,
+    codec: &dyn Codec,
+    memo: &Memo,
+    measure: impl FnOnce(&CacheBatch, Needs) -> Result<Vec<Observed>>,
+) -> Result<()> {
+    let needs = codec.needs();
+    if needs != Needs::default() {
+        batch.observed = Some(memo.observed(needs, || measure(batch, needs))?);
+    }
+    Ok(())
+}
+
 fn one(
     model: &Model,
     batch: &mut CacheBatch,
@@ -121,16 +135,19 @@ fn one(
     let caches: Vec<(Vec<f32>, Vec<f32>)> = (0..config.layers).map(|n| read(batch, n)).collect();
     let id = format!("{request} of its batch");
     let mut layers: Vec<Seen> = Vec::with_capacity(config.layers);
-    let mut pool = crate::block::BlockPool::new(batch.pool.shape(), crate::block::Storage::F32);
+    let mut pool = BlockPool::new(batch.pool.shape(), Storage::F32);
     let mut cache = decoder.new_cache();
     let mut listen = |tapped: &Tapped| {
         let (keys, values) = &caches[tapped.layer];
         layers.push(first_pass(layer(tapped.layer), tapped, keys, values, needs));
     };
-    let mut segments = [Segment { cache: &mut cache, tokens: &tokens }];
-    let ran = decoder.forward(&mut pool, &mut segments, Some(&mut listen));
-    ran.map_err(|f| f.of(|_| &id))?;
-
+    if needs.prompt || needs.expected {
+        let mut segments = [Segment { cache: &mut cache, tokens: &tokens }];
+        let ran = decoder.forward(&mut pool, &mut segments, Some(&mut listen));
+        ran.map_err(|f| f.of(|_| &id))?;
+    } else {
+        layers.resize(config.layers, Seen::default());
+    }
     if !needs.repeated {
         return Ok(Observed { layers });
     }

@@ -1,7 +1,7 @@
 //! Chunks fast-fusion: similar blocks of one prompt's chunks fuse while the prompt is prefilled.
 
 use super::{Blocks, Fusion};
-use crate::codec::{CacheBatch, Codec, Coverage, Memo, Role};
+use crate::codec::{CacheBatch, Codec, Coverage, Memo};
 use crate::error::{Error, Result};
 use crate::interrupt;
 use crate::model::{Decoder, Segment};
@@ -80,10 +80,6 @@ impl ChunkFusion {
 }
 
 impl Codec for ChunkFusion {
-    fn role(&self) -> Role {
-        Role::Fuse
-    }
-
     fn within_tenant(&self) -> Option<bool> {
         self.fusion.within_tenant()
     }

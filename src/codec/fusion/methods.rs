@@ -4,8 +4,8 @@ use super::choices::{Choices, Pairing, Positions, Representative, RopeMode, Scal
 use super::rule::Rule;
 use super::thresholds::Thresholds;
 use super::{ChunkFusion, Fusion};
-use crate::codec::Codec;
 use crate::codec::registry::{Method, Scale, Search};
+use crate::codec::{Codec, Role};
 use crate::error::{Error, Result};
 use serde::{Serialize, Serializer};
 use serde_json::{Value, json};
@@ -194,7 +194,7 @@ const GRID: Option<(&str, &str)> = Some(("tau", "0.95:0.60:0.05"));
 
 impl Method for Bff {
     const NAME: &'static str = "bff";
-    const ROLE: crate::codec::Role = crate::codec::Role::Fuse;
+    const ROLE: Role = Role::Fuse;
     const ABOUT: &'static str = "Batch fast-fusion: similar blocks of different requests are replaced by one that they share, layer by layer, each with \
                                  factors of its own. The defaults are the paper's (docs/fusion.md).";
     const PAPER: &'static str = PAPER;
@@ -218,7 +218,7 @@ impl Method for Bff {
 
 impl Method for Cff {
     const NAME: &'static str = "cff";
-    const ROLE: crate::codec::Role = crate::codec::Role::Fuse;
+    const ROLE: Role = Role::Fuse;
     const ABOUT: &'static str = "Chunks fast-fusion: similar blocks of different chunks of one prompt are fused while it is prefilled; later chunks and the answer \
                                  attend to the fused cache.";
     const PAPER: &'static str = PAPER;

@@ -25,7 +25,7 @@ pub use rule::Rule;
 pub use thresholds::{LayerThresholds, Thresholds};
 
 use super::sharing::share;
-use super::{CacheBatch, Codec, Coverage, Memo, Role};
+use super::{CacheBatch, Codec, Coverage, Memo};
 use crate::block::Entry;
 use crate::error::{Error, Result};
 use cluster::Cluster;
@@ -158,10 +158,6 @@ impl Fusion {
 }
 
 impl Codec for Fusion {
-    fn role(&self) -> Role {
-        Role::Fuse
-    }
-
     fn within_tenant(&self) -> Option<bool> {
         Some(self.choices.within_tenant)
     }

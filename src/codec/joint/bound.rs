@@ -6,7 +6,7 @@
 //! sightings of a token are in one half.
 
 use super::book::{Book, LayerBook};
-use super::column::{Linked, Seen};
+use super::column::{Linked, Seen, Source};
 use super::links::{Reference, Sources};
 use super::reference::{CLASSES, SAME};
 use crate::error::{Error, Result};
@@ -106,8 +106,9 @@ impl Watch {
         };
         let halves: Vec<bool> = references.iter().map(half).collect();
         let first = usize::from(linked.raw_first);
+        let class = |source: &Option<Source>| source.as_ref().map_or(0, Source::class);
         for (t, source) in linked.sources.iter().enumerate().skip(first) {
-            let own = &mut self.matches[source.as_ref().map_or(0, |s| s.class())];
+            let own = &mut self.matches[class(source)];
             own.tokens += 1;
             // Columns are told apart: a run ends with its column.
             let goes_on = t > first
@@ -119,7 +120,6 @@ impl Watch {
             own.runs += u64::from(!goes_on);
         }
         let coded = linked.sources.iter().zip(&linked.steps).zip(&halves).skip(first);
-        let class = |s: &Option<super::column::Source>| s.as_ref().map_or(0, |s| s.class());
         self.tokens.extend(coded.map(|((s, step), half)| ((class(s), *step), *half)));
         self.halves.insert(number, halves);
         for (n, layer) in seen.into_iter().enumerate() {
@@ -128,7 +128,7 @@ impl Watch {
                 self.bits[n][i % r] += f64::from(s.bits);
                 self.errors[n][i % r] += f64::from(s.error).powi(2);
                 let source = &linked.sources[first + i / r];
-                self.matches[source.as_ref().map_or(0, |s| s.class())].bits += f64::from(s.bits);
+                self.matches[class(source)].bits += f64::from(s.bits);
             }
             self.rests[n].extend(layer.iter().map(|s| f16::from_f32(s.rest)));
         }
@@ -146,22 +146,27 @@ impl Watch {
             .zip(&self.rests)
             .map(|(layer, rests)| spectrum(layer, rests, &groups))
             .collect::<Result<_>>()?;
+        let mut counts: BTreeMap<Group, f64> = BTreeMap::new();
+        for (group, _) in &self.tokens {
+            *counts.entry(*group).or_default() += 1.0;
+        }
+        let trained: Vec<Spectrum> = book.layers.iter().map(|layer| trained(layer, &counts)).collect();
+        let errors: Vec<f64> = self.errors.iter().map(|own| own.iter().sum()).collect();
         let elements = (self.tokens.len() * book.width()) as u64;
         let layers: Vec<LayerBound> = (0..book.layers.len())
             .map(|n| {
-                let gaussian = spectra[n].rate(self.errors[n].iter().sum());
+                let (gaussian, predicted) = (spectra[n].rate(errors[n]), trained[n].rate(errors[n]));
                 let mut coded = Parts::default();
                 let shares = key_shares(&book.layers[n]);
                 self.bits[n].iter().zip(shares).for_each(|(bits, keys)| coded.add(*bits, keys));
-                let predicted = self.trained(&book.layers[n]).rate(self.errors[n].iter().sum());
                 LayerBound { elements, coded, gaussian, predicted }
             })
             .collect();
-        let trained = Spectrum(book.layers.iter().flat_map(|l| self.trained(l).0).collect());
-        let whole = Spectrum(spectra.into_iter().flat_map(|s| s.0).collect());
+        let joined = |all: Vec<Spectrum>| Spectrum(all.into_iter().flat_map(|s| s.0).collect());
+        let error = self.errors.iter().flatten().sum();
         let mut all = LayerBound {
-            gaussian: whole.rate(self.errors.iter().flatten().sum()),
-            predicted: trained.rate(self.errors.iter().flatten().sum()),
+            gaussian: joined(spectra).rate(error),
+            predicted: joined(trained).rate(error),
             ..LayerBound::default()
         };
         for layer in &layers {
@@ -170,23 +175,6 @@ impl Watch {
             all.coded.values += layer.coded.values;
         }
         Ok(Bound { all, layers, matches: self.matches.clone() })
-    }
-
-    /// The widths that training gives a layer's components, for each class and step as often as these caches have it.
-    fn trained(&self, layer: &LayerBook) -> Spectrum {
-        let mut counts: BTreeMap<Group, f64> = BTreeMap::new();
-        for (group, _) in &self.tokens {
-            *counts.entry(*group).or_default() += 1.0;
-        }
-        let (r, shares) = (layer.components, key_shares(layer));
-        let part = |((class, step), count): (&Group, &f64)| -> Vec<(f64, f64, f64)> {
-            let variance = |k: usize| {
-                let octaves = f64::from(i32::from(layer.sigma[class * r + k]) - step) / 8.0;
-                (2.0 * octaves).exp2()
-            };
-            (0..r).map(|k| (*count, variance(k), shares[k])).collect()
-        };
-        Spectrum(counts.iter().flat_map(part).collect())
     }
 
     /// Tokens of each group, in two halves.
@@ -256,6 +244,19 @@ fn spectrum(layer: &LayerBook, rests: &[f16], groups: &[[Vec<usize>; 2]]) -> Res
         }
     }
     Ok(Spectrum(parts))
+}
+
+/// The widths that training gives a layer's components, for each class and step as often as caches have it.
+fn trained(layer: &LayerBook, counts: &BTreeMap<Group, f64>) -> Spectrum {
+    let (r, shares) = (layer.components, key_shares(layer));
+    let part = |((class, step), count): (&Group, &f64)| -> Vec<(f64, f64, f64)> {
+        let variance = |k: usize| {
+            let octaves = f64::from(i32::from(layer.sigma[class * r + k]) - step) / 8.0;
+            (2.0 * octaves).exp2()
+        };
+        (0..r).map(|k| (*count, variance(k), shares[k])).collect()
+    };
+    Spectrum(counts.iter().flat_map(part).collect())
 }
 
 /// Of each component, the share of keys in its energy.

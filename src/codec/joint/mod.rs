@@ -11,7 +11,7 @@ pub mod reference;
 pub mod train;
 
 use super::evict::Needs;
-use super::registry::{Method, Scale, Search};
+use super::registry::{Method, Scale, Search, number};
 use super::{CacheBatch, Codec, Coverage, Memo, Role};
 use crate::error::{Error, Result};
 use crate::files;
@@ -26,6 +26,7 @@ use links::{Sources, code_references, references, sources, waves};
 use rayon::prelude::*;
 use serde::{Serialize, Serializer};
 use std::collections::BTreeMap;
+use std::ops;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -42,14 +43,14 @@ pub struct Joint {
     #[arg(long, action = clap::ArgAction::Set, default_value_t = true, value_name = "BOOL")]
     reference: bool,
     /// Finer steps for blocks that several requests share: the step is divided by their number to this power
-    #[arg(long, default_value_t = SPREAD, value_parser = power)]
+    #[arg(long, default_value_t = SPREAD, value_parser = number("a power", ops::Bound::Included(0.0), ops::Bound::Included(4.0)))]
     spread: f64,
     /// Finer steps for tokens that the end of the prompt attends to, coarser ones for others: the step goes with attention to minus this
     /// power; 0 for equal steps
-    #[arg(long, default_value_t = 0.0, value_parser = power)]
+    #[arg(long, default_value_t = 0.0, value_parser = number("a power", ops::Bound::Included(0.0), ops::Bound::Included(4.0)))]
     attention: f64,
     /// Squared error, in steps, that a saved bit is worth in rounding
-    #[arg(long, default_value_t = 0.0, value_parser = price)]
+    #[arg(long, default_value_t = 0.0, value_parser = number("a price", ops::Bound::Included(0.0_f32), ops::Bound::Included(100.0)))]
     lambda: f32,
     /// Never refer to a request of another tenant
     #[arg(long, action = clap::ArgAction::Set, default_value_t = false, value_name = "BOOL")]
@@ -66,20 +67,6 @@ fn step(text: &str) -> std::result::Result<f64, String> {
     match text.parse::<f64>() {
         Ok(step) if step > 1e-6 && step < 1e6 => Ok(step),
         _ => Err("a step is a number above 0".to_owned()),
-    }
-}
-
-fn power(text: &str) -> std::result::Result<f64, String> {
-    match text.parse::<f64>() {
-        Ok(power) if (0.0..=4.0).contains(&power) => Ok(power),
-        _ => Err("a power is from 0 to 4".to_owned()),
-    }
-}
-
-fn price(text: &str) -> std::result::Result<f32, String> {
-    match text.parse::<f32>() {
-        Ok(price) if (0.0..=100.0).contains(&price) => Ok(price),
-        _ => Err("a price is from 0 to 100".to_owned()),
     }
 }
 
@@ -119,7 +106,7 @@ impl Serialize for Trained {
 
 impl Method for Joint {
     const NAME: &'static str = "joint";
-    const ROLE: crate::codec::Role = crate::codec::Role::Code;
+    const ROLE: Role = Role::Code;
     const ABOUT: &'static str = "Predicts every block from the layers below and from earlier blocks with the same text, quantises what differs by what an error there does, and \
                                  codes it. Needs a codec that was trained for the model (`kvfuse train`).";
     const PAPER: &'static str = "kvfuse, docs/joint.md";
@@ -172,10 +159,6 @@ pub fn rebuild(
 }
 
 impl Codec for Coding {
-    fn role(&self) -> Role {
-        Role::Code
-    }
-
     fn within_tenant(&self) -> Option<bool> {
         self.options.reference.then_some(self.options.within_tenant)
     }

@@ -1,36 +1,30 @@
 //! CacheGen-like: differences to an anchor token, coarser in later layers, entropy coded.
 
 use super::{BitSink, BitSource, Cost, PageShape, Quantized, Quantizer, put_f16, take_f16};
-use crate::codec::Codec;
 use crate::codec::fusion::Part;
-use crate::codec::registry::{Method, Scale, Search};
+use crate::codec::registry::{Method, Scale, Search, number};
+use crate::codec::{Codec, Role};
 use crate::error::Result;
 use constriction::stream::model::DefaultContiguousCategoricalEntropyModel as Table;
 use constriction::stream::queue::{DefaultRangeDecoder, DefaultRangeEncoder};
 use constriction::stream::{Decode, Encode};
 use serde::Serialize;
+use std::ops::Bound;
 use std::sync::Arc;
 
 #[derive(Debug, Clone, Copy, Serialize, clap::Args)]
 pub struct CacheGen {
     /// Width of a bin in the first layers, in deviations of the page's differences
-    #[arg(long, default_value_t = 0.5, value_parser = bin)]
+    #[arg(long, default_value_t = 0.5, value_parser = number("it", Bound::Included(0.01), Bound::Included(100.0)))]
     bin: f64,
     /// By how much bins are wider in the last layers
-    #[arg(long, default_value_t = 2.0, value_parser = bin)]
+    #[arg(long, default_value_t = 2.0, value_parser = number("it", Bound::Included(0.01), Bound::Included(100.0)))]
     growth: f64,
-}
-
-fn bin(text: &str) -> std::result::Result<f64, String> {
-    match text.parse::<f64>() {
-        Ok(bin) if (0.01..=100.0).contains(&bin) => Ok(bin),
-        _ => Err("it is from 0.01 to 100".to_owned()),
-    }
 }
 
 impl Method for CacheGen {
     const NAME: &'static str = "cachegen";
-    const ROLE: crate::codec::Role = crate::codec::Role::Code;
+    const ROLE: Role = Role::Code;
     const ABOUT: &'static str = "The first token of a page is the anchor (8 bits a number), the others are differences to it, in bins that grow with the layer, range coded with a table of each channel's spread in the page (5 bits).";
     const PAPER: &'static str = "after Liu et al. 2023, CacheGen (arXiv 2310.07240)";
     const DIALS: &'static [&'static str] = &["bin"];

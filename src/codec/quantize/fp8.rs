@@ -1,8 +1,8 @@
 //! Eight-bit floating point (E4M3) with one scale for every token and head.
 
 use super::{PerHead, Quantized};
-use crate::codec::Codec;
 use crate::codec::registry::Method;
+use crate::codec::{Codec, Role};
 use crate::error::Result;
 use serde::Serialize;
 use std::sync::Arc;
@@ -17,7 +17,7 @@ const LEAST_EXPONENT: i32 = -6;
 
 impl Method for Fp8 {
     const NAME: &'static str = "fp8";
-    const ROLE: crate::codec::Role = crate::codec::Role::Code;
+    const ROLE: Role = Role::Code;
     const ABOUT: &'static str =
         "Eight-bit floating point (E4M3) with one f16 scale for every token and head.";
     const PAPER: &'static str =

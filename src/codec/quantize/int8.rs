@@ -1,8 +1,8 @@
 //! Eight-bit integers with one scale for every token and head: what serving engines offer as a quantised KV cache.
 
 use super::{PerHead, Quantized};
-use crate::codec::Codec;
 use crate::codec::registry::Method;
+use crate::codec::{Codec, Role};
 use crate::error::Result;
 use serde::Serialize;
 use std::sync::Arc;
@@ -12,7 +12,7 @@ pub struct Int8 {}
 
 impl Method for Int8 {
     const NAME: &'static str = "int8";
-    const ROLE: crate::codec::Role = crate::codec::Role::Code;
+    const ROLE: Role = Role::Code;
     const ABOUT: &'static str = "Eight-bit integers, symmetric, with one f16 scale for every token and head.";
     const PAPER: &'static str = "as in vLLM and TensorRT-LLM (per-token quantised KV cache)";
 

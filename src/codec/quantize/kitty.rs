@@ -2,11 +2,12 @@
 
 use super::kivi::groups;
 use super::{BitSink, BitSource, Cost, PageShape, Quantized, Quantizer, affine};
-use crate::codec::Codec;
 use crate::codec::fusion::Part;
-use crate::codec::registry::{Method, Scale, Search};
+use crate::codec::registry::{Method, Scale, Search, number};
+use crate::codec::{Codec, Role};
 use crate::error::Result;
 use serde::Serialize;
+use std::ops::Bound;
 use std::sync::Arc;
 
 #[derive(Debug, Clone, Copy, Serialize, clap::Args)]
@@ -15,7 +16,7 @@ pub struct Kitty {
     #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..=6))]
     bits: u32,
     /// Share of a page's key channels that get two bits more: those with the largest mean absolute value
-    #[arg(long, default_value_t = 0.25, value_parser = share)]
+    #[arg(long, default_value_t = 0.25, value_parser = number("a share", Bound::Included(0.0), Bound::Included(1.0)))]
     boost: f64,
     /// Channels (of values) that share a scale and a zero point; keys share them over a page's tokens
     #[arg(long, default_value_t = 32, value_parser = clap::builder::RangedU64ValueParser::<usize>::new().range(1..=4096))]
@@ -28,16 +29,9 @@ pub struct Kitty {
     residual: usize,
 }
 
-fn share(text: &str) -> std::result::Result<f64, String> {
-    match text.parse::<f64>() {
-        Ok(share) if (0.0..=1.0).contains(&share) => Ok(share),
-        _ => Err("a share is from 0 to 1".to_owned()),
-    }
-}
-
 impl Method for Kitty {
     const NAME: &'static str = "kitty";
-    const ROLE: crate::codec::Role = crate::codec::Role::Code;
+    const ROLE: Role = Role::Code;
     const ABOUT: &'static str = "KIVI with two bits more for the key channels of each page that are largest (one bit a channel says which), the first tokens and the last raw.";
     const PAPER: &'static str = "Xia et al. 2025, Kitty (arXiv 2511.18643)";
     const DIALS: &'static [&'static str] = &["bits"];

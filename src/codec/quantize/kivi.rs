@@ -1,9 +1,9 @@
 //! KIVI: keys by channel, values by token, few bits, the latest tokens raw.
 
 use super::{BitSink, BitSource, PageShape, Quantized, Quantizer, affine};
-use crate::codec::Codec;
 use crate::codec::fusion::Part;
 use crate::codec::registry::{Method, Scale, Search};
+use crate::codec::{Codec, Role};
 use crate::error::Result;
 use serde::Serialize;
 use std::sync::Arc;
@@ -23,7 +23,7 @@ pub struct Kivi {
 
 impl Method for Kivi {
     const NAME: &'static str = "kivi";
-    const ROLE: crate::codec::Role = crate::codec::Role::Code;
+    const ROLE: Role = Role::Code;
     const ABOUT: &'static str = "Asymmetric quantisation of keys per channel over groups of tokens and of values per token over groups of channels, f16 scale and zero \
                                  point each; the last tokens of a request stay raw.";
     const PAPER: &'static str = "Liu et al. 2024, KIVI (arXiv 2402.02750)";

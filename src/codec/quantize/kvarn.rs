@@ -3,9 +3,9 @@
 use super::rotated::hadamard;
 use super::{BitSink, BitSource, PageShape, Quantized, Quantizer, affine, put_f16, take_f16};
 use crate::block::by_head;
-use crate::codec::Codec;
 use crate::codec::fusion::Part;
 use crate::codec::registry::{Method, Scale, Search};
+use crate::codec::{Codec, Role};
 use crate::error::Result;
 use ndarray::s;
 use serde::Serialize;
@@ -26,7 +26,7 @@ pub struct KvarN {
 
 impl Method for KvarN {
     const NAME: &'static str = "kvarn";
-    const ROLE: crate::codec::Role = crate::codec::Role::Code;
+    const ROLE: Role = Role::Code;
     const ABOUT: &'static str = "Every head of a page: Hadamard transform, then tokens and channels are divided by their deviations in turn, sixteen times, then asymmetric rounding by token. Best with large blocks (128 in the paper): a page pays f16 for every channel.";
     const PAPER: &'static str = "KVarN 2026 (arXiv 2606.03458)";
     const DIALS: &'static [&'static str] = &["bits"];

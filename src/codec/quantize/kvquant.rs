@@ -3,11 +3,12 @@
 use super::kivi::groups;
 use super::rotated::{lloyd_max, nearest};
 use super::{BitSink, BitSource, Cost, PageShape, Quantized, Quantizer, put_f16, take_f16};
-use crate::codec::Codec;
 use crate::codec::fusion::Part;
-use crate::codec::registry::{Method, Scale, Search};
+use crate::codec::registry::{Method, Scale, Search, number};
+use crate::codec::{Codec, Role};
 use crate::error::Result;
 use serde::Serialize;
+use std::ops::Bound;
 use std::sync::Arc;
 
 #[derive(Debug, Clone, Copy, Serialize, clap::Args)]
@@ -16,20 +17,13 @@ pub struct KvQuant {
     #[arg(long, default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..=8))]
     bits: u32,
     /// Share of a page's numbers that are kept in f16 with their places
-    #[arg(long, default_value_t = 0.01, value_parser = share)]
+    #[arg(long, default_value_t = 0.01, value_parser = number("a share", Bound::Included(0.0), Bound::Included(0.5)))]
     outliers: f64,
-}
-
-fn share(text: &str) -> std::result::Result<f64, String> {
-    match text.parse::<f64>() {
-        Ok(share) if (0.0..=0.5).contains(&share) => Ok(share),
-        _ => Err("a share is from 0 to 0.5".to_owned()),
-    }
 }
 
 impl Method for KvQuant {
     const NAME: &'static str = "kvquant";
-    const ROLE: crate::codec::Role = crate::codec::Role::Code;
+    const ROLE: Role = Role::Code;
     const ABOUT: &'static str = "Keys per channel and values per token and head, shifted and scaled by their own mean and deviation (f16) to levels of a Gaussian with the least squared error; the largest deviations are kept apart in f16. The paper calibrates its levels with Fisher information and takes keys before RoPE; this does not.";
     const PAPER: &'static str = "after Hooper et al. 2024, KVQuant (arXiv 2401.18079)";
     const DIALS: &'static [&'static str] = &["bits"];

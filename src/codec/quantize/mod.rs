@@ -25,7 +25,7 @@ use per_head::PerHead;
 pub use rotated::Rotated;
 
 use super::fusion::Part;
-use super::{CacheBatch, Codec, Coverage, Memo, Role};
+use super::{CacheBatch, Codec, Coverage, Memo};
 use crate::block::{BlockId, Payload};
 use crate::error::{Error, Result};
 use half::f16;
@@ -80,10 +80,6 @@ pub trait Quantizer: Send + Sync {
 pub struct Quantized<Q>(pub Q);
 
 impl<Q: Quantizer> Codec for Quantized<Q> {
-    fn role(&self) -> Role {
-        Role::Code
-    }
-
     fn coverage(&self, layers: usize) -> Coverage {
         Coverage::of(0..layers)
     }

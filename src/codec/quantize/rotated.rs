@@ -2,9 +2,9 @@
 //! of Lloyd-Max levels suits them all.
 
 use super::{BitSink, BitSource, Cost, PageShape, Quantized, Quantizer, put_f16, take_f16};
-use crate::codec::Codec;
 use crate::codec::fusion::Part;
 use crate::codec::registry::{Method, Scale, Search};
+use crate::codec::{Codec, Role};
 use crate::error::Result;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -24,7 +24,7 @@ pub struct Rotated {
 
 impl Method for Rotated {
     const NAME: &'static str = "rotated";
-    const ROLE: crate::codec::Role = crate::codec::Role::Code;
+    const ROLE: Role = Role::Code;
     const ABOUT: &'static str = "Every head's vector is turned by random signs and a Hadamard transform, scaled by its own norm (f16) and rounded to Lloyd-Max levels of a \
                                  Gaussian.";
     const PAPER: &'static str =
