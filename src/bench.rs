@@ -181,7 +181,7 @@ fn real_batch(model: &Model) -> Result<CacheBatch> {
         for table in &mut cache.layers {
             for entry in &mut table.entries {
                 let (keys, values) =
-                    (batch.pool.keys(entry.block).to_vec(), batch.pool.values(entry.block).to_vec());
+                    (batch.pool.keys(entry.block).into_owned(), batch.pool.values(entry.block).into_owned());
                 batch.pool.release(entry.block);
                 entry.block = batch.pool.allocate(&keys, &values);
             }

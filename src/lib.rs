@@ -16,6 +16,7 @@ pub mod model;
 pub mod plot;
 pub mod progress;
 pub mod report;
+pub mod serve;
 pub mod stats;
 pub mod sweep;
 pub mod tables;

@@ -462,11 +462,11 @@ proptest! {
                     if choices.rope == RopeMode::Strip {
                         original.ropes.layer(0).strip_tokens(&mut x, 4, 4 * block);
                     }
-                    let mut rep = fused.pool.keys(entry.block).to_vec();
+                    let mut rep = fused.pool.keys(entry.block).into_owned();
                     if choices.rope == RopeMode::Strip && !entry.stripped {
                         original.ropes.layer(0).strip_tokens(&mut rep, 4, 4 * block);
                     }
-                    let (key, value) = (cosine(&x, &rep), cosine(&values, fused.pool.values(entry.block)));
+                    let (key, value) = (cosine(&x, &rep), cosine(&values, &fused.pool.values(entry.block)));
                     let similarity = match choices.similarity {
                         Similarity::Keys => key,
                         Similarity::Values => value,

@@ -50,7 +50,7 @@ fn agrees(name: &str) {
         let layer = |n: usize, values: bool| -> Vec<f64> {
             let blocks = got.cache.layers[n].entries.iter();
             let read = |id| if values { got.pool.values(id) } else { got.pool.keys(id) };
-            blocks.flat_map(|e| read(e.block).iter().map(|&x| f64::from(x))).collect()
+            blocks.flat_map(|e| read(e.block).into_owned().into_iter().map(f64::from)).collect()
         };
         let (keys, values) = (floats(&expected["key_norm"]), floats(&expected["value_norm"]));
         for n in 0..config.layers {

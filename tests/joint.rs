@@ -40,7 +40,7 @@ fn blank(batch: &CacheBatch) -> CacheBatch {
     for page in pages {
         let zeros = vec![0.0; blank.pool.keys(page).len()];
         let payload = blank.pool.payload(page).unwrap().clone();
-        blank.pool.recode(page, zeros.clone(), zeros, payload);
+        blank.pool.recode(page, zeros.clone(), zeros, payload, None);
     }
     blank
 }
@@ -115,7 +115,7 @@ proptest! {
             for table in other.caches[request].layers.clone() {
                 for entry in table.entries {
                     let numbers = vec![0.25; other.pool.keys(entry.block).len()];
-                    other.pool.recode(entry.block, numbers.clone(), numbers, Default::default());
+                    other.pool.recode(entry.block, numbers.clone(), numbers, Default::default(), None);
                 }
             }
         }
@@ -154,7 +154,7 @@ fn damaged_blocks_are_refused_or_read_without_panic() {
         let mut own = payload.clone();
         own.bytes[at] ^= 0x55;
         let zeros = damaged.pool.keys(first).to_vec();
-        damaged.pool.recode(first, zeros.clone(), zeros, own);
+        damaged.pool.recode(first, zeros.clone(), zeros, own, None);
         // Files have checksums; here it is enough that nothing breaks.
         let _ = chain.decode(&mut damaged);
     }

@@ -3,8 +3,10 @@
 //! One physical block holds keys and values of up to `block_size` consecutive tokens of ONE layer. A request owns one
 //! [`BlockTable`] a layer; several tables may point at the same block. A block whose last reference goes is freed.
 
+mod page;
 mod pool;
 mod table;
 
-pub use pool::{BlockId, BlockPool, BlockShape, Payload, Storage, by_head};
+pub use page::{Part, Payload, ReadPage, Storage};
+pub use pool::{BlockId, BlockPool, BlockShape, by_head};
 pub use table::{BlockTable, Entry, Kept, RequestCache, Scale};

@@ -1,8 +1,9 @@
 //! The pool of physical blocks.
 
+use super::page::{Page, Part, Payload, ReadPage, Storage};
 use half::f16;
-use half::slice::HalfFloatSliceExt;
 use ndarray::{ArrayView1, ArrayView3};
+use std::borrow::Cow;
 use std::sync::Arc;
 
 /// Geometry of every block of a pool.
@@ -45,56 +46,13 @@ pub fn by_head(numbers: &[f32], kv_heads: usize, head_dim: usize) -> ArrayView3<
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct BlockId(u32);
 
-/// Numbers of one block, `[tokens, kv_heads, head_dim]` each, tokens <= block_size.
-#[derive(Debug, Default, Clone)]
-struct Block {
-    keys: Vec<f32>,
-    values: Vec<f32>,
-    /// What the numbers are read from, if not 16 bits each.
-    payload: Option<Payload>,
-}
-
-/// An encoded page: its bytes, and how many of their bits are codes of numbers and how many scales and the like.
-#[derive(Debug, Default, Clone, PartialEq, Eq)]
-pub struct Payload {
-    pub bytes: Vec<u8>,
-    pub code_bits: u64,
-    pub side_bits: u64,
-}
-
 /// `data` is shared only with clones of the pool: an experiment's arms begin as clones of the unfused pool, and copying
 /// gigabytes for each would cost more than fusing them. A pool counts, and frees, what its own slots hold.
 #[derive(Debug, Default, Clone)]
 struct Slot {
     references: u32,
     /// Empty when the slot is free.
-    data: Arc<Block>,
-}
-
-/// What a number may keep when it goes into the pool. Arithmetic on the cache is in f32 either way.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Storage {
-    /// All of it: for dumps and for parity with reference implementations.
-    F32,
-    /// Rounded to f16: for rate-distortion rows, so that the 16 bits the ledger charges an element are what the
-    /// number really needs.
-    F16,
-}
-
-impl Storage {
-    fn round(self, numbers: &[f32]) -> Vec<f32> {
-        match self {
-            Storage::F32 => numbers.to_vec(),
-            Storage::F16 => {
-                // Slice conversions use the machine's own instructions; one `from_f32` a number is far slower.
-                let mut half = vec![f16::ZERO; numbers.len()];
-                half.convert_from_f32_slice(numbers);
-                let mut rounded = vec![0.0; numbers.len()];
-                half.convert_to_f32_slice(&mut rounded);
-                rounded
-            }
-        }
-    }
+    data: Arc<Page>,
 }
 
 /// Reference-counted physical blocks. Memory of a block goes back to the allocator with its last reference.
@@ -104,11 +62,12 @@ pub struct BlockPool {
     shape: BlockShape,
     slots: Vec<Slot>,
     free: Vec<u32>,
+    bytes: usize,
 }
 
 impl BlockPool {
     pub fn new(shape: BlockShape, storage: Storage) -> Self {
-        BlockPool { shape, storage, slots: Vec::new(), free: Vec::new() }
+        BlockPool { shape, storage, slots: Vec::new(), free: Vec::new(), bytes: 0 }
     }
 
     pub fn shape(&self) -> BlockShape {
@@ -131,13 +90,13 @@ impl BlockPool {
         assert_eq!(keys.len(), values.len());
         assert_eq!(keys.len() % self.shape.token_width(), 0);
         assert!(keys.len() <= self.shape.block_width());
-        let (keys, values) = (self.storage.round(keys), self.storage.round(values));
-        let block = Block { keys, values, payload: None };
-        let slot = Slot { references: 1, data: Arc::new(block) };
-        self.insert(slot)
+        let page = Page::new(self.storage, keys, values);
+        self.insert(page)
     }
 
-    fn insert(&mut self, slot: Slot) -> BlockId {
+    fn insert(&mut self, page: Page) -> BlockId {
+        self.bytes += page.bytes();
+        let slot = Slot { references: 1, data: Arc::new(page) };
         match self.free.pop() {
             Some(id) => {
                 self.slots[id as usize] = slot;
@@ -150,15 +109,39 @@ impl BlockPool {
         }
     }
 
-    /// Stores a page in another form, for all that point at it: the numbers that are read from a payload.
-    pub fn recode(&mut self, id: BlockId, keys: Vec<f32>, values: Vec<f32>, payload: Payload) {
-        debug_assert_eq!(keys.len(), self.keys(id).len());
-        self.slots[id.0 as usize].data = Arc::new(Block { keys, values, payload: Some(payload) });
+    fn page(&self, id: BlockId) -> &Page {
+        &self.slots[id.0 as usize].data
+    }
+
+    fn put(&mut self, id: BlockId, page: Page) {
+        self.bytes = self.bytes - self.page(id).bytes() + page.bytes();
+        self.slots[id.0 as usize].data = Arc::new(page);
+    }
+
+    /// Stores a page in another form, for all that point at it: the numbers that are read from a payload, and what reads
+    /// them if that can be done whenever the page is used.
+    pub fn recode(
+        &mut self,
+        id: BlockId,
+        keys: Vec<f32>,
+        values: Vec<f32>,
+        payload: Payload,
+        reader: Option<Arc<dyn ReadPage>>,
+    ) {
+        debug_assert_eq!(keys.len(), self.page(id).len());
+        self.put(id, Page::coded(keys, values, payload, reader));
+    }
+
+    /// Lets go of a page's numbers if they can be read from its bytes.
+    pub fn pack(&mut self, id: BlockId) {
+        let mut page = self.page(id).clone();
+        page.pack();
+        self.put(id, page);
     }
 
     /// What a page is read from, if it is not 16 bits a number.
     pub fn payload(&self, id: BlockId) -> Option<&Payload> {
-        self.slots[id.0 as usize].data.payload.as_ref()
+        self.page(id).payload()
     }
 
     /// What numbers become when they go into the pool.
@@ -177,6 +160,7 @@ impl BlockPool {
         assert!(slot.references > 0, "block released twice");
         slot.references -= 1;
         if slot.references == 0 {
+            self.bytes -= slot.data.bytes();
             *slot = Slot::default();
             self.free.push(id.0);
         }
@@ -185,35 +169,55 @@ impl BlockPool {
     /// Appends one token to a block, copying it first if others share it. Returns the block to use from now on.
     pub fn append(&mut self, id: BlockId, key: &[f32], value: &[f32]) -> BlockId {
         let id = if self.references(id) > 1 {
-            let copy = Slot { references: 1, data: Arc::clone(&self.slots[id.0 as usize].data) };
+            let copy = self.page(id).clone();
             self.release(id);
             self.insert(copy)
         } else {
             id
         };
         assert!(self.tokens(id) < self.shape.block_size, "block is full");
-        // Copies the numbers if a copied slot or a clone of the pool still shares them.
-        let block = Arc::make_mut(&mut self.slots[id.0 as usize].data);
-        block.keys.extend(self.storage.round(key));
-        block.values.extend(self.storage.round(value));
-        // A page that grows is no longer what its bits say.
-        block.payload = None;
+        let before = self.page(id).bytes();
+        // Copies the numbers if a clone of the pool still shares them.
+        let page = Arc::make_mut(&mut self.slots[id.0 as usize].data);
+        page.append(self.storage, [key, value], self.shape.block_width());
+        self.bytes = self.bytes - before + page.bytes();
         id
     }
 
+    /// Keys or values of a block, `[tokens, kv_heads, head_dim]`.
+    pub fn numbers(&self, id: BlockId, part: Part) -> Cow<'_, [f32]> {
+        self.page(id).read(part)
+    }
+
     /// Keys of a block, `[tokens, kv_heads, head_dim]`.
-    pub fn keys(&self, id: BlockId) -> &[f32] {
-        &self.slots[id.0 as usize].data.keys
+    pub fn keys(&self, id: BlockId) -> Cow<'_, [f32]> {
+        self.numbers(id, Part::Key)
     }
 
     /// Values of a block, `[tokens, kv_heads, head_dim]`.
-    pub fn values(&self, id: BlockId) -> &[f32] {
-        &self.slots[id.0 as usize].data.values
+    pub fn values(&self, id: BlockId) -> Cow<'_, [f32]> {
+        self.numbers(id, Part::Value)
+    }
+
+    /// Appends keys or values of one head of a block's first tokens: `[tokens, head_dim]`.
+    pub fn read_head(&self, id: BlockId, part: Part, head: usize, tokens: usize, out: &mut Vec<f32>) {
+        let widths = (self.shape.token_width(), self.shape.head_dim);
+        self.page(id).read_head(part, head, widths, tokens, out);
+    }
+
+    /// Whether two blocks hold the same numbers.
+    pub fn same(&self, a: BlockId, b: BlockId) -> bool {
+        a == b || self.page(a).same(self.page(b))
+    }
+
+    /// The last few keys or values of a block.
+    pub fn last(&self, id: BlockId, part: Part, count: usize) -> Vec<f32> {
+        self.page(id).last(part, count)
     }
 
     /// Tokens stored in a block.
     pub fn tokens(&self, id: BlockId) -> usize {
-        self.keys(id).len() / self.shape.token_width()
+        self.page(id).len() / self.shape.token_width()
     }
 
     pub fn references(&self, id: BlockId) -> u32 {
@@ -231,9 +235,14 @@ impl BlockPool {
         self.slots.len() - self.free.len()
     }
 
+    /// Bytes of memory of all live blocks' numbers and payloads; an open block counts as full.
+    pub fn bytes(&self) -> usize {
+        self.bytes
+    }
+
     /// KV numbers (keys and values) held by all live blocks.
     pub fn elements(&self) -> u64 {
-        self.slots.iter().map(|s| (s.data.keys.len() + s.data.values.len()) as u64).sum()
+        self.slots.iter().map(|s| 2 * s.data.len() as u64).sum()
     }
 }
 
@@ -266,8 +275,8 @@ mod tests {
         pool.retain(a);
         let b = pool.append(a, &[5.0, 5.0], &[6.0, 6.0]);
         assert_ne!(a, b);
-        assert_eq!(pool.keys(a), [1.0, 1.0]);
-        assert_eq!(pool.keys(b), [1.0, 1.0, 5.0, 5.0]);
+        assert_eq!(*pool.keys(a), [1.0, 1.0]);
+        assert_eq!(*pool.keys(b), [1.0, 1.0, 5.0, 5.0]);
         assert_eq!((pool.references(a), pool.references(b)), (1, 1));
         let c = pool.append(a, &[7.0, 7.0], &[8.0, 8.0]);
         assert_eq!(a, c, "nobody shares it any more");
@@ -278,5 +287,10 @@ mod tests {
         let mut pool = pool();
         let a = pool.allocate(&[0.1, 1.0], &[0.3, 2.0]);
         assert_eq!(pool.keys(a)[0], f16::from_f32(0.1).to_f32());
+        assert_eq!(pool.bytes(), 8, "two keys and two values");
+        let a = pool.append(a, &[1.0, 1.0], &[2.0, 2.0]);
+        assert_eq!(pool.bytes(), 16);
+        pool.release(a);
+        assert_eq!(pool.bytes(), 0);
     }
 }

@@ -1,10 +1,10 @@
 //! `kvfuse dump`.
 
+use super::draw::DrawArgs;
 use super::say;
 use crate::dump::{DumpDtype, DumpOptions, Sort, dump};
 use crate::files;
 use crate::model::registry::DEFAULT_MODEL;
-use crate::task::{Draw, Half};
 use anyhow::Result;
 use std::path::{Path, PathBuf};
 
@@ -17,42 +17,8 @@ pub struct Args {
     /// Built-in name, GGUF file, Hugging Face folder or hf:ORG/NAME[@REVISION]
     #[arg(long, default_value = DEFAULT_MODEL)]
     model: String,
-    /// builtin:qa, builtin:longqa (several passages, one of which holds the answer), synth:niah (codes hidden in filler),
-    /// squad:FILE (SQuAD v1.1 JSON), longbench:FILE, ruler:FILE, prompts:FILE (JSON lines with prompt and answers) or text:FILE
-    /// (plain text, for perplexity)
-    #[arg(long, default_value = "builtin:qa")]
-    data: String,
-    /// Prompts to draw
-    #[arg(long, default_value_t = 64)]
-    requests: usize,
-    /// Instead of --requests: so many prompts, or all where there are fewer
-    #[arg(long, value_name = "N", conflicts_with = "requests")]
-    limit: Option<usize>,
-    /// Worked examples in front of every question
-    #[arg(long, default_value_t = 3)]
-    shots: usize,
-    /// Decides which examples and questions are drawn
-    #[arg(long, default_value_t = 0)]
-    seed: u64,
-    /// Tokens of a prompt: other passages are joined to a question's own up to this [default: 2700 for builtin:longqa, 1500
-    /// for synth:niah, none for others]
-    #[arg(long, value_name = "TOKENS")]
-    length: Option<usize>,
-    /// Put this many passages into every prompt, the question's own among them, in random order: retrieval-augmented generation
-    #[arg(long, value_name = "K")]
-    passages: Option<usize>,
-    /// Only questions about one half of the data's passages, as the file has them: train on one, test on the other
-    #[arg(long, value_enum)]
-    half: Option<Half>,
-    /// Draw the passages of --passages from so many [default: all there are]
-    #[arg(long, value_name = "P", requires = "passages", default_value_t = 0, hide_default_value = true)]
-    pool: usize,
-    /// Codes hidden in a prompt of synth:niah; one is asked for
-    #[arg(long, default_value_t = 1)]
-    needles: usize,
-    /// Deal the requests to this many tenants
-    #[arg(long, value_name = "N", default_value_t = 0, hide_default_value = true)]
-    tenants: usize,
+    #[command(flatten)]
+    draw: DrawArgs,
     /// Put this many filler tokens in front of every other request, so that equal text stands at other positions
     #[arg(long, value_name = "TOKENS", default_value_t = 0, hide_default_value = true)]
     shift: usize,
@@ -77,19 +43,7 @@ impl Args {
     pub fn options(self, typed: Vec<String>) -> DumpOptions {
         DumpOptions {
             model: self.model,
-            draw: Draw {
-                spec: self.data,
-                requests: self.requests,
-                limit: self.limit,
-                shots: self.shots,
-                seed: self.seed,
-                length: self.length,
-                passages: self.passages,
-                pool: self.pool,
-                half: self.half,
-                needles: self.needles,
-                tenants: self.tenants,
-            },
+            draw: self.draw.draw(),
             shift: self.shift,
             dtype: self.dtype,
             chat: self.chat,
@@ -142,18 +96,18 @@ const SPLITS: [&str; 5] = ["train", "validation", "valid", "dev", "test"];
 /// A folder name that no two different dumps share: it ends with a checksum of the contents of model and data.
 fn default_name(args: &Args) -> Result<String> {
     let longest = args.max_tokens.map(|m| format!("-x{m}")).unwrap_or_default();
-    let requests = args.limit.unwrap_or(args.requests);
+    let requests = args.draw.limit.unwrap_or(args.draw.requests);
     let flags = [("-sorted", args.sort == Sort::Length), ("-chat", args.chat)];
     let flags: String = flags.iter().filter(|(_, on)| *on).map(|(name, _)| *name).collect();
     let plain =
-        format!("{}-{}-n{}-k{}-s{}", stem(&args.model), stem(&args.data), requests, args.shots, args.seed);
-    let length = args.length.map(|l| format!("-l{l}")).unwrap_or_default();
-    let rag = args.passages.map(|k| format!("-rag{k}of{}", args.pool)).unwrap_or_default();
-    let half = args.half.map(|h| format!("-{h:?}").to_lowercase()).unwrap_or_default();
-    let optional = [("-m", args.needles - args.needles.min(1)), ("-t", args.tenants), ("-p", args.shift)];
+        format!("{}-{}-n{}-k{}-s{}", stem(&args.model), stem(&args.draw.data), requests, args.draw.shots, args.draw.seed);
+    let length = args.draw.length.map(|l| format!("-l{l}")).unwrap_or_default();
+    let rag = args.draw.passages.map(|k| format!("-rag{k}of{}", args.draw.pool)).unwrap_or_default();
+    let half = args.draw.half.map(|h| format!("-{h:?}").to_lowercase()).unwrap_or_default();
+    let optional = [("-m", args.draw.needles - args.draw.needles.min(1)), ("-t", args.draw.tenants), ("-p", args.shift)];
     let optional = optional.iter().filter(|(_, n)| *n > 0).map(|(name, n)| format!("{name}{n}"));
     let dtype = format!("-{:?}", args.dtype).to_lowercase();
-    let data = args.data.split_once(':').map(|(_, file)| Path::new(file)).filter(|file| file.is_file());
+    let data = args.draw.data.split_once(':').map(|(_, file)| Path::new(file)).filter(|file| file.is_file());
     let data = data.map_or(Ok(String::new()), files::sha256)?;
     let contents = files::sha256_bytes((crate::model::checksum(&args.model)? + &data).as_bytes());
     let name = plain + &half + &length + &rag + &longest + &optional.collect::<String>() + &flags + &dtype;

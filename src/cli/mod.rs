@@ -6,6 +6,7 @@ mod check;
 mod compare;
 mod completions;
 mod demo;
+mod draw;
 mod dump;
 mod encode;
 mod explain;
@@ -17,6 +18,7 @@ mod plot;
 mod report;
 mod run;
 mod search;
+mod serve_bench;
 mod simulate;
 mod stats;
 mod sweep;
@@ -76,6 +78,7 @@ enum Command {
     Compare(compare::Args),
     Check(check::Args),
     Report(report::Args),
+    ServeBench(Box<serve_bench::Args>),
     Demo(demo::Args),
     Bench(bench::Args),
     Completions(completions::Args),
@@ -120,6 +123,7 @@ impl Command {
             Command::Compare(args) => compare::run(args),
             Command::Check(args) => check::run(args),
             Command::Report(args) => report::run(args),
+            Command::ServeBench(args) => serve_bench::run(*args, typed),
             Command::Demo(args) => demo::run(args, typed),
             Command::Bench(args) => bench::run(args),
             Command::Completions(args) => completions::run(args),
@@ -140,6 +144,20 @@ fn say(text: impl AsRef<str>) -> Result<()> {
 /// Prints rows as JSON lines (`--json`).
 fn say_rows<T: serde::Serialize>(rows: &[T]) -> Result<()> {
     rows.iter().try_for_each(|row| say(serde_json::to_string(row)?))
+}
+
+/// Reads a number of bytes: 4096, 512MiB, 1.5GB.
+fn bytes(text: &str) -> std::result::Result<usize, String> {
+    const UNITS: [(&str, f64); 7] =
+        [("KiB", 1024.0), ("MiB", 1048576.0), ("GiB", 1073741824.0), ("kB", 1e3), ("MB", 1e6), ("GB", 1e9), ("", 1.0)];
+    let known = UNITS.iter().find_map(|(unit, factor)| {
+        let number: f64 = text.strip_suffix(unit)?.trim().parse().ok()?;
+        Some(number * factor)
+    });
+    match known.filter(|n| *n >= 1.0 && n.is_finite()) {
+        Some(n) => Ok(n as usize),
+        None => Err("write 4096, 512MiB or 1.5GB".to_owned()),
+    }
 }
 
 /// A usage error of clap's in one line.

@@ -98,11 +98,11 @@ pub fn distortion_by_layer(
                 let keys = original.pool.keys(x.block);
                 let turned = y.stripped.then(|| encoded.read(request, n, block).0);
                 let (key_error, key_energy) = match &turned {
-                    Some(turned) => squares(keys, turned, 1.0),
-                    None => squares(keys, encoded.pool.keys(y.block), y.key_scale()),
+                    Some(turned) => squares(&keys, turned, 1.0),
+                    None => squares(&keys, &encoded.pool.keys(y.block), y.key_scale()),
                 };
                 let values = (original.pool.values(x.block), encoded.pool.values(y.block));
-                let (value_error, value_energy) = squares(values.0, values.1, y.value_scale());
+                let (value_error, value_energy) = squares(&values.0, &values.1, y.value_scale());
                 sum += Distortion { key_error, key_energy, value_error, value_energy };
                 let worst = relative(key_error, key_energy).max(relative(value_error, value_energy));
                 let fused = encoded.is_fused(request, n, block);
@@ -133,8 +133,9 @@ fn evicted(original: &CacheBatch, encoded: &CacheBatch, request: usize, n: usize
     let (mut sum, mut worst) = (Distortion::default(), 0.0f64);
     for (block, entry) in original.caches[request].layers[n].entries.iter().enumerate() {
         let mut own = Distortion::default();
-        let rows = original.pool.keys(entry.block).chunks_exact(width);
-        for (t, (key, value)) in rows.zip(original.pool.values(entry.block).chunks_exact(width)).enumerate() {
+        let (before, stored) = (original.pool.keys(entry.block), original.pool.values(entry.block));
+        let rows = before.chunks_exact(width).zip(stored.chunks_exact(width));
+        for (t, (key, value)) in rows.enumerate() {
             let position = block * size + t;
             let slot = table.slots_before(position);
             let there = table.slots_before(position + 1) > slot;

@@ -109,7 +109,7 @@ impl Codec for Rebuilt {
                     let own = bits / layers as u64 + if layer == 0 { bits % layers as u64 } else { 0 };
                     let code_bits = if i == 0 { own } else { 0 };
                     let payload = Payload { bytes: Vec::new(), code_bits, side_bits: 0 };
-                    batch.pool.recode(entry.block, keys, values, payload);
+                    batch.pool.recode(entry.block, keys, values, payload, None);
                 }
             }
         }

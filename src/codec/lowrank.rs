@@ -114,11 +114,11 @@ impl LowRank {
                 let mut row = 0;
                 for (&page, &block) in pages.iter().zip(&stack.blocks) {
                     let numbers = if part == 0 {
-                        let mut keys = batch.pool.keys(page).to_vec();
+                        let mut keys = batch.pool.keys(page).into_owned();
                         batch.ropes.layer(layer).strip_tokens(&mut keys, width, block * size);
                         keys
                     } else {
-                        batch.pool.values(page).to_vec()
+                        batch.pool.values(page).into_owned()
                     };
                     for own in numbers.chunks_exact(width) {
                         x[row * side + n * width..][..width].copy_from_slice(own);
@@ -184,7 +184,7 @@ impl LowRank {
                 let bits = 8 * bytes.len() as u64;
                 let share = bits / pages + if first { bits % pages } else { 0 };
                 let bytes = if first { bytes.to_vec() } else { Vec::new() };
-                batch.pool.recode(page, keys, values, Payload { bytes, code_bits: share, side_bits: 0 });
+                batch.pool.recode(page, keys, values, Payload { bytes, code_bits: share, side_bits: 0 }, None);
             }
         }
         Ok(())

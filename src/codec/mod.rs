@@ -50,6 +50,8 @@ pub struct CacheBatch {
     pub ropes: Arc<Ropes>,
     /// How tokens were attended to in prefill, request by request, where a codec needs it.
     pub observed: Option<Arc<Vec<Observed>>>,
+    /// Blocks of every request that stand before those that are here: a server keeps ends of prompts by themselves.
+    pub first_block: usize,
 }
 
 impl CacheBatch {
@@ -62,6 +64,7 @@ impl CacheBatch {
             tenants: Vec::new(),
             ropes,
             observed: None,
+            first_block: 0,
         }
     }
 
@@ -82,7 +85,7 @@ impl CacheBatch {
     pub fn read(&self, request: usize, layer: usize, block: usize) -> (Vec<f32>, Vec<f32>) {
         let entry = &self.caches[request].layers[layer].entries[block];
         let shape = self.pool.shape();
-        let mut keys = self.pool.keys(entry.block).to_vec();
+        let mut keys = self.pool.keys(entry.block).into_owned();
         if entry.stripped {
             let rope = self.ropes.layer(layer);
             rope.rotate_tokens(&mut keys, shape.token_width(), block * shape.block_size);
@@ -206,6 +209,16 @@ pub trait Codec: Send + Sync {
     /// Whether it takes what fusions and evictions leave: blocks with scales or without positions, tokens with gaps.
     fn takes_changed(&self) -> bool {
         true
+    }
+
+    /// Whether its pages can be read from their bytes as they are used ([`crate::block::ReadPage`]).
+    fn reads_in_place(&self) -> bool {
+        false
+    }
+
+    /// Whether the bytes of a block of tokens can be read without those of others.
+    fn blocks_stand_alone(&self) -> bool {
+        false
     }
 
     /// What it must know of how tokens were attended to ([`CacheBatch::observed`]).

@@ -92,8 +92,8 @@ impl Codec for Random {
                     let Some(&other) = replaced.get(&own) else { continue };
                     let pool = &batch.pool;
                     let scale = Gain {
-                        key: gain(pool.keys(own), pool.keys(other)),
-                        value: gain(pool.values(own), pool.values(other)),
+                        key: gain(&pool.keys(own), &pool.keys(other)),
+                        value: gain(&pool.values(own), &pool.values(other)),
                     };
                     let entry = Entry { scale: Some(scale), fused: true, ..Entry::plain(other) };
                     batch.caches[request].layers[layer].replace(&mut batch.pool, block, entry);

@@ -2,7 +2,7 @@
 
 use super::manifest::{DataEntry, MANIFEST, Manifest, ModelEntry, RequestEntry, SCHEMA};
 use super::shard::{DumpDtype, Shard, write_shard};
-use crate::block::{BlockPool, BlockTable, RequestCache, Storage};
+use crate::block::{BlockPool, BlockTable, Part, RequestCache, Storage};
 use crate::error::{Error, Result};
 use crate::lock::FolderLock;
 use crate::model::{Model, NUMERICS, Segment};
@@ -259,9 +259,10 @@ pub fn shared_prefix(prompts: &[Vec<u32>]) -> usize {
 /// Keys and values of every layer, read back through the block tables.
 fn read_layers(pool: &BlockPool, cache: &RequestCache) -> Vec<(Vec<f32>, Vec<f32>)> {
     let read = |table: &BlockTable| {
-        let blocks = table.entries.iter().map(|e| e.block);
-        let keys = blocks.clone().flat_map(|b| pool.keys(b).iter().copied()).collect();
-        (keys, blocks.flat_map(|b| pool.values(b).iter().copied()).collect())
+        let all = |part: Part| -> Vec<f32> {
+            table.entries.iter().flat_map(|e| pool.numbers(e.block, part).into_owned()).collect()
+        };
+        (all(Part::Key), all(Part::Value))
     };
     cache.layers.iter().map(read).collect()
 }

@@ -218,7 +218,7 @@ fn page(
         let zeros = vec![0.0; page.numbers()];
         let id = batch.pool.allocate(&zeros, &zeros);
         let payload = Payload { bytes: bytes.to_vec(), code_bits: 8 * bytes.len() as u64, side_bits: 0 };
-        batch.pool.recode(id, zeros.clone(), zeros, payload);
+        batch.pool.recode(id, zeros.clone(), zeros, payload, None);
         return Ok(id);
     }
     let numbers: Vec<f32> =

@@ -184,7 +184,7 @@ fn write_page(pool: &BlockPool, page: BlockId, bytes: &mut Vec<u8>) -> u64 {
     let payload = pool.payload(page);
     let own = match payload {
         Some(payload) => payload.bytes.clone(),
-        None => [halves(pool.keys(page)), halves(pool.values(page))].concat(),
+        None => [halves(&pool.keys(page)), halves(&pool.values(page))].concat(),
     };
     let mut frame = Vec::with_capacity(PAGE_FRAME);
     frame.extend((pool.tokens(page) as u16).to_le_bytes());

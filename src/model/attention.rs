@@ -3,8 +3,9 @@
 use super::gemm::{View, product};
 use super::kernels::{causal_softmax, scores, softmax_row, weighted_sum};
 use super::rope::Rope;
-use crate::block::{BlockPool, BlockTable, Entry};
+use crate::block::{BlockPool, BlockTable, Entry, Part};
 use rayon::prelude::*;
+use std::ops::Range;
 
 /// Head geometry of the queries (the pool knows that of the keys), and what a query does with the keys.
 #[derive(Debug, Clone, Copy)]
@@ -138,24 +139,16 @@ fn visible<'a>(
     blocks.map(move |(b, entry)| Seen { entry, first: b * size, tokens: size.min(to - b * size) })
 }
 
-/// Keys of one head of a block that is stored without positions, rotated to where the block stands:
-/// `[tokens, head_dim]`.
-fn rotated(pool: &BlockPool, rope: &Rope, heads: Heads, kv_head: usize, seen: &Seen, out: &mut Vec<f32>) {
-    out.clear();
-    for row in head_rows(pool.keys(seen.entry.block), heads, kv_head, seen.tokens) {
-        out.extend_from_slice(row);
+/// Keys of one head of a block, rotated to where the block stands if it is stored without positions: `[tokens, head_dim]`.
+fn read_keys(pool: &BlockPool, rope: &Rope, kv_head: usize, seen: &Seen, out: &mut Vec<f32>) {
+    let from = out.len();
+    pool.read_head(seen.entry.block, Part::Key, kv_head, seen.tokens, out);
+    if seen.entry.stripped {
+        rope.rotate_tokens(&mut out[from..], pool.shape().head_dim, seen.first);
     }
-    rope.rotate_tokens(out, heads.head_dim, seen.first);
 }
 
-/// Numbers of one key/value head, token by token, out of `[tokens, kv_heads, head_dim]`.
-fn head_rows(block: &[f32], heads: Heads, kv_head: usize, tokens: usize) -> impl Iterator<Item = &[f32]> {
-    let at = kv_head * heads.head_dim;
-    let rows = block.chunks_exact(heads.kv_heads * heads.head_dim);
-    rows.take(tokens).map(move |row| &row[at..at + heads.head_dim])
-}
-
-/// Few query rows: every block is read once where it lies.
+/// Few query rows: every block is read once, for all of them.
 fn in_place(
     pool: &BlockPool,
     rope: &Rope,
@@ -165,35 +158,40 @@ fn in_place(
     task: &Task,
 ) -> Vec<f32> {
     let (d, group) = (heads.head_dim, heads.group());
+    let rows = task.tokens * group;
     let total = task.slot + task.tokens;
-    let stride_kv = heads.kv_heads * d;
-    let at = task.kv_head * d;
-    let mut weights = vec![0.0; total];
-    let mut turned = Vec::new();
-    let mut out = vec![0.0; task.tokens * group * d];
-    for (i, out) in out.chunks_exact_mut(d).enumerate() {
-        let (token, head) = (i / group, task.kv_head * group + i % group);
-        let end = task.slot + token + 1;
-        let from = task.first_slot(heads, task.start + token);
-        let query = &queries[(task.row + token) * stride + head * d..][..d];
-        for seen in visible(pool, task.table, from, end) {
-            let scale = seen.entry.key_scale() * heads.scale;
-            let weights = &mut weights[seen.first..seen.first + seen.tokens];
-            if seen.entry.stripped {
-                rotated(pool, rope, heads, task.kv_head, &seen, &mut turned);
-                scores(query, &turned, d, scale, weights);
-            } else {
-                scores(query, &pool.keys(seen.entry.block)[at..], stride_kv, scale, weights);
-            }
+    let query = |i: usize| {
+        let at = (task.row + i / group) * stride + (task.kv_head * group + i % group) * d;
+        &queries[at..at + d]
+    };
+    // What a row sees, in slots.
+    let spans: Vec<Range<usize>> = (0..task.tokens)
+        .map(|token| task.first_slot(heads, task.start + token)..task.slot + token + 1)
+        .collect();
+    let from = spans[0].start;
+    let mut weights = vec![0.0; rows * total];
+    let mut numbers = Vec::new();
+    for seen in visible(pool, task.table, from, total) {
+        let scale = seen.entry.key_scale() * heads.scale;
+        numbers.clear();
+        read_keys(pool, rope, task.kv_head, &seen, &mut numbers);
+        for (i, weights) in weights.chunks_exact_mut(total).enumerate() {
+            scores(query(i), &numbers, d, scale, &mut weights[seen.first..seen.first + seen.tokens]);
         }
-        // What the first block holds before the window.
-        let block = pool.shape().block_size;
-        weights[from / block * block..from].fill(0.0);
-        softmax_row(&mut weights[from..end]);
-        for seen in visible(pool, task.table, from, end) {
-            let values = &pool.values(seen.entry.block)[at..];
-            let weights = &weights[seen.first..seen.first + seen.tokens];
-            weighted_sum(out, values, stride_kv, seen.entry.value_scale(), weights);
+    }
+    for (i, weights) in weights.chunks_exact_mut(total).enumerate() {
+        let span = spans[i / group].clone();
+        weights[..span.start].fill(0.0);
+        softmax_row(&mut weights[span.clone()]);
+        weights[span.end..].fill(0.0);
+    }
+    let mut out = vec![0.0; rows * d];
+    for seen in visible(pool, task.table, from, total) {
+        numbers.clear();
+        pool.read_head(seen.entry.block, Part::Value, task.kv_head, seen.tokens, &mut numbers);
+        let scale = seen.entry.value_scale();
+        for (weights, out) in weights.chunks_exact(total).zip(out.chunks_exact_mut(d)) {
+            weighted_sum(out, &numbers, d, scale, &weights[seen.first..seen.first + seen.tokens]);
         }
     }
     out
@@ -217,19 +215,14 @@ fn gathered(
     let rows = task.tokens * group;
     let mut keys = Vec::with_capacity(total * d);
     let mut values = Vec::with_capacity(total * d);
-    let mut turned = Vec::new();
     for seen in visible(pool, task.table, from, end) {
+        let at = keys.len();
+        read_keys(pool, rope, task.kv_head, &seen, &mut keys);
+        pool.read_head(seen.entry.block, Part::Value, task.kv_head, seen.tokens, &mut values);
         let (key_scale, value_scale) = (seen.entry.key_scale() * heads.scale, seen.entry.value_scale());
-        if seen.entry.stripped {
-            rotated(pool, rope, heads, task.kv_head, &seen, &mut turned);
-            keys.extend(turned.iter().map(|x| x * key_scale));
-        } else {
-            for row in head_rows(pool.keys(seen.entry.block), heads, task.kv_head, seen.tokens) {
-                keys.extend(row.iter().map(|x| x * key_scale));
-            }
-        }
-        for row in head_rows(pool.values(seen.entry.block), heads, task.kv_head, seen.tokens) {
-            values.extend(row.iter().map(|x| x * value_scale));
+        keys[at..].iter_mut().for_each(|x| *x *= key_scale);
+        if value_scale != 1.0 {
+            values[at..].iter_mut().for_each(|x| *x *= value_scale);
         }
     }
     let mut gathered_queries = Vec::with_capacity(rows * d);
@@ -283,9 +276,9 @@ mod tests {
             for (i, entry) in table.entries.iter_mut().enumerate() {
                 if i % 2 == 1 { entry.scale = Some(Scale { key: 1.5, value: 0.5 }); }
                 if i % 3 == 1 && !evict {
-                    let mut stripped = pool.keys(entry.block).to_vec();
+                    let mut stripped = pool.keys(entry.block).into_owned();
                     rope.strip_tokens(&mut stripped, 16, i * block_size);
-                    let values = pool.values(entry.block).to_vec();
+                    let values = pool.values(entry.block).into_owned();
                     entry.block = pool.allocate(&stripped, &values);
                     entry.stripped = true;
                 }

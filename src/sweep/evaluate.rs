@@ -201,7 +201,7 @@ impl Reference {
 }
 
 /// One target token: reference logits `p`, this arm's logits `q`. `None` where a number is not finite.
-fn divergence(p: &[f32], q: &[f32], target: u32) -> Option<Divergence> {
+pub fn divergence(p: &[f32], q: &[f32], target: u32) -> Option<Divergence> {
     let (p_norm, q_norm) = (log_sum_exp(p), log_sum_exp(q));
     let shift = p_norm - q_norm;
     let kl: f64 =

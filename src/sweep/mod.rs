@@ -13,7 +13,7 @@ mod settings;
 mod stage;
 
 pub use arms::{Arm, ArmColumns, Packing};
-pub use evaluate::{Base, FirstToken, Prompt, Reference};
+pub use evaluate::{answer_text, Base, FirstToken, Prompt, Reference, divergence};
 pub use explain::{ExplainOptions, Explanation, FusedBlock, Partner, explain};
 pub use grid::parse_taus;
 pub use labels::{Labelled, PACKING, boundary, labelled, series_labels};
@@ -21,5 +21,5 @@ pub use rows::{LayerRow, LayerScore, RequestRow, RequestScore, Row, Timings};
 pub use run::sweep;
 pub use runs::RunRecord;
 pub use search::{Goal, SearchOptions, Tried, search};
-pub use settings::{Settings, SweepOptions};
+pub use settings::{ANSWER_TOKENS, Settings, SweepOptions};
 pub use stage::{Stage, load, targets};

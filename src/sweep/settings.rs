@@ -80,7 +80,7 @@ pub struct SweepOptions {
 }
 
 /// Tokens of an answer, at most, where neither the data nor the user says.
-const ANSWER_TOKENS: usize = 32;
+pub const ANSWER_TOKENS: usize = 32;
 /// More than anyone means of anything that is counted here.
 const MOST: usize = 1_000_000;
 

@@ -2,7 +2,7 @@
 
 use super::sensitivity::Sensitivity;
 use crate::block::{BlockPool, Storage};
-use crate::codec::fusion::Part;
+use crate::block::Part;
 use crate::codec::joint::{corpus::Corpus, train::Metric};
 use crate::dump::{Manifest, open_request};
 use crate::error::Result;

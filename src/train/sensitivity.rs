@@ -2,7 +2,7 @@
 
 use super::metric;
 use crate::block::{BlockId, Payload};
-use crate::codec::fusion::Part;
+use crate::block::Part;
 use crate::codec::joint::train::{Metric, inverse_root};
 use crate::codec::{CacheBatch, Codec, Memo, Prefix};
 use crate::dump::Manifest;
@@ -91,8 +91,8 @@ impl<'a> Bench<'a> {
             let rope = batch.ropes.clone();
             let mut errors = Vec::new();
             for (&id, &first) in &self.pages[layer] {
-                let (before, after) = (numbers(&self.base.batch, part, id), numbers(&coded, part, id));
-                let mut error: Vec<f32> = before.iter().zip(after).map(|(x, y)| x - y).collect();
+                let (before, after) = (self.base.batch.pool.numbers(id, part), coded.pool.numbers(id, part));
+                let mut error: Vec<f32> = before.iter().zip(&*after).map(|(x, y)| x - y).collect();
                 if part == Part::Key {
                     rope.layer(layer).strip_tokens(&mut error, own.len() * d, first);
                 }
@@ -161,7 +161,7 @@ impl<'a> Bench<'a> {
         let ropes = std::sync::Arc::clone(&batch.ropes);
         let rope = ropes.layer(layer);
         let read = |id: BlockId, first: usize| {
-            let mut numbers = numbers(&batch, part, id).to_vec();
+            let mut numbers = batch.pool.numbers(id, part).into_owned();
             if part == Part::Key {
                 rope.strip_tokens(&mut numbers, width, first);
             }
@@ -194,21 +194,13 @@ impl<'a> Bench<'a> {
     }
 }
 
-/// A page's keys or values, as they lie in the pool.
-fn numbers(batch: &CacheBatch, part: Part, id: BlockId) -> &[f32] {
-    match part {
-        Part::Key => batch.pool.keys(id),
-        Part::Value => batch.pool.values(id),
-    }
-}
-
 /// Puts others in their place, for all that point at the page.
 fn replace(batch: &mut CacheBatch, part: Part, id: BlockId, numbers: Vec<f32>) {
     let (keys, values) = match part {
-        Part::Key => (numbers, batch.pool.values(id).to_vec()),
-        Part::Value => (batch.pool.keys(id).to_vec(), numbers),
+        Part::Key => (numbers, batch.pool.values(id).into_owned()),
+        Part::Value => (batch.pool.keys(id).into_owned(), numbers),
     };
-    batch.pool.recode(id, keys, values, Payload::default());
+    batch.pool.recode(id, keys, values, Payload::default(), None);
 }
 
 /// Runs the keys and the values of every layer, with their part of the metric.

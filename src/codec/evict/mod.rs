@@ -19,7 +19,7 @@ pub use streaming::Streaming;
 
 use super::registry::{Scale, Search, number};
 use super::{CacheBatch, Codec, Coverage, Memo};
-use crate::block::{BlockId, BlockTable, Kept};
+use crate::block::{BlockId, BlockTable, Kept, Part};
 use crate::error::{Error, Result};
 use std::collections::HashMap;
 use std::ops::Bound;
@@ -125,13 +125,13 @@ impl Compact {
                 _ if unchanged => first,
                 Some(&block) => block,
                 None => {
-                    let rows = |numbers: fn(&crate::block::BlockPool, BlockId) -> &[f32]| -> Vec<f32> {
+                    let rows = |part: Part| -> Vec<f32> {
                         let row = |&(block, slot): &(BlockId, usize)| {
-                            &numbers(&batch.pool, block)[slot * width..][..width]
+                            batch.pool.numbers(block, part)[slot * width..][..width].to_vec()
                         };
-                        sources.iter().flat_map(row).copied().collect()
+                        sources.iter().flat_map(row).collect()
                     };
-                    let (keys, values) = (rows(|p, b| p.keys(b)), rows(|p, b| p.values(b)));
+                    let (keys, values) = (rows(Part::Key), rows(Part::Value));
                     let block = batch.pool.allocate(&keys, &values);
                     self.known.insert(sources, block);
                     // The table's own reference is the first.

@@ -3,7 +3,7 @@
 
 use super::choices::RopeMode;
 use super::gram::gram;
-use crate::block::Entry;
+use crate::block::{Entry, Part};
 use crate::codec::CacheBatch;
 use crate::codec::sharing::{Shared, sharing};
 use crate::model::kernels::inner;
@@ -20,14 +20,6 @@ pub struct Place {
     pub block: usize,
     /// The leaf of the tree it belongs to: its request, or its chunk of a request.
     pub leaf: usize,
-}
-
-/// Keys or values.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Part {
-    Key,
-    Value,
 }
 
 /// All blocks that may fuse, in request and token order.
@@ -107,11 +99,11 @@ impl Blocks {
     ) -> Cow<'a, [f32]> {
         let block = self.entry(batch, layer, place).block;
         match (part, rope) {
-            (Part::Value, _) => Cow::Borrowed(batch.pool.values(block)),
-            (Part::Key, RopeMode::Keep) => Cow::Borrowed(batch.pool.keys(block)),
+            (Part::Value, _) => batch.pool.values(block),
+            (Part::Key, RopeMode::Keep) => batch.pool.keys(block),
             (Part::Key, RopeMode::Strip) => {
                 let shape = batch.pool.shape();
-                let mut keys = batch.pool.keys(block).to_vec();
+                let mut keys = batch.pool.keys(block).into_owned();
                 let position = self.places[place].block * shape.block_size;
                 batch.ropes.layer(layer).strip_tokens(&mut keys, shape.token_width(), position);
                 Cow::Owned(keys)
@@ -131,7 +123,7 @@ impl Blocks {
                 RopeMode::Keep => 0,
                 RopeMode::Strip => self.places[place].block,
             };
-            let mut seen: HashMap<(usize, [u32; 2 * GLANCE]), Vec<u32>> = HashMap::new();
+            let mut seen: HashMap<(usize, [[u32; GLANCE]; 2]), Vec<u32>> = HashMap::new();
             let mut found = Layer {
                 vectors: Vec::with_capacity(self.places.len()),
                 first: Vec::new(),
@@ -141,16 +133,17 @@ impl Blocks {
             };
             for place in 0..self.places.len() {
                 let block = self.entry(batch, layer, place).block;
-                let (keys, values) = (batch.pool.keys(block), batch.pool.values(block));
-                let alike = seen.entry((position(place), glance(keys, values))).or_default();
+                let glance = Part::BOTH.map(|part| bits(&batch.pool.last(block, part, GLANCE)));
+                let alike = seen.entry((position(place), glance)).or_default();
                 let same = alike.iter().copied().find(|&v| {
                     let other = self.entry(batch, layer, found.first[v as usize]).block;
-                    other == block || (batch.pool.keys(other) == keys && batch.pool.values(other) == values)
+                    batch.pool.same(other, block)
                 });
                 let vector = same.unwrap_or_else(|| {
                     alike.push(found.first.len() as u32);
                     found.first.push(place);
-                    found.squares.push((inner(keys, keys).into(), inner(values, values).into()));
+                    let square = |x: Cow<[f32]>| f64::from(inner(&x, &x));
+                    found.squares.push((square(batch.pool.keys(block)), square(batch.pool.values(block))));
                     found.first.len() as u32 - 1
                 });
                 found.vectors.push(vector);
@@ -206,11 +199,10 @@ static KEPT: AtomicUsize = AtomicUsize::new(0);
 /// Numbers of a block that are looked at before all are compared.
 const GLANCE: usize = 4;
 
-/// Bits of the last few keys and values: cheap to hash, and rarely equal by chance.
-fn glance(keys: &[f32], values: &[f32]) -> [u32; 2 * GLANCE] {
-    let mut bits = [0; 2 * GLANCE];
-    let last = keys.iter().rev().take(GLANCE).chain(values.iter().rev().take(GLANCE));
-    for (bit, x) in bits.iter_mut().zip(last) {
+/// Bits of a few numbers: cheap to hash, and rarely equal by chance.
+fn bits(numbers: &[f32]) -> [u32; GLANCE] {
+    let mut bits = [0; GLANCE];
+    for (bit, x) in bits.iter_mut().zip(numbers) {
         *bit = x.to_bits();
     }
     bits

@@ -1,8 +1,9 @@
 //! One group of layers as the pairings see it: distinct vectors, their cosines, and the units that may fuse.
 
-use super::blocks::{Blocks, Part};
+use super::blocks::Blocks;
 use super::choices::{Choices, Positions, RopeMode};
 use super::rule::Gate;
+use crate::block::Part;
 use crate::codec::CacheBatch;
 use crate::error::{Error, Result};
 use crate::model::kernels::inner;

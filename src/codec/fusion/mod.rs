@@ -16,17 +16,17 @@ mod settle;
 mod thresholds;
 mod tree;
 
-pub use blocks::{Blocks, Part, Place};
+pub use blocks::{Blocks, Place};
 pub use choices::{Choices, Pairing, Positions, Representative, RopeMode, ScaleRule, Similarity};
 pub use chunks::ChunkFusion;
 pub use gram::gram;
 pub use methods::{Bff, Cff};
-pub use rule::Rule;
+pub use rule::{Gate, Rule};
 pub use thresholds::{LayerThresholds, Thresholds};
 
 use super::sharing::share;
 use super::{CacheBatch, Codec, Coverage, Memo};
-use crate::block::Entry;
+use crate::block::{Entry, Part};
 use crate::error::{Error, Result};
 use cluster::Cluster;
 use geometry::{Geometry, Units};
@@ -72,6 +72,11 @@ impl Fusion {
 
     pub fn rule(&self) -> &Rule {
         &self.rule
+    }
+
+    /// What two blocks of a layer must meet to be fused.
+    pub fn gate(&self, layer: usize) -> Gate {
+        self.rule.gate(&self.choices, layer)
     }
 
     /// Fuses some blocks of a batch in place. `blocks` must have been listed of this batch, or of one it is a clone of.

@@ -3,7 +3,7 @@
 //! A fused row is a weighted sum of blocks, so all its inner products follow from the table of inner products of the
 //! blocks themselves: no level of the tree reads a key or a value.
 
-use super::blocks::Part;
+use crate::block::Part;
 use super::choices::Representative;
 use super::cluster::{Centre, Cluster};
 use super::geometry::{Geometry, Units};

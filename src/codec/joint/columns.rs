@@ -38,7 +38,7 @@ pub fn columns(batch: &CacheBatch) -> Result<(Vec<Column>, Vec<Vec<usize>>)> {
             let pages: Vec<BlockId> = entries.map(|e| e.block).collect();
             let number = *known.entry(pages[0]).or_insert_with(|| {
                 let tokens = batch.pool.tokens(pages[0]);
-                all.push(Column { request, block, pages: pages.clone(), tokens, readers: 0 });
+                all.push(Column { request, block: batch.first_block + block, pages: pages.clone(), tokens, readers: 0 });
                 all.len() - 1
             });
             if all[number].pages != pages {
@@ -60,7 +60,7 @@ pub fn stripped(batch: &CacheBatch, column: &Column) -> Vec<Vec<f32>> {
     let half = shape.token_width();
     let first = column.block * shape.block_size;
     let layer = |(n, page): (usize, &BlockId)| {
-        let mut keys = batch.pool.keys(*page).to_vec();
+        let mut keys = batch.pool.keys(*page).into_owned();
         batch.ropes.layer(n).strip_tokens(&mut keys, half, first);
         let values = batch.pool.values(*page);
         keys.chunks_exact(half)
@@ -88,7 +88,7 @@ pub fn store(batch: &mut CacheBatch, column: &Column, rebuilt: &Rebuilt, bytes: 
         ropes.layer(n).rotate_tokens(&mut keys, half, first);
         let payload =
             Payload { bytes: bytes.take().unwrap_or_default(), code_bits: by_layer[n], side_bits: 0 };
-        batch.pool.recode(*page, keys, values, payload);
+        batch.pool.recode(*page, keys, values, payload, None);
     }
 }
 

@@ -173,6 +173,10 @@ impl Codec for Coding {
         Needs { prompt: self.options.attention > 0.0, ..Needs::default() }
     }
 
+    fn blocks_stand_alone(&self) -> bool {
+        !self.options.reference
+    }
+
     fn takes_changed(&self) -> bool {
         false
     }

@@ -2,6 +2,9 @@
 
 use super::{BitSink, BitSource, Cost, put_f16, take_f16};
 
+/// Bits of a zero point and a scale.
+pub const SIDE_BITS: u32 = 32;
+
 /// The largest code of so many bits.
 fn most(bits: u32) -> f32 {
     ((1u32 << bits) - 1) as f32
@@ -25,5 +28,19 @@ pub fn take(source: &mut BitSource, page: &mut [f32], places: &[usize], bits: u3
     let (zero, scale) = (take_f16(source), take_f16(source));
     for &i in places {
         page[i] = zero + source.take(bits) as f32 * scale;
+    }
+}
+
+/// Reads a group as numbers in a row.
+pub fn take_run(source: &mut BitSource, out: &mut [f32], bits: u32) {
+    let (zero, scale) = (take_f16(source), take_f16(source));
+    // As many codes as 32 bits hold, at once.
+    let together = (32 / bits) as usize;
+    let mask = (1 << bits) - 1;
+    for chunk in out.chunks_mut(together) {
+        let word = source.take(bits * chunk.len() as u32);
+        for (i, x) in chunk.iter_mut().enumerate() {
+            *x = zero + (word >> (i as u32 * bits) & mask) as f32 * scale;
+        }
     }
 }

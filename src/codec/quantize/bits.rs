@@ -13,6 +13,8 @@ pub enum Cost {
 #[derive(Debug, Default)]
 pub struct BitSink {
     bytes: Vec<u8>,
+    /// Bits that fill no byte yet, the lowest `bits % 8`.
+    pending: u64,
     bits: u64,
     side_bits: u64,
 }
@@ -20,23 +22,32 @@ pub struct BitSink {
 impl BitSink {
     /// The lowest `width` bits of `value`, at most 32.
     pub fn put(&mut self, cost: Cost, value: u32, width: u32) {
-        for i in 0..width {
-            if self.bits.is_multiple_of(8) {
-                self.bytes.push(0);
-            }
-            let at = (self.bits / 8) as usize;
-            self.bytes[at] |= (((value >> i) & 1) as u8) << (self.bits % 8);
-            self.bits += 1;
+        let mut held = (self.bits % 8) as u32;
+        self.pending |= (u64::from(value) & low(width)) << held;
+        held += width;
+        while held >= 8 {
+            self.bytes.push(self.pending as u8);
+            self.pending >>= 8;
+            held -= 8;
         }
+        self.bits += u64::from(width);
         if cost == Cost::Side {
             self.side_bits += u64::from(width);
         }
     }
 
     /// The bytes, the last one filled up with zeros; bits of codes, and of the rest.
-    pub fn finish(self) -> (Vec<u8>, u64, u64) {
+    pub fn finish(mut self) -> (Vec<u8>, u64, u64) {
+        if !self.bits.is_multiple_of(8) {
+            self.bytes.push(self.pending as u8);
+        }
         (self.bytes, self.bits - self.side_bits, self.side_bits)
     }
+}
+
+/// So many ones.
+fn low(width: u32) -> u64 {
+    (1 << width) - 1
 }
 
 /// Gives bits back in the order in which they were put.
@@ -56,15 +67,24 @@ impl<'a> BitSource<'a> {
         self.at.div_ceil(8) as usize
     }
 
+    /// Goes to a bit.
+    pub fn seek(&mut self, bit: u64) {
+        self.at = bit;
+    }
+
     /// The next `width` bits, at most 32; zeros beyond the end.
     pub fn take(&mut self, width: u32) -> u32 {
-        let mut value = 0;
-        for i in 0..width {
-            let byte = self.bytes.get((self.at / 8) as usize).copied().unwrap_or(0);
-            value |= u32::from((byte >> (self.at % 8)) & 1) << i;
-            self.at += 1;
-        }
-        value
+        let from = (self.at / 8) as usize;
+        let word = match self.bytes.get(from..from + 8) {
+            Some(bytes) => bytes.try_into().map_or(0, u64::from_le_bytes),
+            None => {
+                let left = self.bytes.get(from..).unwrap_or_default();
+                left.iter().rev().fold(0, |word, byte| word << 8 | u64::from(*byte))
+            }
+        };
+        let value = word >> (self.at % 8) & low(width);
+        self.at += u64::from(width);
+        value as u32
     }
 }
 

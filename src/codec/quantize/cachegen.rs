@@ -1,7 +1,7 @@
 //! CacheGen-like: differences to an anchor token, coarser in later layers, entropy coded.
 
 use super::{BitSink, BitSource, Cost, PageShape, Quantized, Quantizer, put_f16, take_f16};
-use crate::codec::fusion::Part;
+use crate::block::Part;
 use crate::codec::registry::{Method, Scale, Search, number};
 use crate::codec::{Codec, Role};
 use crate::error::Result;
@@ -33,7 +33,7 @@ impl Method for CacheGen {
 
     fn codec(&self) -> Result<Arc<dyn Codec>> {
         let tables = (0..SPREADS).map(table).collect();
-        Ok(Arc::new(Quantized(Coding { options: *self, tables })))
+        Ok(Arc::new(Quantized::new(Coding { options: *self, tables })))
     }
 }
 

@@ -24,7 +24,7 @@ impl Method for Fp8 {
         "Micikevicius et al. 2022, FP8 Formats for Deep Learning (arXiv 2209.05433); as in vLLM";
 
     fn codec(&self) -> Result<Arc<dyn Codec>> {
-        Ok(Arc::new(Quantized(PerHead { most: MOST, encode: encoded, decode: decoded })))
+        Ok(Arc::new(Quantized::new(PerHead { most: MOST, encode: encoded, decode: decoded })))
     }
 }
 

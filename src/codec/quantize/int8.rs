@@ -17,7 +17,7 @@ impl Method for Int8 {
     const PAPER: &'static str = "as in vLLM and TensorRT-LLM (per-token quantised KV cache)";
 
     fn codec(&self) -> Result<Arc<dyn Codec>> {
-        Ok(Arc::new(Quantized(PerHead { most: MOST, encode: encoded, decode: decoded })))
+        Ok(Arc::new(Quantized::new(PerHead { most: MOST, encode: encoded, decode: decoded })))
     }
 }
 

@@ -2,7 +2,7 @@
 
 use super::kivi::groups;
 use super::{BitSink, BitSource, Cost, PageShape, Quantized, Quantizer, affine};
-use crate::codec::fusion::Part;
+use crate::block::Part;
 use crate::codec::registry::{Method, Scale, Search, number};
 use crate::codec::{Codec, Role};
 use crate::error::Result;
@@ -39,7 +39,7 @@ impl Method for Kitty {
         Some(Search { option: "bits", fine: 6.0, coarse: 1.0, scale: Scale::Whole });
 
     fn codec(&self) -> Result<Arc<dyn Codec>> {
-        Ok(Arc::new(Quantized(*self)))
+        Ok(Arc::new(Quantized::new(*self)))
     }
 }
 

@@ -3,7 +3,7 @@
 use super::rotated::hadamard;
 use super::{BitSink, BitSource, PageShape, Quantized, Quantizer, affine, put_f16, take_f16};
 use crate::block::by_head;
-use crate::codec::fusion::Part;
+use crate::block::Part;
 use crate::codec::registry::{Method, Scale, Search};
 use crate::codec::{Codec, Role};
 use crate::error::Result;
@@ -34,7 +34,7 @@ impl Method for KvarN {
         Some(Search { option: "bits", fine: 8.0, coarse: 1.0, scale: Scale::Whole });
 
     fn codec(&self) -> Result<Arc<dyn Codec>> {
-        Ok(Arc::new(Quantized(*self)))
+        Ok(Arc::new(Quantized::new(*self)))
     }
 }
 

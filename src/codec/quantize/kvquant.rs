@@ -3,7 +3,7 @@
 use super::kivi::groups;
 use super::rotated::{lloyd_max, nearest};
 use super::{BitSink, BitSource, Cost, PageShape, Quantized, Quantizer, put_f16, take_f16};
-use crate::codec::fusion::Part;
+use crate::block::Part;
 use crate::codec::registry::{Method, Scale, Search, number};
 use crate::codec::{Codec, Role};
 use crate::error::Result;
@@ -31,7 +31,7 @@ impl Method for KvQuant {
         Some(Search { option: "bits", fine: 8.0, coarse: 1.0, scale: Scale::Whole });
 
     fn codec(&self) -> Result<Arc<dyn Codec>> {
-        Ok(Arc::new(Quantized(Levels { options: *self, levels: lloyd_max(1 << self.bits) })))
+        Ok(Arc::new(Quantized::new(Levels { options: *self, levels: lloyd_max(1 << self.bits) })))
     }
 }
 

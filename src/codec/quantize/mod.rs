@@ -24,13 +24,14 @@ pub use kvquant::KvQuant;
 use per_head::PerHead;
 pub use rotated::Rotated;
 
-use super::fusion::Part;
+
 use super::{CacheBatch, Codec, Coverage, Memo};
-use crate::block::{BlockId, Payload};
+use crate::block::{BlockId, Part, Payload, ReadPage};
 use crate::error::{Error, Result};
 use half::f16;
 use rayon::prelude::*;
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 
 /// How the numbers of a page lie: `[tokens, kv_heads, head_dim]`; and of which layer they are.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -60,6 +61,12 @@ pub trait Quantizer: Send + Sync {
 
     fn decode(&self, part: Part, shape: PageShape, source: &mut BitSource) -> Vec<f32>;
 
+    /// Reads one head of keys or values (`[tokens, head_dim]`) out of a page's bytes, if that is quick enough to be done
+    /// whenever the page is used; false if it is not.
+    fn read_head(&self, _: Part, _: PageShape, _head: usize, _: &[u8], _out: &mut Vec<f32>) -> bool {
+        false
+    }
+
     /// First tokens of every request whose pages stay as they are.
     fn raw_first(&self) -> usize {
         0
@@ -77,11 +84,37 @@ pub trait Quantizer: Send + Sync {
 }
 
 /// A quantiser as a codec of all layers.
-pub struct Quantized<Q>(pub Q);
+pub struct Quantized<Q>(Arc<Q>);
 
-impl<Q: Quantizer> Codec for Quantized<Q> {
+/// Reads one page.
+struct Reader<Q> {
+    quantizer: Arc<Q>,
+    shape: PageShape,
+}
+
+impl<Q: Quantizer> ReadPage for Reader<Q> {
+    fn read(&self, bytes: &[u8], part: Part, head: Option<usize>, out: &mut Vec<f32>) {
+        if let Some(head) = head {
+            self.quantizer.read_head(part, self.shape, head, bytes, out);
+            return;
+        }
+        let mut source = BitSource::new(bytes);
+        let keys = self.quantizer.decode(Part::Key, self.shape, &mut source);
+        out.extend(match part {
+            Part::Key => keys,
+            Part::Value => self.quantizer.decode(Part::Value, self.shape, &mut source),
+        });
+    }
+}
+
+impl<Q: Quantizer + 'static> Codec for Quantized<Q> {
     fn coverage(&self, layers: usize) -> Coverage {
         Coverage::of(0..layers)
+    }
+
+    fn reads_in_place(&self) -> bool {
+        let nothing = PageShape { tokens: 0, kv_heads: 1, head_dim: 1, layer: 0, layers: 1 };
+        self.0.read_head(Part::Key, nothing, 0, &[], &mut Vec::new())
     }
 
     fn decode(&self, batch: &mut CacheBatch) -> Result<()> {
@@ -101,7 +134,7 @@ impl<Q: Quantizer> Codec for Quantized<Q> {
         for ((id, _), read) in coded.into_iter().zip(read) {
             let (keys, values) = read.ok_or_else(|| Error::argument("has a page of another shape"))?;
             let payload = batch.pool.payload(id).cloned().unwrap_or_default();
-            batch.pool.recode(id, keys, values, payload);
+            batch.pool.recode(id, keys, values, payload, None);
         }
         Ok(())
     }
@@ -118,7 +151,8 @@ impl<Q: Quantizer> Codec for Quantized<Q> {
                     let whole = tokens == block.block_size || self.0.takes_partial();
                     let first = i * block.block_size;
                     let past = table.position(first + tokens - 1) < raw_from;
-                    if !(whole && past && table.position(first) >= self.0.raw_first()) {
+                    let coded = batch.pool.payload(entry.block).is_some();
+                    if coded || !(whole && past && table.position(first) >= self.0.raw_first()) {
                         raw.insert(entry.block);
                     }
                 }
@@ -128,9 +162,11 @@ impl<Q: Quantizer> Codec for Quantized<Q> {
             pages(batch).into_iter().filter(|(id, _)| !raw.contains(id)).collect();
         let pool = &batch.pool;
         let written: Vec<(Vec<f32>, Vec<f32>, Payload)> =
-            coded.par_iter().map(|&(id, shape)| self.page(pool.keys(id), pool.values(id), shape)).collect();
-        for ((id, _), (keys, values, payload)) in coded.into_iter().zip(written) {
-            batch.pool.recode(id, keys, values, payload);
+            coded.par_iter().map(|&(id, shape)| self.page(&pool.keys(id), &pool.values(id), shape)).collect();
+        for ((id, shape), (keys, values, payload)) in coded.into_iter().zip(written) {
+            let reader = Reader { quantizer: Arc::clone(&self.0), shape };
+            let reader = self.reads_in_place().then_some(reader).map(|r| Arc::new(r) as Arc<dyn ReadPage>);
+            batch.pool.recode(id, keys, values, payload, reader);
         }
         Ok(())
     }
@@ -154,6 +190,10 @@ fn pages(batch: &CacheBatch) -> Vec<(BlockId, PageShape)> {
 }
 
 impl<Q: Quantizer> Quantized<Q> {
+    pub fn new(quantizer: Q) -> Self {
+        Quantized(Arc::new(quantizer))
+    }
+
     /// A page as it is read back, and what it is read from.
     fn page(&self, keys: &[f32], values: &[f32], shape: PageShape) -> (Vec<f32>, Vec<f32>, Payload) {
         let mut sink = BitSink::default();

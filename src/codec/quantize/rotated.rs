@@ -1,8 +1,9 @@
 //! Rotated scalar quantisation: after random signs and a Hadamard transform all coordinates of a head look Gaussian, and one set
 //! of Lloyd-Max levels suits them all.
 
+use super::per_head::seek;
 use super::{BitSink, BitSource, Cost, PageShape, Quantized, Quantizer, put_f16, take_f16};
-use crate::codec::fusion::Part;
+use crate::block::Part;
 use crate::codec::registry::{Method, Scale, Search};
 use crate::codec::{Codec, Role};
 use crate::error::Result;
@@ -34,7 +35,7 @@ impl Method for Rotated {
         Some(Search { option: "bits", fine: 8.0, coarse: 1.0, scale: Scale::Whole });
 
     fn codec(&self) -> Result<Arc<dyn Codec>> {
-        Ok(Arc::new(Quantized(Turning {
+        Ok(Arc::new(Quantized::new(Turning {
             bits: self.bits,
             seed: self.seed,
             levels: lloyd_max(1 << self.bits),
@@ -78,6 +79,18 @@ impl Turning {
     fn signs(&self, head_dim: usize) -> Vec<f32> {
         let mut rng = ChaCha8Rng::seed_from_u64(self.seed);
         (0..head_dim).map(|_| if rng.random_bool(0.5) { 1.0 } else { -1.0 }).collect()
+    }
+
+    /// One head of one token.
+    fn take(&self, signs: &[f32], source: &mut BitSource, out: &mut Vec<f32>) {
+        let deviation = take_f16(source);
+        let from = out.len();
+        for _ in signs {
+            let level = self.levels.get(source.take(self.bits) as usize).copied().unwrap_or(0.0);
+            out.push(level * deviation);
+        }
+        hadamard(&mut out[from..]);
+        out[from..].iter_mut().zip(signs).for_each(|(x, s)| *x *= s);
     }
 }
 
@@ -129,17 +142,29 @@ impl Quantizer for Turning {
     }
 
     fn decode(&self, _: Part, shape: PageShape, source: &mut BitSource) -> Vec<f32> {
-        let signs = self.signs(shape.head_dim);
         let mut page = Vec::with_capacity(shape.numbers());
+        let signs = self.signs(shape.head_dim);
         for _ in 0..shape.tokens * shape.kv_heads {
-            let deviation = take_f16(source);
-            let mut head: Vec<f32> = (0..shape.head_dim)
-                .map(|_| self.levels.get(source.take(self.bits) as usize).copied().unwrap_or(0.0) * deviation)
-                .collect();
-            hadamard(&mut head);
-            page.extend(head.iter().zip(&signs).map(|(x, s)| x * s));
+            self.take(&signs, source, &mut page);
         }
         page
+    }
+
+    fn read_head(
+        &self,
+        part: Part,
+        shape: PageShape,
+        head: usize,
+        bytes: &[u8],
+        out: &mut Vec<f32>,
+    ) -> bool {
+        let mut source = BitSource::new(bytes);
+        let signs = self.signs(shape.head_dim);
+        for token in 0..shape.tokens {
+            seek(&mut source, part, shape, token, head, 16 + u64::from(self.bits) * shape.head_dim as u64);
+            self.take(&signs, &mut source, out);
+        }
+        true
     }
 }
 

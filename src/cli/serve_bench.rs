@@ -1,0 +1,171 @@
+//! `kvfuse serve-bench`.
+
+use super::draw::DrawArgs;
+use super::say;
+use super::table::table;
+use crate::codec::Chain;
+use crate::model::registry::DEFAULT_MODEL;
+use crate::serve::{BenchOptions, Goal, Limits, Policy, SERVE_SUMMARY_CSV, ServeRow, bench, summary};
+use anyhow::{Result, anyhow};
+use std::path::PathBuf;
+
+/// Serve requests by a paged engine under a budget of bytes, by every chain of methods, and measure speed and quality in
+/// the same run.
+///
+/// Every chain is an arm; arms are interleaved and repeated. Options and fields are named as in vLLM's `bench serve`.
+/// Writes serve.csv (a run a row), serve_summary.csv (medians), serve_timeline.csv and manifest.json (docs/serving.md).
+#[derive(Debug, clap::Args)]
+#[command(after_help = "Examples:\n  \
+    kvfuse serve-bench --method 'none,prefix,prefix+kivi:bits=4' --budget-requests 8 -o results/serve\n  \
+    kvfuse serve-bench --passages 4 --pool 16 --request-rate 2,4 --goodput ttft:2000 -o results/serve-rag")]
+pub struct Args {
+    /// Built-in name, GGUF file, Hugging Face folder or hf:ORG/NAME[@REVISION]
+    #[arg(long, default_value = DEFAULT_MODEL)]
+    model: String,
+    #[command(flatten)]
+    draw: DrawArgs,
+    /// Chains to serve with (see `kvfuse methods`)
+    #[arg(long, default_value = "none,prefix", value_name = "CHAINS")]
+    method: String,
+    /// Requests a second, one load after the other; inf: all at once
+    #[arg(long, value_name = "RATES", value_delimiter = ',', default_value = "inf")]
+    request_rate: Vec<f64>,
+    /// Shape of the gaps between arrivals: 1 is Poisson, less bursts
+    #[arg(long, default_value_t = 1.0)]
+    burstiness: f64,
+    /// Requests in the engine at once; a client sends its next when its last has ended [default: no limit]
+    #[arg(long, value_name = "N")]
+    max_concurrency: Option<usize>,
+    /// Bytes of keys and values, e.g. 256MiB [default: what 8 uncompressed requests take]
+    #[arg(long, value_name = "BYTES", value_parser = super::bytes, conflicts_with = "budget_requests")]
+    kv_cache_memory_bytes: Option<usize>,
+    /// Instead: what so many uncompressed requests of this load take
+    #[arg(long, value_name = "N", default_value_t = 8.0)]
+    budget_requests: f64,
+    /// Requests that run at once
+    #[arg(long, value_name = "N", default_value_t = 256)]
+    max_num_seqs: usize,
+    /// Tokens of one step; a longer prompt is prefilled in chunks
+    #[arg(long, value_name = "N", default_value_t = 512)]
+    max_num_batched_tokens: usize,
+    /// Tokens a block
+    #[arg(long, default_value_t = 16)]
+    block_size: usize,
+    /// Tokens of an answer, at most [default: what the data says]
+    #[arg(long, value_name = "N")]
+    output_len: Option<usize>,
+    /// Go on behind the ends of answers, up to --output-len
+    #[arg(long)]
+    ignore_eos: bool,
+    /// Runs of every arm
+    #[arg(long, default_value_t = 3)]
+    repeats: usize,
+    /// Latencies in milliseconds below which a request is good: ttft:MS, tpot:MS, e2el:MS
+    #[arg(long, value_name = "NAME:MS", num_args = 1..)]
+    goodput: Vec<String>,
+    /// Percentiles of latencies
+    #[arg(long, value_name = "P", value_delimiter = ',', default_value = "50,95,99")]
+    metric_percentiles: Vec<f64>,
+    /// Requests whose answers are compared with exact caches (KL)
+    #[arg(long, value_name = "N", default_value_t = 16)]
+    quality_requests: usize,
+    /// First tokens of these that are compared
+    #[arg(long, value_name = "N", default_value_t = 16)]
+    quality_tokens: usize,
+    /// Folder to write
+    #[arg(short, long, value_name = "DIR")]
+    out: PathBuf,
+    /// Print the medians as JSON lines instead of a table
+    #[arg(long)]
+    json: bool,
+}
+
+impl Args {
+    fn options(self, typed: Vec<String>) -> Result<BenchOptions> {
+        let chains = Chain::parse(&self.method)?;
+        let policies = chains.iter().map(Policy::of).collect::<crate::error::Result<Vec<_>>>()?;
+        let at_least = |name: &str, n: usize| match n {
+            0 => Err(anyhow!("{name} must be at least 1")),
+            n => Ok(n),
+        };
+        if let Some(rate) = self.request_rate.iter().find(|r| !(**r > 0.0)) {
+            return Err(anyhow!("--request-rate {rate}: rates are above 0, or inf"));
+        }
+        if !(self.burstiness > 0.0 && self.burstiness.is_finite()) {
+            return Err(anyhow!("--burstiness {}: must be above 0", self.burstiness));
+        }
+        if let Some(p) = self.metric_percentiles.iter().find(|p| !(0.0..=100.0).contains(*p)) {
+            return Err(anyhow!("--metric-percentiles {p}: percentiles are from 0 to 100"));
+        }
+        Ok(BenchOptions {
+            model: self.model,
+            draw: self.draw.draw(),
+            policies,
+            limits: Limits {
+                block_size: at_least("--block-size", self.block_size)?,
+                budget_bytes: self.kv_cache_memory_bytes.unwrap_or(0),
+                running: at_least("--max-num-seqs", self.max_num_seqs)?,
+                step_tokens: at_least("--max-num-batched-tokens", self.max_num_batched_tokens)?,
+            },
+            budget_requests: self.kv_cache_memory_bytes.is_none().then_some(self.budget_requests),
+            rates: self.request_rate,
+            burstiness: self.burstiness,
+            concurrency: at_least("--max-concurrency", self.max_concurrency.unwrap_or(usize::MAX))?,
+            output_tokens: self.output_len.map(|n| at_least("--output-len", n)).transpose()?,
+            ignore_end: self.ignore_eos,
+            repeats: at_least("--repeats", self.repeats)?,
+            goal: Goal::read(&self.goodput).map_err(|e| anyhow!("--goodput {e}"))?,
+            percentiles: self.metric_percentiles,
+            quality_requests: self.quality_requests,
+            quality_tokens: self.quality_tokens,
+            out: self.out,
+            command: typed,
+        })
+    }
+}
+
+pub fn run(args: Args, typed: Vec<String>) -> Result<()> {
+    let json = args.json;
+    let options = args.options(typed)?;
+    let rows = summary(&bench(&options)?);
+    if json {
+        return super::say_rows(&rows);
+    }
+    say(shown(&rows))?;
+    say(format!("\n{}", options.out.join(SERVE_SUMMARY_CSV).display()))
+}
+
+/// The medians in short, for people.
+fn shown(rows: &[ServeRow]) -> String {
+    let header = [
+        "method", "req/s in", "out tok/s", "[least, most]", "goodput", "TTFT ms", "P95", "TPOT ms", "P95",
+        "at once", "preempted", "hit %", "MB", "own %", "KL", "score",
+    ];
+    let line = |row: &ServeRow| -> Vec<String> {
+        let number = |name: &str| row.fields.get(name).and_then(serde_json::Value::as_f64);
+        let text = |name: &str, digits: usize| {
+            number(name).map_or("-".to_owned(), |x| format!("{x:.digits$}"))
+        };
+        let hits = 100.0 * number("prefix_hit_tokens").unwrap_or(0.0)
+            / number("prefix_query_tokens").unwrap_or(0.0).max(1.0);
+        vec![
+            row.method.clone(),
+            row.request_rate.clone(),
+            text("output_throughput", 1),
+            format!("[{}, {}]", text("output_throughput_low", 1), text("output_throughput_high", 1)),
+            text("request_goodput", 2),
+            text("median_ttft_ms", 0),
+            text("p95_ttft_ms", 0),
+            text("median_tpot_ms", 1),
+            text("p95_tpot_ms", 1),
+            text("mean_concurrent_requests", 1),
+            text("preemptions", 0),
+            format!("{hits:.0}"),
+            format!("{:.1}", number("peak_pool_bytes").unwrap_or(0.0) / 1e6),
+            format!("{:.1}", 100.0 * number("compression_share").unwrap_or(0.0)),
+            text("kl", 4),
+            text("score", 3),
+        ]
+    };
+    table(&header, &rows.iter().map(line).collect::<Vec<_>>())
+}

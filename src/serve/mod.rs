@@ -1,0 +1,20 @@
+//! A paged serving engine over the pool, tables and chains that sweeps use.
+
+mod arrivals;
+mod bench;
+mod engine;
+mod fuse;
+mod metrics;
+mod policy;
+mod prefix;
+mod quality;
+mod run;
+mod tier;
+
+pub use arrivals::Arrivals;
+pub use bench::{BenchOptions, SERVE_CSV, SERVE_SUMMARY_CSV, SERVE_TIMELINE_CSV, ServeRow, bench, summary};
+pub use engine::{Counts, Engine, Event, Finish, Job, Limits};
+pub use metrics::{Goal, Served, fields};
+pub use policy::Policy;
+pub use quality::{Witness, divergences};
+pub use run::{Arrival, Moment, Outcome, rss_bytes, serve};

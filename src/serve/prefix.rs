@@ -1,0 +1,246 @@
+//! The prefix cache: a tree of full blocks by what their tokens are and what stands before them, one tree a tenant.
+//!
+//! A node is a *column*: one block of tokens in all layers. What nobody uses goes when room is needed, least recently used
+//! first, leaves before what they stand on. A column that goes may leave its encoded form behind (the second tier).
+
+use crate::block::{BlockPool, Entry, Payload};
+use std::collections::HashMap;
+
+/// Name of a column; never given out twice.
+pub type NodeId = u64;
+
+#[derive(Debug)]
+pub struct Node {
+    /// Its pages, layer by layer, if it has any; the tree holds a reference to each.
+    pub pages: Option<Vec<Entry>>,
+    /// What a codec made of its pages, layer by layer. Kept while there are pages too: so a column is coded once.
+    pub coded: Option<Vec<Payload>>,
+    pub tokens: Box<[u32]>,
+    /// Blocks before it.
+    pub block: usize,
+    pub tenant: usize,
+    parent: Option<NodeId>,
+    /// Columns that stand on it, and how many of these have pages.
+    children: usize,
+    paged_children: usize,
+    /// Running requests that read it.
+    users: usize,
+    used: u64,
+}
+
+impl Node {
+    /// Whether its pages can go: nobody reads them, nor those of columns that stand on it.
+    fn is_cold(&self) -> bool {
+        self.users == 0 && self.paged_children == 0 && self.pages.is_some()
+    }
+}
+
+/// A tenant and what stands before, then the block's tokens.
+type Key = (usize, Option<NodeId>, Box<[u32]>);
+
+#[derive(Debug, Default)]
+pub struct PrefixCache {
+    nodes: HashMap<NodeId, Node>,
+    by_tokens: HashMap<Key, NodeId>,
+    next: NodeId,
+    clock: u64,
+    coded_bytes: usize,
+}
+
+impl PrefixCache {
+    /// The columns that are there of a request's first `blocks` blocks.
+    pub fn find(&self, tenant: usize, tokens: &[u32], size: usize, blocks: usize) -> Vec<NodeId> {
+        let mut found = Vec::new();
+        let mut parent = None;
+        for own in tokens.chunks_exact(size).take(blocks) {
+            let key = (tenant, parent, own.into());
+            let Some(&node) = self.by_tokens.get(&key) else { break };
+            found.push(node);
+            parent = Some(node);
+        }
+        found
+    }
+
+    pub fn node(&self, id: NodeId) -> Option<&Node> {
+        self.nodes.get(&id)
+    }
+
+    /// Columns with pages.
+    pub fn paged(&self) -> impl Iterator<Item = (&Node, &[Entry])> {
+        self.nodes.values().filter_map(|n| Some((n, n.pages.as_deref()?)))
+    }
+
+    pub fn columns(&self) -> usize {
+        self.nodes.len()
+    }
+
+    /// Bytes of coded columns.
+    pub fn coded_bytes(&self) -> usize {
+        self.coded_bytes
+    }
+
+    /// Whether a column must be decoded before it can be read.
+    pub fn is_coded(&self, id: NodeId) -> bool {
+        self.nodes.get(&id).is_some_and(|n| n.pages.is_none())
+    }
+
+    /// A request begins to read a column.
+    pub fn take(&mut self, id: NodeId) {
+        self.clock += 1;
+        if let Some(node) = self.nodes.get_mut(&id) {
+            node.users += 1;
+            node.used = self.clock;
+        }
+    }
+
+    /// A request reads it no more.
+    pub fn give(&mut self, id: NodeId) {
+        self.clock += 1;
+        if let Some(node) = self.nodes.get_mut(&id) {
+            node.users -= 1;
+            node.used = self.clock;
+        }
+    }
+
+    /// Adds a request's block, which the request is taken to read; if it is known already, the known one.
+    pub fn add(&mut self, pool: &mut BlockPool, own: NewColumn) -> NodeId {
+        let key = (own.tenant, own.parent, own.tokens.into());
+        let id = match self.by_tokens.get(&key) {
+            Some(&id) => id,
+            None => {
+                let id = self.next;
+                self.next += 1;
+                let node = Node {
+                    pages: None,
+                    coded: None,
+                    tokens: own.tokens.into(),
+                    block: own.block,
+                    tenant: own.tenant,
+                    parent: own.parent,
+                    children: 0,
+                    paged_children: 0,
+                    users: 0,
+                    used: 0,
+                };
+                self.nodes.insert(id, node);
+                self.by_tokens.insert(key, id);
+                if let Some(parent) = own.parent.and_then(|p| self.nodes.get_mut(&p)) {
+                    parent.children += 1;
+                }
+                id
+            }
+        };
+        if self.is_coded(id) {
+            own.entries.iter().for_each(|e| pool.retain(e.block));
+            self.set_pages(id, own.entries);
+        }
+        self.take(id);
+        id
+    }
+
+    /// Gives a column pages; the tree owns the references to them from now on.
+    pub fn set_pages(&mut self, id: NodeId, entries: Vec<Entry>) {
+        let Some(node) = self.nodes.get_mut(&id) else { return };
+        node.pages = Some(entries);
+        if let Some(parent) = node.parent.and_then(|p| self.nodes.get_mut(&p)) {
+            parent.paged_children += 1;
+        }
+    }
+
+    /// Keeps what a codec made of a column.
+    pub fn set_coded(&mut self, id: NodeId, payloads: Vec<Payload>) {
+        let Some(node) = self.nodes.get_mut(&id) else { return };
+        self.coded_bytes += bytes_of(&payloads);
+        node.coded = Some(payloads);
+    }
+
+    /// Lets go of a cold column: of its pages if it is coded, else of all.
+    pub fn free(&mut self, pool: &mut BlockPool, id: NodeId) {
+        let Some(node) = self.nodes.get_mut(&id) else { return };
+        if node.coded.is_none() {
+            self.drop_column(pool, id);
+            return;
+        }
+        let (pages, parent) = (node.pages.take(), node.parent);
+        release(pool, pages);
+        if let Some(parent) = parent.and_then(|p| self.nodes.get_mut(&p)) {
+            parent.paged_children -= 1;
+        }
+    }
+
+    /// The least recently used column with pages that nobody reads and no other with pages stands on.
+    pub fn coldest(&self) -> Option<NodeId> {
+        self.oldest(Node::is_cold)
+    }
+
+    /// The least recently used coded column that nothing stands on.
+    pub fn coldest_coded(&self) -> Option<NodeId> {
+        self.oldest(|n| n.users == 0 && n.children == 0 && n.pages.is_none())
+    }
+
+    fn oldest(&self, free: impl Fn(&Node) -> bool) -> Option<NodeId> {
+        self.nodes.iter().filter(|n| free(n.1)).min_by_key(|n| n.1.used).map(|n| *n.0)
+    }
+
+    /// A cold column and those before it that nobody reads and nothing else stands on, as far as they are not coded; first
+    /// things first.
+    pub fn cold_run(&self, id: NodeId) -> Vec<NodeId> {
+        let mut run = Vec::new();
+        let mut at = Some(id);
+        while let Some((id, node)) = at.and_then(|id| Some((id, self.nodes.get(&id)?))) {
+            let alone = run.is_empty() || node.children == 1;
+            if node.users > 0 || !alone || node.coded.is_some() || node.pages.is_none() {
+                break;
+            }
+            run.push(id);
+            at = node.parent;
+        }
+        run.reverse();
+        run
+    }
+
+    /// Forgets a column and all coded ones that stand on it.
+    pub fn drop_column(&mut self, pool: &mut BlockPool, id: NodeId) {
+        let standing: Vec<NodeId> = match self.nodes.get(&id) {
+            Some(node) if node.children > 0 => {
+                self.nodes.iter().filter(|n| n.1.parent == Some(id)).map(|n| *n.0).collect()
+            }
+            _ => Vec::new(),
+        };
+        standing.into_iter().for_each(|child| self.drop_column(pool, child));
+        let Some(node) = self.nodes.remove(&id) else { return };
+        self.by_tokens.remove(&(node.tenant, node.parent, node.tokens));
+        if let Some(parent) = node.parent.and_then(|p| self.nodes.get_mut(&p)) {
+            parent.children -= 1;
+            parent.paged_children -= usize::from(node.pages.is_some());
+        }
+        self.coded_bytes -= node.coded.as_deref().map_or(0, bytes_of);
+        release(pool, node.pages);
+    }
+
+    /// Forgets all.
+    pub fn clear(&mut self, pool: &mut BlockPool) {
+        for (_, node) in self.nodes.drain() {
+            release(pool, node.pages);
+        }
+        self.by_tokens.clear();
+        self.coded_bytes = 0;
+    }
+}
+
+/// A block of a request that has just become full.
+pub struct NewColumn<'a> {
+    pub tenant: usize,
+    pub parent: Option<NodeId>,
+    pub tokens: &'a [u32],
+    pub block: usize,
+    pub entries: Vec<Entry>,
+}
+
+fn bytes_of(payloads: &[Payload]) -> usize {
+    payloads.iter().map(|p| p.bytes.len()).sum()
+}
+
+fn release(pool: &mut BlockPool, pages: Option<Vec<Entry>>) {
+    pages.iter().flatten().for_each(|e| pool.release(e.block));
+}

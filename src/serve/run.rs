@@ -1,0 +1,126 @@
+//! One run: requests handed to an engine as they arrive, and what came of it.
+
+use super::engine::{Counts, Engine, Finish, Job, Limits};
+use super::metrics::Served;
+use super::policy::Policy;
+use crate::error::Result;
+use crate::interrupt;
+use crate::model::Model;
+use std::time::{Duration, Instant};
+
+/// A request and when it comes, in seconds.
+#[derive(Debug, Clone)]
+pub struct Arrival {
+    pub seconds: f64,
+    pub job: Job,
+}
+
+/// How the engine stood at a moment.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Moment {
+    pub seconds: f64,
+    pub running: usize,
+    pub waiting: usize,
+    pub pages: usize,
+    pub bytes: usize,
+    /// Of the process.
+    pub rss_bytes: usize,
+}
+
+/// All that came of a run.
+pub struct Outcome {
+    pub duration: f64,
+    pub served: Vec<Served>,
+    /// Tokens of every answer, and the logits that were kept of them.
+    pub answers: Vec<Vec<u32>>,
+    pub logits: Vec<Vec<Vec<f32>>>,
+    pub counts: Counts,
+    pub moments: Vec<Moment>,
+    pub max_concurrent: usize,
+}
+
+/// Seconds between two looks at the engine.
+const LOOK_EVERY: f64 = 0.1;
+
+/// Serves all requests; at most `concurrency` are in the engine at once. Jobs must be numbered as they come.
+///
+/// # Errors
+/// What the engine fails on; an interruption.
+pub fn serve(
+    model: &Model,
+    limits: Limits,
+    policy: Policy,
+    arrivals: &[Arrival],
+    concurrency: usize,
+) -> Result<Outcome> {
+    let mut engine = Engine::new(model, limits, policy);
+    let n = arrivals.len();
+    let mut out = Outcome {
+        duration: 0.0,
+        served: arrivals
+            .iter()
+            .map(|a| Served { arrival: a.seconds, input_tokens: a.job.prompt.len(), ..Served::default() })
+            .collect(),
+        answers: vec![Vec::new(); n],
+        logits: vec![Vec::new(); n],
+        counts: Counts::default(),
+        moments: Vec::new(),
+        max_concurrent: 0,
+    };
+    let started = Instant::now();
+    let (mut next, mut inside) = (0, 0);
+    while next < n || inside > 0 {
+        interrupt::check()?;
+        let now = started.elapsed().as_secs_f64();
+        while next < n && inside < concurrency && arrivals[next].seconds <= now {
+            // With all at once and few let in, a client sends its next when its last has ended.
+            let served = &mut out.served[next];
+            served.arrival = if served.arrival > 0.0 { served.arrival } else { now };
+            engine.submit(arrivals[next].job.clone());
+            next += 1;
+            inside += 1;
+        }
+        if inside == 0 {
+            let wait = arrivals[next].seconds - now;
+            std::thread::sleep(Duration::from_secs_f64(wait.clamp(0.0, 0.05)));
+            continue;
+        }
+        for event in engine.step()? {
+            let now = started.elapsed().as_secs_f64();
+            let i = event.id as usize;
+            if let Some(token) = event.token {
+                out.answers[i].push(token);
+                out.served[i].tokens.push(now);
+            }
+            out.logits[i].extend(event.logits);
+            if let Some(finish) = event.finish {
+                out.served[i].end = now;
+                out.served[i].failed = matches!(finish, Finish::TooLarge | Finish::Aborted);
+                inside -= 1;
+            }
+        }
+        out.max_concurrent = out.max_concurrent.max(engine.running());
+        let now = started.elapsed().as_secs_f64();
+        if out.moments.last().is_none_or(|m| now - m.seconds >= LOOK_EVERY) {
+            out.moments.push(Moment {
+                seconds: now,
+                running: engine.running(),
+                waiting: engine.waiting(),
+                pages: engine.pages(),
+                bytes: engine.bytes(),
+                rss_bytes: rss_bytes(),
+            });
+        }
+    }
+    out.duration = started.elapsed().as_secs_f64();
+    out.counts = engine.counts();
+    Ok(out)
+}
+
+/// Memory of this process, if the system tells.
+pub fn rss_bytes() -> usize {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let line = status.lines().find_map(|l| l.strip_prefix("VmRSS:"));
+    let kib = line.and_then(|l| l.trim().trim_end_matches(" kB").trim().parse::<usize>().ok());
+    kib.unwrap_or(0) * 1024
+}
