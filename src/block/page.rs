@@ -48,6 +48,11 @@ pub struct Payload {
 pub trait ReadPage: Send + Sync {
     /// Appends keys or values: of one head `[tokens, head_dim]`, or of all `[tokens, kv_heads, head_dim]`.
     fn read(&self, bytes: &[u8], part: Part, head: Option<usize>, out: &mut Vec<f32>);
+
+    /// Appends keys of one head channel by channel (`[head_dim, tokens]`), if they lie so; false if they do not.
+    fn read_by_channel(&self, _bytes: &[u8], _head: usize, _out: &mut Vec<f32>) -> bool {
+        false
+    }
 }
 
 /// Numbers of one block, `[tokens, kv_heads, head_dim]` of keys and of values.
@@ -176,6 +181,16 @@ impl Page {
                 self.unpack(part, Some(head), out);
                 out.truncate(from + tokens * head_dim);
             }
+        }
+    }
+
+    /// Appends keys of one head channel by channel (`[head_dim, tokens]`), where that is how they are stored.
+    pub fn read_by_channel(&self, head: usize, out: &mut Vec<f32>) -> bool {
+        match (&self.numbers, &self.reader, &self.payload) {
+            (Numbers::Packed(_), Some(reader), Some(payload)) => {
+                reader.read_by_channel(&payload.bytes, head, out)
+            }
+            _ => false,
         }
     }
 

@@ -205,6 +205,11 @@ impl BlockPool {
         self.page(id).read_head(part, head, widths, tokens, out);
     }
 
+    /// Appends keys of one head of a block channel by channel (`[head_dim, tokens]`), where that is how they are stored.
+    pub fn read_by_channel(&self, id: BlockId, head: usize, out: &mut Vec<f32>) -> bool {
+        self.page(id).read_by_channel(head, out)
+    }
+
     /// Whether two blocks hold the same numbers.
     pub fn same(&self, a: BlockId, b: BlockId) -> bool {
         a == b || self.page(a).same(self.page(b))

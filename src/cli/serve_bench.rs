@@ -5,7 +5,7 @@ use super::say;
 use super::table::table;
 use crate::codec::Chain;
 use crate::model::registry::DEFAULT_MODEL;
-use crate::serve::{BenchOptions, Goal, Limits, Policy, SERVE_SUMMARY_CSV, ServeRow, bench, summary};
+use crate::serve::{BenchOptions, Goal, Limits, SERVE_SUMMARY_CSV, ServeRow, bench, summary};
 use anyhow::{Result, anyhow};
 use std::path::PathBuf;
 
@@ -83,7 +83,6 @@ pub struct Args {
 impl Args {
     fn options(self, typed: Vec<String>) -> Result<BenchOptions> {
         let chains = Chain::parse(&self.method)?;
-        let policies = chains.iter().map(Policy::of).collect::<crate::error::Result<Vec<_>>>()?;
         let at_least = |name: &str, n: usize| match n {
             0 => Err(anyhow!("{name} must be at least 1")),
             n => Ok(n),
@@ -100,7 +99,7 @@ impl Args {
         Ok(BenchOptions {
             model: self.model,
             draw: self.draw.draw(),
-            policies,
+            chains,
             limits: Limits {
                 block_size: at_least("--block-size", self.block_size)?,
                 budget_bytes: self.kv_cache_memory_bytes.unwrap_or(0),

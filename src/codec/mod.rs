@@ -211,8 +211,8 @@ pub trait Codec: Send + Sync {
         true
     }
 
-    /// Whether its pages can be read from their bytes as they are used ([`crate::block::ReadPage`]).
-    fn reads_in_place(&self) -> bool {
+    /// Whether full pages of this shape can be read from their bytes as they are used ([`crate::block::ReadPage`]).
+    fn reads_in_place(&self, _shape: BlockShape) -> bool {
         false
     }
 

@@ -1,7 +1,7 @@
 //! Grouped-query attention that reads keys and values through a block table, all of them or those in a sliding window.
 
 use super::gemm::{View, product};
-use super::kernels::{causal_softmax, scores, softmax_row, weighted_sum};
+use super::kernels::{causal_softmax, scores, scores_by_channel, softmax_row, weighted_sum};
 use super::rope::Rope;
 use crate::block::{BlockPool, BlockTable, Entry, Part};
 use rayon::prelude::*;
@@ -174,9 +174,17 @@ fn in_place(
     for seen in visible(pool, task.table, from, total) {
         let scale = seen.entry.key_scale() * heads.scale;
         numbers.clear();
-        read_keys(pool, rope, task.kv_head, &seen, &mut numbers);
+        let block = seen.entry.block;
+        let channels = !seen.entry.stripped && pool.read_by_channel(block, task.kv_head, &mut numbers);
+        if !channels {
+            read_keys(pool, rope, task.kv_head, &seen, &mut numbers);
+        }
         for (i, weights) in weights.chunks_exact_mut(total).enumerate() {
-            scores(query(i), &numbers, d, scale, &mut weights[seen.first..seen.first + seen.tokens]);
+            let weights = &mut weights[seen.first..seen.first + seen.tokens];
+            match channels {
+                true => scores_by_channel(query(i), &numbers, pool.tokens(block), scale, weights),
+                false => scores(query(i), &numbers, d, scale, weights),
+            }
         }
     }
     for (i, weights) in weights.chunks_exact_mut(total).enumerate() {

@@ -92,6 +92,34 @@ pub fn scores(query: &[f32], keys: &[f32], stride: usize, scale: f32, scores: &m
     }
 }
 
+/// [`scores`] of keys that lie channel by channel, `stride` apart (`[query.len(), stride]`).
+#[multiversion(targets("x86_64+avx512f+avx512vl+avx512dq+avx2+fma", "x86_64+avx2+fma"))]
+pub fn scores_by_channel(query: &[f32], keys: &[f32], stride: usize, scale: f32, scores: &mut [f32]) {
+    let mut first = 0;
+    for scores in scores.chunks_mut(LANES) {
+        let mut sums = [0.0f32; LANES];
+        if scores.len() == LANES {
+            for (q, row) in query.iter().zip(keys.chunks_exact(stride)) {
+                if let Some(lanes) = row[first..].first_chunk::<LANES>() {
+                    for (sum, k) in sums.iter_mut().zip(lanes) {
+                        *sum = q.mul_add(*k, *sum);
+                    }
+                }
+            }
+        } else {
+            for (q, row) in query.iter().zip(keys.chunks_exact(stride)) {
+                for (sum, k) in sums.iter_mut().zip(&row[first..][..scores.len()]) {
+                    *sum = q.mul_add(*k, *sum);
+                }
+            }
+        }
+        for (score, sum) in scores.iter_mut().zip(&sums) {
+            *score = sum * scale;
+        }
+        first += LANES;
+    }
+}
+
 /// `out += sum over t of scale * weights[t] * value t`. The values of one head lie `stride` apart.
 #[multiversion(targets("x86_64+avx512f+avx512vl+avx512dq+avx2+fma", "x86_64+avx2+fma"))]
 pub fn weighted_sum(out: &mut [f32], values: &[f32], stride: usize, scale: f32, weights: &[f32]) {
@@ -228,6 +256,26 @@ mod tests {
             prop_assert!((x.iter().sum::<f32>() - 1.0).abs() < 1e-5);
             for i in 1..x.len() {
                 prop_assert!((before[i] > before[i - 1]) <= (x[i] >= x[i - 1]));
+            }
+        }
+
+        #[test]
+        fn both_layouts_of_keys_score_alike(tokens in 1usize..40, d in 1usize..70, spare in 0usize..3, seed in 0usize..99) {
+            let number = |i: usize| ((i * 37 + seed * 11) % 29) as f32 / 14.0 - 1.0;
+            let query: Vec<f32> = (0..d).map(number).collect();
+            let stride = tokens + spare;
+            let rows: Vec<f32> = (0..tokens * d).map(|i| number(i + d)).collect();
+            let mut channels = vec![0.0; d * stride];
+            for t in 0..tokens {
+                for c in 0..d {
+                    channels[c * stride + t] = rows[t * d + c];
+                }
+            }
+            let (mut a, mut b) = (vec![0.0; tokens], vec![0.0; tokens]);
+            scores(&query, &rows, d, 0.5, &mut a);
+            scores_by_channel(&query, &channels, stride, 0.5, &mut b);
+            for (a, b) in a.iter().zip(&b) {
+                prop_assert!((a - b).abs() < 1e-4, "{} {}", a, b);
             }
         }
 

@@ -6,6 +6,7 @@ use super::metrics::{Goal, fields};
 use super::policy::Policy;
 use super::quality::{Witness, divergences};
 use super::run::{Arrival, Moment, Outcome, rss_bytes, serve};
+use crate::codec::Chain;
 use crate::error::{Error, Result};
 use crate::files;
 use crate::lock::FolderLock;
@@ -31,7 +32,7 @@ pub const SERVE_TIMELINE_CSV: &str = "serve_timeline.csv";
 pub struct BenchOptions {
     pub model: String,
     pub draw: task::Draw,
-    pub policies: Vec<Policy>,
+    pub chains: Vec<Chain>,
     pub limits: Limits,
     /// Instead of a budget in bytes: one that holds so many requests uncompressed.
     pub budget_requests: Option<f64>,
@@ -88,11 +89,13 @@ struct Load {
 pub fn bench(options: &BenchOptions) -> Result<Vec<ServeRow>> {
     options.draw.check()?;
     let model = Model::load(&options.model)?;
+    let shape = model.decoder.block_shape(options.limits.block_size);
+    let policies = options.chains.iter().map(|c| Policy::of(c, shape)).collect::<Result<Vec<_>>>()?;
     let load = load(&model, options)?;
     let limits = limits(&model, options, &load.jobs)?;
     let _lock = FolderLock::take(&options.out)?;
     files::writable_folder(&options.out)?;
-    let runs = options.repeats * options.rates.len() * options.policies.len();
+    let runs = options.repeats * options.rates.len() * policies.len();
     let progress = Progress::new("serving", runs as u64, Unit::Items("runs"));
     let mut rows: Vec<ServeRow> = Vec::new();
     let mut moments: Vec<(usize, Moment)> = Vec::new();
@@ -102,8 +105,8 @@ pub fn bench(options: &BenchOptions) -> Result<Vec<ServeRow>> {
             let arrivals = Arrivals { rate, burstiness: options.burstiness };
             let times = arrivals.times(load.jobs.len(), options.draw.seed + repeat as u64);
             // Each begins another repeat, so that none always runs in the other's wake.
-            for turn in 0..options.policies.len() {
-                let policy = &options.policies[(turn + repeat) % options.policies.len()];
+            for turn in 0..policies.len() {
+                let policy = &policies[(turn + repeat) % policies.len()];
                 give_memory_back();
                 let rss_before = rss_bytes();
                 let jobs = load.jobs.iter().zip(&times);

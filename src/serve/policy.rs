@@ -1,5 +1,6 @@
 //! What a chain of methods means to a server: which pages are shared, which are fused, and how those that stay are kept.
 
+use crate::block::BlockShape;
 use crate::codec::evict::Needs;
 use crate::codec::fusion::{Choices, Fusion, RopeMode};
 use crate::codec::{Chain, Codec, Role};
@@ -30,7 +31,7 @@ impl std::fmt::Debug for Policy {
 impl Policy {
     /// # Errors
     /// Stages that a server cannot follow, by name, with what it can.
-    pub fn of(chain: &Chain) -> Result<Self> {
+    pub fn of(chain: &Chain, shape: BlockShape) -> Result<Self> {
         let mut policy =
             Policy { name: chain.name(), prefix: false, fusion: None, code: None, tier: None };
         for stage in chain.stages() {
@@ -51,7 +52,7 @@ impl Policy {
                 Role::Code if stage.codec.needs() != Needs::default() => {
                     return refuse("it needs attention weights; leave that option out");
                 }
-                Role::Code if stage.codec.reads_in_place() => policy.code = Some(Arc::clone(&stage.codec)),
+                Role::Code if stage.codec.reads_in_place(shape) => policy.code = Some(Arc::clone(&stage.codec)),
                 Role::Code if !stage.codec.blocks_stand_alone() => {
                     return refuse("its blocks refer to others that may be gone; joint:...,reference=false is served");
                 }

@@ -1,5 +1,7 @@
 //! Asymmetric rounding of a group of numbers: an f16 zero point, an f16 scale, whole codes.
 
+use multiversion::multiversion;
+
 use super::{BitSink, BitSource, Cost, put_f16, take_f16};
 
 /// Bits of a zero point and a scale.
@@ -31,16 +33,120 @@ pub fn take(source: &mut BitSource, page: &mut [f32], places: &[usize], bits: u3
     }
 }
 
-/// Reads a group as numbers in a row.
-pub fn take_run(source: &mut BitSource, out: &mut [f32], bits: u32) {
-    let (zero, scale) = (take_f16(source), take_f16(source));
-    // As many codes as 32 bits hold, at once.
-    let together = (32 / bits) as usize;
-    let mask = (1 << bits) - 1;
-    for chunk in out.chunks_mut(together) {
-        let word = source.take(bits * chunk.len() as u32);
-        for (i, x) in chunk.iter_mut().enumerate() {
-            *x = zero + (word >> (i as u32 * bits) & mask) as f32 * scale;
+/// Groups of codes in bytes, as a page is read while it is used: every group a zero point, a scale and its codes, in whole
+/// bytes.
+#[derive(Clone, Copy)]
+pub struct Groups {
+    pub bits: u32,
+    /// Codes of a group.
+    pub size: usize,
+}
+
+impl Groups {
+    /// Bytes of a group; `None` if it does not end with a byte.
+    pub fn bytes(&self) -> Option<usize> {
+        let codes = self.bits as usize * self.size;
+        codes.is_multiple_of(8).then_some(SIDE_BITS as usize / 8 + codes / 8)
+    }
+
+    /// Reads groups one after the other, each a row of `out`.
+    pub fn read_rows(&self, bytes: &[u8], out: &mut [f32]) {
+        read_rows(bytes, self.bits, self.size, out);
+    }
+
+    /// Reads groups one after the other, each a column of `out` (`[size, columns]`).
+    pub fn read_columns(&self, bytes: &[u8], columns: usize, out: &mut [f32]) {
+        read_columns(bytes, self.bits, self.size, columns, out);
+    }
+}
+
+#[multiversion(targets("x86_64+avx512f+avx512vl+avx512dq+avx2+fma", "x86_64+avx2+fma"))]
+fn read_rows(bytes: &[u8], bits: u32, size: usize, out: &mut [f32]) {
+    let group = 4 + bits as usize * size / 8;
+    for (bytes, row) in bytes.chunks_exact(group).zip(out.chunks_exact_mut(size)) {
+        unpack(bytes, bits, row);
+    }
+}
+
+#[multiversion(targets("x86_64+avx512f+avx512vl+avx512dq+avx2+fma", "x86_64+avx2+fma"))]
+fn read_columns(bytes: &[u8], bits: u32, size: usize, columns: usize, out: &mut [f32]) {
+    const AT_ONCE: usize = 16;
+    let group = 4 + bits as usize * size / 8;
+    let mut buffer = vec![0.0; AT_ONCE * size];
+    for (n, several) in bytes[..group * columns].chunks(group * AT_ONCE).enumerate() {
+        let count = several.len() / group;
+        for (bytes, column) in several.chunks_exact(group).zip(buffer.chunks_exact_mut(size)) {
+            unpack(bytes, bits, column);
+        }
+        for (t, row) in out.chunks_exact_mut(columns).enumerate() {
+            for (c, x) in row[n * AT_ONCE..][..count].iter_mut().enumerate() {
+                *x = buffer[c * size + t];
+            }
+        }
+    }
+}
+
+/// One group.
+#[inline(always)]
+fn unpack(bytes: &[u8], bits: u32, out: &mut [f32]) {
+    let (zero, scale) = (half_at(bytes, 0), half_at(bytes, 2));
+    let codes = &bytes[4..];
+    match bits {
+        4 => unpack_words::<4, 8>(codes, zero, scale, out),
+        2 => unpack_words::<2, 16>(codes, zero, scale, out),
+        8 => unpack_words::<8, 4>(codes, zero, scale, out),
+        _ => {
+            let mut source = BitSource::new(codes);
+            for x in out {
+                *x = zero + source.take(bits) as f32 * scale;
+            }
+        }
+    }
+}
+
+/// Codes that 32 bits hold a whole number of.
+#[inline(always)]
+fn unpack_words<const BITS: u32, const CODES: usize>(bytes: &[u8], zero: f32, scale: f32, out: &mut [f32]) {
+    let number = |word: u32, i: usize| {
+        let code = (word >> (i as u32 * BITS)) & ((1 << BITS) - 1);
+        // As a signed number, which every instruction set converts at once.
+        (code as i32 as f32).mul_add(scale, zero)
+    };
+    let (words, last) = bytes.as_chunks::<4>();
+    let (rows, rest) = out.as_chunks_mut::<CODES>();
+    for (word, row) in words.iter().zip(&mut *rows) {
+        let word = u32::from_le_bytes(*word);
+        for (i, x) in row.iter_mut().enumerate() {
+            *x = number(word, i);
+        }
+    }
+    if !rest.is_empty() {
+        // What is left fills no word, or is the first part of the next.
+        let left = words.get(rows.len()).map_or(last, |word| &word[..]);
+        let word = left.iter().rev().fold(0, |word, byte| word << 8 | u32::from(*byte));
+        rest.iter_mut().enumerate().for_each(|(i, x)| *x = number(word, i));
+    }
+}
+
+/// A finite f16 as f32, without a branch: the exponent is moved by a multiplication, which is exact.
+#[inline(always)]
+fn half_at(bytes: &[u8], at: usize) -> f32 {
+    let bits = u32::from(u16::from_le_bytes([bytes[at], bytes[at + 1]]));
+    let size = f32::from_bits((bits & 0x7fff) << 13) * f32::from_bits((127 + 112) << 23);
+    f32::from_bits(size.to_bits() | (bits & 0x8000) << 16)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn finite_halves_are_exact() {
+        for bits in 0..=u16::MAX {
+            let exact = half::f16::from_bits(bits);
+            if exact.is_finite() {
+                assert_eq!(half_at(&bits.to_le_bytes(), 0).to_bits(), exact.to_f32().to_bits());
+            }
         }
     }
 }

@@ -82,37 +82,48 @@ impl Quantizer for Kivi {
         out: &mut Vec<f32>,
     ) -> bool {
         let (width, d) = (shape.width(), shape.head_dim);
-        let mut source = BitSource::new(bytes);
+        let of = |size| affine::Groups { bits: self.bits, size };
+        let sizes = [of(shape.tokens.min(self.group)), of(d.min(self.group))];
+        let ([Some(keys), Some(values)], true, true) = (
+            sizes.map(|groups| groups.bytes()),
+            shape.tokens.is_multiple_of(sizes[0].size.max(1)),
+            d.is_multiple_of(sizes[1].size),
+        ) else {
+            return false;
+        };
         let from = out.len();
         out.resize(from + shape.tokens * d, 0.0);
         let out = &mut out[from..];
-        let group_bits = |numbers: usize| u64::from(affine::SIDE_BITS + self.bits * numbers as u32);
-        // Keys: channel after channel, a range of tokens each.
-        let mut at = 0;
-        let mut codes = vec![0.0; self.group];
-        for tokens in ranges(shape.tokens, self.group) {
-            let own = group_bits(tokens.len());
-            if part == Part::Key {
-                source.seek(at + (head * d) as u64 * own);
-                for channel in 0..d {
-                    affine::take_run(&mut source, &mut codes[..tokens.len()], self.bits);
-                    for (t, code) in tokens.clone().zip(&codes) {
-                        out[t * d + channel] = *code;
-                    }
+        // Keys: channel after channel, a range of tokens each. Values: head after head, a range of channels each.
+        match part {
+            Part::Key => {
+                for (bytes, out) in
+                    bytes.chunks_exact(width * keys).zip(out.chunks_exact_mut(sizes[0].size * d))
+                {
+                    sizes[0].read_columns(&bytes[head * d * keys..], d, out);
                 }
             }
-            at += width as u64 * own;
-        }
-        if part == Part::Value {
-            // Token after token, head after head, a range of channels each.
-            let head_bits: u64 = ranges(d, self.group).map(|c| group_bits(c.len())).sum();
-            for (token, row) in out.chunks_exact_mut(d).enumerate() {
-                source.seek(at + (token * shape.kv_heads + head) as u64 * head_bits);
-                for channels in row.chunks_mut(self.group) {
-                    affine::take_run(&mut source, channels, self.bits);
+            Part::Value => {
+                let first = shape.tokens / sizes[0].size.max(1) * width * keys;
+                let head_bytes = d / sizes[1].size * values;
+                let heads = bytes[first..].chunks_exact(head_bytes).skip(head).step_by(shape.kv_heads);
+                for (bytes, out) in heads.zip(out.chunks_exact_mut(d)) {
+                    sizes[1].read_rows(bytes, out);
                 }
             }
         }
+        true
+    }
+
+    fn read_by_channel(&self, shape: PageShape, head: usize, bytes: &[u8], out: &mut Vec<f32>) -> bool {
+        // Every channel one group of all tokens: the page's first part as it lies.
+        let groups = affine::Groups { bits: self.bits, size: shape.tokens };
+        let (Some(own), true) = (groups.bytes(), shape.tokens > 0 && shape.tokens <= self.group) else {
+            return false;
+        };
+        let from = out.len();
+        out.resize(from + shape.head_dim * shape.tokens, 0.0);
+        groups.read_rows(&bytes[head * shape.head_dim * own..], &mut out[from..]);
         true
     }
 

@@ -26,7 +26,7 @@ pub use rotated::Rotated;
 
 
 use super::{CacheBatch, Codec, Coverage, Memo};
-use crate::block::{BlockId, Part, Payload, ReadPage};
+use crate::block::{BlockId, BlockShape, Part, Payload, ReadPage};
 use crate::error::{Error, Result};
 use half::f16;
 use rayon::prelude::*;
@@ -67,6 +67,11 @@ pub trait Quantizer: Send + Sync {
         false
     }
 
+    /// Reads keys of one head channel by channel (`[head_dim, tokens]`), if they lie so; false if they do not.
+    fn read_by_channel(&self, _: PageShape, _head: usize, _: &[u8], _out: &mut Vec<f32>) -> bool {
+        false
+    }
+
     /// First tokens of every request whose pages stay as they are.
     fn raw_first(&self) -> usize {
         0
@@ -93,6 +98,10 @@ struct Reader<Q> {
 }
 
 impl<Q: Quantizer> ReadPage for Reader<Q> {
+    fn read_by_channel(&self, bytes: &[u8], head: usize, out: &mut Vec<f32>) -> bool {
+        self.quantizer.read_by_channel(self.shape, head, bytes, out)
+    }
+
     fn read(&self, bytes: &[u8], part: Part, head: Option<usize>, out: &mut Vec<f32>) {
         if let Some(head) = head {
             self.quantizer.read_head(part, self.shape, head, bytes, out);
@@ -112,9 +121,12 @@ impl<Q: Quantizer + 'static> Codec for Quantized<Q> {
         Coverage::of(0..layers)
     }
 
-    fn reads_in_place(&self) -> bool {
-        let nothing = PageShape { tokens: 0, kv_heads: 1, head_dim: 1, layer: 0, layers: 1 };
-        self.0.read_head(Part::Key, nothing, 0, &[], &mut Vec::new())
+    fn reads_in_place(&self, shape: BlockShape) -> bool {
+        let BlockShape { block_size: tokens, kv_heads, head_dim } = shape;
+        let shape = PageShape { tokens, kv_heads, head_dim, layer: 0, layers: 1 };
+        let zeros = vec![0.0; shape.numbers()];
+        let (_, _, payload) = self.page(&zeros, &zeros, shape);
+        self.0.read_head(Part::Key, shape, 0, &payload.bytes, &mut Vec::new())
     }
 
     fn decode(&self, batch: &mut CacheBatch) -> Result<()> {
@@ -164,8 +176,9 @@ impl<Q: Quantizer + 'static> Codec for Quantized<Q> {
         let written: Vec<(Vec<f32>, Vec<f32>, Payload)> =
             coded.par_iter().map(|&(id, shape)| self.page(&pool.keys(id), &pool.values(id), shape)).collect();
         for ((id, shape), (keys, values, payload)) in coded.into_iter().zip(written) {
+            let quick = self.0.read_head(Part::Key, shape, 0, &payload.bytes, &mut Vec::new());
             let reader = Reader { quantizer: Arc::clone(&self.0), shape };
-            let reader = self.reads_in_place().then_some(reader).map(|r| Arc::new(r) as Arc<dyn ReadPage>);
+            let reader = quick.then_some(reader).map(|r| Arc::new(r) as Arc<dyn ReadPage>);
             batch.pool.recode(id, keys, values, payload, reader);
         }
         Ok(())
