@@ -4,12 +4,10 @@
 //! same product has the same bits whatever the number of threads.
 
 use super::numbers::Numbers;
+use super::panels::{PANEL, Panels};
 use gemm::Parallelism;
-use half::slice::HalfFloatSliceExt;
-use half::{bf16, f16};
 use rayon::prelude::*;
-use std::borrow::Cow;
-use std::ops::Range;
+use std::cell::RefCell;
 
 /// A read-only matrix view: element (i, j) lies at `data[i * row_stride + j * column_stride]`.
 #[derive(Clone, Copy)]
@@ -90,69 +88,24 @@ unsafe fn product_raw(a: View, b: View, out: *mut f32, out_stride: usize) {
     }
 }
 
-/// The weight of a linear layer, cut along its outputs into panels of `TILE_OUTPUTS`, each `[inputs, panel outputs]`.
+/// The weight of a linear layer, cut along its outputs into panels of [`PANEL`], each `[inputs, panel outputs]`.
 ///
 /// A panel is read from one end to the other, output-contiguous: the kernel needs no packing and the memory no seeking,
-/// which is what a decode step of a few sequences spends its time on. Weights stored in 16 bits stay so; a panel of them is
-/// turned into f32 when it is multiplied.
+/// which is what a decode step of a few sequences spends its time on. Weights stored in 16 or fewer bits stay so; a panel of
+/// them is turned into f32 when it is multiplied.
 pub struct Linear {
     weight: Panels,
     inputs: usize,
     outputs: usize,
 }
 
-/// Weights panel by panel, in the precision of the file.
-enum Panels {
-    F32(Vec<f32>),
-    F16(Vec<f16>),
-    Bf16(Vec<bf16>),
-}
-
-impl Panels {
-    fn len(&self) -> usize {
-        match self {
-            Panels::F32(x) => x.len(),
-            Panels::F16(x) => x.len(),
-            Panels::Bf16(x) => x.len(),
-        }
-    }
-
-    /// Some of the weights in f32.
-    fn read(&self, range: Range<usize>) -> Cow<'_, [f32]> {
-        match self {
-            Panels::F32(x) => Cow::Borrowed(&x[range]),
-            Panels::F16(x) => Cow::Owned(x[range].to_f32_vec()),
-            Panels::Bf16(x) => Cow::Owned(x[range].to_f32_vec()),
-        }
-    }
-
-    fn get(&self, i: usize) -> f32 {
-        match self {
-            Panels::F32(x) => x[i],
-            Panels::F16(x) => x[i].to_f32(),
-            Panels::Bf16(x) => x[i].to_f32(),
-        }
-    }
-}
-
-/// Rows of `inputs` numbers each, of one matrix after the other, rearranged panel by panel.
-fn panels<T: Copy + Default>(parts: &[&[T]], inputs: usize) -> Vec<T> {
-    let rows: Vec<&[T]> = parts.iter().flat_map(|p| p.chunks_exact(inputs)).collect();
-    let mut weight = vec![T::default(); inputs * rows.len()];
-    for (panel, rows) in weight.chunks_mut(inputs * TILE_OUTPUTS).zip(rows.chunks(TILE_OUTPUTS)) {
-        for (o, row) in rows.iter().enumerate() {
-            for (i, &w) in row.iter().enumerate() {
-                panel[i * rows.len() + o] = w;
-            }
-        }
-    }
-    weight
-}
-
-/// Outputs that one tile covers: the height of the AVX-512 kernel, and small enough to share 576 outputs between cores.
-const TILE_OUTPUTS: usize = 64;
 /// Rows of one tile: more tiles when there are many rows.
 const TILE_ROWS: usize = 256;
+
+thread_local! {
+    /// Where a panel is unpacked.
+    static SCRATCH: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
+}
 
 struct OutPointer(*mut f32);
 // SAFETY: tiles write disjoint parts of the output; see `Linear::apply`.
@@ -167,37 +120,20 @@ impl OutPointer {
 impl Linear {
     /// From `[outputs, inputs]`, the order of model files. Several such matrices are stacked along the outputs.
     pub fn from_rows(parts: &[&[f32]], inputs: usize) -> Self {
-        Self::new(Panels::F32(panels(parts, inputs)), inputs)
+        Self::stack(parts.iter().map(|p| Numbers::F32(p.to_vec())).collect(), inputs)
     }
 
     /// [`Linear::from_rows`] in the precision the numbers have; in f32 if they differ in it.
     pub fn stack(parts: Vec<Numbers>, inputs: usize) -> Self {
-        let f16s: Option<Vec<&[f16]>> =
-            parts.iter().map(|p| if let Numbers::F16(x) = p { Some(&x[..]) } else { None }).collect();
-        let bf16s: Option<Vec<&[bf16]>> =
-            parts.iter().map(|p| if let Numbers::Bf16(x) = p { Some(&x[..]) } else { None }).collect();
-        if let Some(parts) = f16s {
-            return Self::new(Panels::F16(panels(&parts, inputs)), inputs);
-        }
-        if let Some(parts) = bf16s {
-            return Self::new(Panels::Bf16(panels(&parts, inputs)), inputs);
-        }
-        let parts: Vec<Vec<f32>> = parts.into_iter().map(Numbers::into_f32).collect();
-        let parts: Vec<&[f32]> = parts.iter().map(Vec::as_slice).collect();
-        Self::from_rows(&parts, inputs)
-    }
-
-    fn new(weight: Panels, inputs: usize) -> Self {
+        let weight = Panels::stack(parts, inputs);
         let outputs = weight.len() / inputs;
         Linear { weight, inputs, outputs }
     }
 
     /// Appends the weights of one output (`[inputs]`).
     pub fn extend_with_row(&self, output: usize, out: &mut Vec<f32>) {
-        let first = output / TILE_OUTPUTS * TILE_OUTPUTS;
-        let width = TILE_OUTPUTS.min(self.outputs - first);
-        let at = first * self.inputs + output - first;
-        out.extend((0..self.inputs).map(|i| self.weight.get(at + i * width)));
+        let shape = (self.outputs, self.inputs);
+        out.extend((0..self.inputs).map(|i| self.weight.get(output, i, shape)));
     }
 
     pub fn outputs(&self) -> usize {
@@ -216,24 +152,26 @@ impl Linear {
         let mut out = vec![0.0; rows * self.outputs];
         let pointer = OutPointer(out.as_mut_ptr());
         let row_tiles = rows.div_ceil(TILE_ROWS);
-        let column_tiles = self.outputs.div_ceil(TILE_OUTPUTS);
+        let column_tiles = self.outputs.div_ceil(PANEL);
         (0..row_tiles * column_tiles).into_par_iter().for_each(|tile| {
             let row = tile % row_tiles * TILE_ROWS;
-            let column = tile / row_tiles * TILE_OUTPUTS;
+            let column = tile / row_tiles * PANEL;
             let tile_rows = TILE_ROWS.min(rows - row);
-            let tile_columns = TILE_OUTPUTS.min(self.outputs - column);
+            let tile_columns = PANEL.min(self.outputs - column);
             let a = View::row_major(&x[row * self.inputs..], tile_rows, self.inputs);
-            let panel = self.weight.read(column * self.inputs..(column + tile_columns) * self.inputs);
-            let b = View::row_major(&panel, self.inputs, tile_columns);
-            a.check();
-            b.check();
-            // SAFETY: the views were checked. Tile (row, column) writes rows row..row+tile_rows and columns
-            // column..column+tile_columns of `out`, which lies inside its rows*outputs elements; no two tiles share
-            // an element and `out` outlives the loop.
-            unsafe {
-                let corner = pointer.get().add(row * self.outputs + column);
-                product_raw(a, b, corner, self.outputs);
-            }
+            SCRATCH.with_borrow_mut(|scratch| {
+                let (data, row_stride) = self.weight.read(column, tile_columns, self.inputs, scratch);
+                let b = View { data, rows: self.inputs, columns: tile_columns, row_stride, column_stride: 1 };
+                a.check();
+                b.check();
+                // SAFETY: the views were checked. Tile (row, column) writes rows row..row+tile_rows and columns
+                // column..column+tile_columns of `out`, which lies inside its rows*outputs elements; no two tiles share
+                // an element and `out` outlives the loop.
+                unsafe {
+                    let corner = pointer.get().add(row * self.outputs + column);
+                    product_raw(a, b, corner, self.outputs);
+                }
+            });
         });
         out
     }
@@ -242,6 +180,7 @@ impl Linear {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use half::{bf16, f16};
     use proptest::prelude::*;
 
     fn numbers(n: usize, seed: usize) -> Vec<f32> {
@@ -279,7 +218,7 @@ mod tests {
         let brains = Numbers::Bf16(w.iter().map(|&x| bf16::from_f32(x)).collect());
         for stored in [halves, brains] {
             let linear = Linear::stack(vec![stored], 24);
-            assert!(!matches!(linear.weight, Panels::F32(_)));
+            assert!(matches!(linear.weight, Panels::F16(_) | Panels::Bf16(_)));
             // These numbers are eighths below 2: exact in both formats.
             assert_eq!(linear.apply(&x), exact.apply(&x));
             for output in [0, 63, 64, 127, 128, 149] {

@@ -4,6 +4,7 @@ use super::config::{
     ARCHITECTURES, GEMMA3_LOCAL_BASE, GEMMA3_PATTERN, ModelConfig, RopeConfig, Sliding, all_but_each,
     check_sizes, unknown_architecture, unknown_scaling,
 };
+use super::coded::{Coded, GROUP};
 use super::numbers::Numbers;
 use super::weights::TensorSource;
 use crate::error::{Error, Result};
@@ -208,25 +209,41 @@ impl TensorSource for Gguf {
         let stored = gguf_name(&self.config.architecture, name);
         let stored = stored.filter(|n| self.content.tensor_infos.contains_key(n));
         let stored = stored.ok_or_else(missing)?;
-        let read = || -> candle_core::Result<(Vec<usize>, Vec<f32>)> {
+        let read = || -> candle_core::Result<(Vec<usize>, Numbers)> {
             let tensor = self.content.tensor(&mut Cursor::new(&self.map[..]), &stored, &Device::Cpu)?;
-            let tensor = tensor.dequantize(&Device::Cpu)?;
-            Ok((tensor.dims().to_vec(), tensor.flatten_all()?.to_vec1()?))
+            let shape = tensor.shape().dims().to_vec();
+            let whole = shape.last().is_some_and(|width| width.is_multiple_of(GROUP));
+            match Coded::read(tensor.dtype(), &tensor.data()?).filter(|_| whole) {
+                Some(coded) => Ok((shape, Numbers::Coded(coded))),
+                None => {
+                    let numbers = tensor.dequantize(&Device::Cpu)?.flatten_all()?.to_vec1()?;
+                    Ok((shape, Numbers::F32(numbers)))
+                }
+            }
         };
-        let (shape, mut data) = read().map_err(|e| {
+        let (shape, data) = read().map_err(|e| {
             Error::file(&self.path, format!("tensor {stored} cannot be read: {}", one_line(&e)))
         })?;
         let c = &self.config;
         // Only llama files are stored interleaved.
-        if c.architecture != "llama" {
-            return Ok((shape, Numbers::F32(data)));
-        }
-        if name.ends_with("q_proj.weight") && shape == [c.heads * c.head_dim, c.hidden] {
-            data = rotate_half_rows(&data, c.heads, c.hidden);
-        } else if name.ends_with("k_proj.weight") && shape == [c.kv_heads * c.head_dim, c.hidden] {
-            data = rotate_half_rows(&data, c.kv_heads, c.hidden);
-        }
-        Ok((shape, Numbers::F32(data)))
+        let heads = match (&name[name.len().saturating_sub("q_proj.weight".len())..], &shape[..]) {
+            _ if c.architecture != "llama" => return Ok((shape, data)),
+            ("q_proj.weight", &[rows, inputs]) if rows == c.heads * c.head_dim && inputs == c.hidden => c.heads,
+            ("k_proj.weight", &[rows, inputs]) if rows == c.kv_heads * c.head_dim && inputs == c.hidden => {
+                c.kv_heads
+            }
+            _ => return Ok((shape, data)),
+        };
+        let order = rotate_half_rows(shape[0], heads);
+        let data = match data {
+            Numbers::Coded(coded) => Numbers::Coded(coded.with_rows(c.hidden, order.iter().copied())),
+            other => {
+                let rows = other.into_f32();
+                let row = |r: &usize| &rows[r * c.hidden..][..c.hidden];
+                Numbers::F32(order.iter().flat_map(row).copied().collect())
+            }
+        };
+        Ok((shape, data))
     }
 }
 
@@ -258,21 +275,13 @@ fn alignment_is_zero(map: &[u8]) -> bool {
     memmem::find(head, key).is_some_and(|at| head[at + key.len()..].starts_with(&[0; 4]))
 }
 
-/// llama GGUF files interleave the two halves of every query and key head (row 2i+j holds row j*d/2+i of the Hugging
-/// Face layout); this puts the rows back.
-fn rotate_half_rows(rows: &[f32], heads: usize, inputs: usize) -> Vec<f32> {
-    let head_dim = rows.len() / inputs / heads;
+/// llama GGUF files interleave the two halves of every query and key head: row 2i+j holds row j*d/2+i of the Hugging Face
+/// layout. The rows in the order in which that has them.
+fn rotate_half_rows(rows: usize, heads: usize) -> Vec<usize> {
+    let head_dim = rows / heads;
     let half = head_dim / 2;
-    let mut out = Vec::with_capacity(rows.len());
-    for head in rows.chunks_exact(head_dim * inputs) {
-        for j in 0..2 {
-            for i in 0..half {
-                let row = 2 * i + j;
-                out.extend_from_slice(&head[row * inputs..(row + 1) * inputs]);
-            }
-        }
-    }
-    out
+    let of = |head: usize| (0..2).flat_map(move |j| (0..half).map(move |i| head * head_dim + 2 * i + j));
+    (0..heads).flat_map(of).collect()
 }
 
 fn config(path: &Path, map: &[u8], content: &Content) -> Result<ModelConfig> {
@@ -499,9 +508,10 @@ mod tests {
 
     #[test]
     fn interleaved_rows_become_halves() {
-        // Two heads of four rows of one input; row r of the HF layout holds the number r.
-        let gguf = [0.0, 2.0, 1.0, 3.0, 4.0, 6.0, 5.0, 7.0];
-        assert_eq!(rotate_half_rows(&gguf, 2, 1), [0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0]);
+        // Two heads of four rows; the file's row r holds this row of the HF layout.
+        let file = [0, 2, 1, 3, 4, 6, 5, 7];
+        let back: Vec<usize> = rotate_half_rows(8, 2).into_iter().map(|row| file[row]).collect();
+        assert_eq!(back, [0, 1, 2, 3, 4, 5, 6, 7]);
     }
 
     #[test]

@@ -3,6 +3,7 @@
 pub mod attention;
 mod builtin;
 mod chat;
+mod coded;
 mod config;
 mod decoder;
 mod fetch;
@@ -14,6 +15,7 @@ mod hf_config;
 mod hub;
 pub mod kernels;
 mod numbers;
+mod panels;
 mod probe;
 pub mod registry;
 mod rope;

@@ -1,5 +1,6 @@
 //! Numbers of a tensor in the precision they are stored in.
 
+use super::coded::{Coded, GROUP};
 use half::{bf16, f16};
 
 /// Numbers in the precision they are stored in.
@@ -7,6 +8,7 @@ pub enum Numbers {
     F32(Vec<f32>),
     F16(Vec<f16>),
     Bf16(Vec<bf16>),
+    Coded(Coded),
 }
 
 impl Numbers {
@@ -16,6 +18,11 @@ impl Numbers {
             Numbers::F32(x) => x.iter().position(|x| !x.is_finite()).map(|i| (i, x[i])),
             Numbers::F16(x) => x.iter().position(|x| !x.is_finite()).map(|i| (i, x[i].to_f32())),
             Numbers::Bf16(x) => x.iter().position(|x| !x.is_finite()).map(|i| (i, x[i].to_f32())),
+            Numbers::Coded(x) => {
+                let unusable = |(scale, offset): (&f32, &f32)| !scale.is_finite() || !offset.is_finite();
+                let group = x.scales.iter().zip(&x.offsets).position(unusable)?;
+                Some((group * GROUP, x.scales[group] + x.offsets[group]))
+            }
         }
     }
 
@@ -25,6 +32,7 @@ impl Numbers {
             Numbers::F32(x) => x,
             Numbers::F16(x) => x.into_iter().map(f16::to_f32).collect(),
             Numbers::Bf16(x) => x.into_iter().map(bf16::to_f32).collect(),
+            Numbers::Coded(x) => x.to_f32(),
         }
     }
 }
