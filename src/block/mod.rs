@@ -3,6 +3,7 @@
 //! One physical block holds keys and values of up to `block_size` consecutive tokens of ONE layer. A request owns one
 //! [`BlockTable`] a layer; several tables may point at the same block. A block whose last reference goes is freed.
 
+pub(crate) mod halves;
 mod page;
 mod pool;
 mod table;

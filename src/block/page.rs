@@ -1,5 +1,6 @@
 //! What a physical block holds: numbers in f32 or f16, or bytes that they are read from.
 
+use super::halves;
 use half::f16;
 use half::slice::HalfFloatSliceExt;
 use std::borrow::Cow;
@@ -172,10 +173,7 @@ impl Page {
             }
             Numbers::F16(parts) => {
                 out.resize(from + tokens * head_dim, 0.0);
-                let rows = parts[part as usize].chunks_exact(width);
-                for (row, out) in rows.zip(out[from..].chunks_exact_mut(head_dim)) {
-                    row[at..at + head_dim].convert_to_f32_slice(out);
-                }
+                halves::read_head(&parts[part as usize], width, at, head_dim, &mut out[from..]);
             }
             Numbers::Packed(_) => {
                 self.unpack(part, Some(head), out);

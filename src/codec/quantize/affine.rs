@@ -1,8 +1,8 @@
 //! Asymmetric rounding of a group of numbers: an f16 zero point, an f16 scale, whole codes.
 
-use multiversion::multiversion;
-
 use super::{BitSink, BitSource, Cost, put_f16, take_f16};
+use crate::block::halves::finite;
+use multiversion::multiversion;
 
 /// Bits of a zero point and a scale.
 pub const SIDE_BITS: u32 = 32;
@@ -128,25 +128,7 @@ fn unpack_words<const BITS: u32, const CODES: usize>(bytes: &[u8], zero: f32, sc
     }
 }
 
-/// A finite f16 as f32, without a branch: the exponent is moved by a multiplication, which is exact.
 #[inline(always)]
 fn half_at(bytes: &[u8], at: usize) -> f32 {
-    let bits = u32::from(u16::from_le_bytes([bytes[at], bytes[at + 1]]));
-    let size = f32::from_bits((bits & 0x7fff) << 13) * f32::from_bits((127 + 112) << 23);
-    f32::from_bits(size.to_bits() | (bits & 0x8000) << 16)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn finite_halves_are_exact() {
-        for bits in 0..=u16::MAX {
-            let exact = half::f16::from_bits(bits);
-            if exact.is_finite() {
-                assert_eq!(half_at(&bits.to_le_bytes(), 0).to_bits(), exact.to_f32().to_bits());
-            }
-        }
-    }
+    finite(u16::from_le_bytes([bytes[at], bytes[at + 1]]))
 }
