@@ -15,7 +15,12 @@ pub fn install() {
     });
 }
 
+/// Whether Ctrl-C was pressed.
+pub fn is_set() -> bool {
+    INTERRUPTED.load(Ordering::SeqCst)
+}
+
 /// An error once Ctrl-C was pressed.
 pub fn check() -> Result<()> {
-    if INTERRUPTED.load(Ordering::SeqCst) { Err(Error::Interrupted) } else { Ok(()) }
+    if is_set() { Err(Error::Interrupted) } else { Ok(()) }
 }

@@ -1,7 +1,7 @@
 //! How alike blocks are that have nothing to do with each other: below this no threshold should lie.
 
-use crate::codec::CacheBatch;
 use crate::block::Part;
+use crate::codec::CacheBatch;
 use crate::codec::fusion::{Blocks, Choices, Place, Positions};
 use crate::error::{Error, Result};
 use crate::model::kernels::cosine;

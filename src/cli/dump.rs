@@ -99,12 +99,19 @@ fn default_name(args: &Args) -> Result<String> {
     let requests = args.draw.limit.unwrap_or(args.draw.requests);
     let flags = [("-sorted", args.sort == Sort::Length), ("-chat", args.chat)];
     let flags: String = flags.iter().filter(|(_, on)| *on).map(|(name, _)| *name).collect();
-    let plain =
-        format!("{}-{}-n{}-k{}-s{}", stem(&args.model), stem(&args.draw.data), requests, args.draw.shots, args.draw.seed);
+    let plain = format!(
+        "{}-{}-n{}-k{}-s{}",
+        stem(&args.model),
+        stem(&args.draw.data),
+        requests,
+        args.draw.shots,
+        args.draw.seed
+    );
     let length = args.draw.length.map(|l| format!("-l{l}")).unwrap_or_default();
     let rag = args.draw.passages.map(|k| format!("-rag{k}of{}", args.draw.pool)).unwrap_or_default();
     let half = args.draw.half.map(|h| format!("-{h:?}").to_lowercase()).unwrap_or_default();
-    let optional = [("-m", args.draw.needles - args.draw.needles.min(1)), ("-t", args.draw.tenants), ("-p", args.shift)];
+    let optional =
+        [("-m", args.draw.needles - args.draw.needles.min(1)), ("-t", args.draw.tenants), ("-p", args.shift)];
     let optional = optional.iter().filter(|(_, n)| *n > 0).map(|(name, n)| format!("{name}{n}"));
     let dtype = format!("-{:?}", args.dtype).to_lowercase();
     let data = args.draw.data.split_once(':').map(|(_, file)| Path::new(file)).filter(|file| file.is_file());

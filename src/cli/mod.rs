@@ -18,6 +18,7 @@ mod plot;
 mod report;
 mod run;
 mod search;
+mod serve;
 mod serve_bench;
 mod simulate;
 mod stats;
@@ -78,6 +79,7 @@ enum Command {
     Compare(compare::Args),
     Check(check::Args),
     Report(report::Args),
+    Serve(serve::Args),
     ServeBench(Box<serve_bench::Args>),
     Demo(demo::Args),
     Bench(bench::Args),
@@ -123,6 +125,7 @@ impl Command {
             Command::Compare(args) => compare::run(args),
             Command::Check(args) => check::run(args),
             Command::Report(args) => report::run(args),
+            Command::Serve(args) => serve::run(args),
             Command::ServeBench(args) => serve_bench::run(*args, typed),
             Command::Demo(args) => demo::run(args, typed),
             Command::Bench(args) => bench::run(args),
@@ -148,8 +151,15 @@ fn say_rows<T: serde::Serialize>(rows: &[T]) -> Result<()> {
 
 /// Reads a number of bytes: 4096, 512MiB, 1.5GB.
 fn bytes(text: &str) -> std::result::Result<usize, String> {
-    const UNITS: [(&str, f64); 7] =
-        [("KiB", 1024.0), ("MiB", 1048576.0), ("GiB", 1073741824.0), ("kB", 1e3), ("MB", 1e6), ("GB", 1e9), ("", 1.0)];
+    const UNITS: [(&str, f64); 7] = [
+        ("KiB", 1024.0),
+        ("MiB", 1048576.0),
+        ("GiB", 1073741824.0),
+        ("kB", 1e3),
+        ("MB", 1e6),
+        ("GB", 1e9),
+        ("", 1.0),
+    ];
     let known = UNITS.iter().find_map(|(unit, factor)| {
         let number: f64 = text.strip_suffix(unit)?.trim().parse().ok()?;
         Some(number * factor)

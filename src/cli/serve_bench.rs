@@ -13,7 +13,7 @@ use std::path::PathBuf;
 /// the same run.
 ///
 /// Every chain is an arm; arms are interleaved and repeated. Options and fields are named as in vLLM's `bench serve`.
-/// Writes serve.csv (a run a row), serve_summary.csv (medians), serve_timeline.csv and manifest.json (docs/serving.md).
+/// Writes serve.csv (a run a row), serve_summary.csv (medians), serve_requests.csv, serve_timeline.csv and manifest.json (docs/serving.md).
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Examples:\n  \
     kvfuse serve-bench --method 'none,prefix,prefix+kivi:bits=4' --budget-requests 8 -o results/serve\n  \
@@ -87,7 +87,7 @@ impl Args {
             0 => Err(anyhow!("{name} must be at least 1")),
             n => Ok(n),
         };
-        if let Some(rate) = self.request_rate.iter().find(|r| !(**r > 0.0)) {
+        if let Some(rate) = self.request_rate.iter().find(|r| r.is_nan() || **r <= 0.0) {
             return Err(anyhow!("--request-rate {rate}: rates are above 0, or inf"));
         }
         if !(self.burstiness > 0.0 && self.burstiness.is_finite()) {
@@ -137,14 +137,27 @@ pub fn run(args: Args, typed: Vec<String>) -> Result<()> {
 /// The medians in short, for people.
 fn shown(rows: &[ServeRow]) -> String {
     let header = [
-        "method", "req/s in", "out tok/s", "[least, most]", "goodput", "TTFT ms", "P95", "TPOT ms", "P95",
-        "at once", "preempted", "hit %", "MB", "own %", "KL", "score",
+        "method",
+        "req/s in",
+        "out tok/s",
+        "[least, most]",
+        "goodput",
+        "TTFT ms",
+        "P95",
+        "TPOT ms",
+        "P95",
+        "at once",
+        "preempted",
+        "hit %",
+        "MB",
+        "own %",
+        "KL",
+        "score",
     ];
     let line = |row: &ServeRow| -> Vec<String> {
         let number = |name: &str| row.fields.get(name).and_then(serde_json::Value::as_f64);
-        let text = |name: &str, digits: usize| {
-            number(name).map_or("-".to_owned(), |x| format!("{x:.digits$}"))
-        };
+        let text =
+            |name: &str, digits: usize| number(name).map_or("-".to_owned(), |x| format!("{x:.digits$}"));
         let hits = 100.0 * number("prefix_hit_tokens").unwrap_or(0.0)
             / number("prefix_query_tokens").unwrap_or(0.0).max(1.0);
         vec![

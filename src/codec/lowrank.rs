@@ -184,7 +184,13 @@ impl LowRank {
                 let bits = 8 * bytes.len() as u64;
                 let share = bits / pages + if first { bits % pages } else { 0 };
                 let bytes = if first { bytes.to_vec() } else { Vec::new() };
-                batch.pool.recode(page, keys, values, Payload { bytes, code_bits: share, side_bits: 0 }, None);
+                batch.pool.recode(
+                    page,
+                    keys,
+                    values,
+                    Payload { bytes, code_bits: share, side_bits: 0 },
+                    None,
+                );
             }
         }
         Ok(())

@@ -5,7 +5,7 @@ use crate::files;
 use chrono::{DateTime, Local};
 use minijinja::value::{Kwargs, Value as Cell};
 use minijinja::{Environment, ErrorKind, context};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use serde_json::ser::{CompactFormatter, Formatter, PrettyFormatter};
 use std::collections::BTreeMap;
@@ -17,6 +17,20 @@ use std::path::Path;
 pub struct Chat {
     pub source: String,
     pub tokens: BTreeMap<String, String>,
+}
+
+/// What one side of a conversation said.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Message {
+    pub role: String,
+    pub content: String,
+}
+
+impl Message {
+    /// A user's.
+    pub fn user(text: &str) -> Self {
+        Message { role: "user".to_owned(), content: text.to_owned() }
+    }
 }
 
 /// The template of the folder that holds `tokenizer.json`: of `chat_template.jinja`, else of `tokenizer_config.json`, whose
@@ -38,16 +52,16 @@ pub fn template_beside(tokenizer: &Path, config: &Value) -> Result<Option<String
 }
 
 impl Chat {
-    /// A text as the first message of a user, up to where the assistant answers.
-    pub fn render(&self, text: &str, path: &Path) -> Result<String> {
+    /// A conversation up to where the assistant answers.
+    pub fn render(&self, messages: &[Message], path: &Path) -> Result<String> {
         let source = without_generation_blocks(&self.source);
-        self.rendered(&source, text).map_err(|e| {
+        self.rendered(&source, messages).map_err(|e| {
             // minijinja's errors have a source and a line; the message alone is for people.
             Error::file(path, format!("chat template: {}", e.to_string().lines().next().unwrap_or_default()))
         })
     }
 
-    fn rendered(&self, source: &str, text: &str) -> std::result::Result<String, minijinja::Error> {
+    fn rendered(&self, source: &str, messages: &[Message]) -> std::result::Result<String, minijinja::Error> {
         let mut jinja = Environment::new();
         jinja.set_trim_blocks(true);
         jinja.set_lstrip_blocks(true);
@@ -59,9 +73,8 @@ impl Chat {
             Err(minijinja::Error::new(ErrorKind::InvalidOperation, message))
         });
         jinja.add_template("chat", source)?;
-        let messages = [context! { role => "user", content => text }];
         let values = context! {
-            messages => messages, add_generation_prompt => true, tools => (), documents => (),
+            messages => Cell::from_serialize(messages), add_generation_prompt => true, tools => (), documents => (),
             ..Cell::from_serialize(&self.tokens)
         };
         jinja.get_template("chat")?.render(values)
@@ -177,7 +190,7 @@ mod tests {
     fn render(source: &str, text: &str) -> std::result::Result<String, String> {
         let tokens = [("bos_token", "<s>"), ("eos_token", "</s>")].map(|(a, b)| (a.to_owned(), b.to_owned()));
         let chat = Chat { source: source.to_owned(), tokens: tokens.into() };
-        chat.render(text, Path::new("t")).map_err(|e| e.to_string())
+        chat.render(&[Message::user(text)], Path::new("t")).map_err(|e| e.to_string())
     }
 
     #[test]

@@ -1,10 +1,10 @@
 //! GGUF files: metadata, tokenizer vocabulary and (de-quantised) tensors, read with candle.
 
+use super::coded::{Coded, GROUP};
 use super::config::{
     ARCHITECTURES, GEMMA3_LOCAL_BASE, GEMMA3_PATTERN, ModelConfig, RopeConfig, Sliding, all_but_each,
     check_sizes, unknown_architecture, unknown_scaling,
 };
-use super::coded::{Coded, GROUP};
 use super::numbers::Numbers;
 use super::weights::TensorSource;
 use crate::error::{Error, Result};
@@ -228,7 +228,9 @@ impl TensorSource for Gguf {
         // Only llama files are stored interleaved.
         let heads = match (&name[name.len().saturating_sub("q_proj.weight".len())..], &shape[..]) {
             _ if c.architecture != "llama" => return Ok((shape, data)),
-            ("q_proj.weight", &[rows, inputs]) if rows == c.heads * c.head_dim && inputs == c.hidden => c.heads,
+            ("q_proj.weight", &[rows, inputs]) if rows == c.heads * c.head_dim && inputs == c.hidden => {
+                c.heads
+            }
             ("k_proj.weight", &[rows, inputs]) if rows == c.kv_heads * c.head_dim && inputs == c.hidden => {
                 c.kv_heads
             }

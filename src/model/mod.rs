@@ -22,6 +22,7 @@ mod rope;
 mod tokenizer;
 mod weights;
 
+pub use chat::Message;
 pub use config::{ARCHITECTURES, ModelConfig, RopeConfig, Sliding, Traits, traits};
 pub use decoder::{Decoder, Fault, Segment, Tap, Tapped};
 pub use generation::Generation;

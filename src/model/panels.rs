@@ -30,7 +30,10 @@ pub struct CodedPanels {
 /// Codes of each panel and input: `[panels, inputs, PANEL]`.
 enum Codes {
     /// Two in a byte: outputs 0 to 31 of a panel in the low halves, the others in the high ones; less the least code.
-    Nibbles { bytes: Vec<u8>, least: i8 },
+    Nibbles {
+        bytes: Vec<u8>,
+        least: i8,
+    },
     Bytes(Vec<i8>),
 }
 
@@ -40,7 +43,10 @@ impl Panels {
     pub fn stack(parts: Vec<Numbers>, inputs: usize) -> Self {
         macro_rules! all {
             ($kind:ident) => {
-                parts.iter().map(|p| if let Numbers::$kind(x) = p { Some(x) } else { None }).collect::<Option<Vec<_>>>()
+                parts
+                    .iter()
+                    .map(|p| if let Numbers::$kind(x) = p { Some(x) } else { None })
+                    .collect::<Option<Vec<_>>>()
             };
         }
         if let Some(parts) = all!(F16) {
@@ -132,7 +138,8 @@ impl CodedPanels {
                 codes[at(row, i, inputs)] = part.codes[own * inputs + i];
             }
         }
-        let least = parts[0].nibbles_from.filter(|_| parts.iter().all(|p| p.nibbles_from == parts[0].nibbles_from));
+        let least =
+            parts[0].nibbles_from.filter(|_| parts.iter().all(|p| p.nibbles_from == parts[0].nibbles_from));
         let codes = match least {
             None => Codes::Bytes(codes),
             Some(least) => {

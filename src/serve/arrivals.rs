@@ -42,7 +42,8 @@ mod tests {
     fn gaps_have_the_rate_and_the_spread_that_were_asked_for() {
         for (burstiness, spread) in [(1.0, 1.0), (4.0, 0.5), (0.25, 2.0)] {
             let times = Arrivals { rate: 2.0, burstiness }.times(20_000, 7);
-            let gaps: Vec<f64> = std::iter::once(times[0]).chain(times.windows(2).map(|w| w[1] - w[0])).collect();
+            let gaps: Vec<f64> =
+                std::iter::once(times[0]).chain(times.windows(2).map(|w| w[1] - w[0])).collect();
             let mean = crate::stats::mean(&gaps);
             let variance = gaps.iter().map(|g| (g - mean).powi(2)).sum::<f64>() / gaps.len() as f64;
             assert!((mean - 0.5).abs() < 1e-9);

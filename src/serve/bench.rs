@@ -24,6 +24,8 @@ use std::path::PathBuf;
 pub const SERVE_CSV: &str = "serve.csv";
 /// An arm a row: medians over its runs.
 pub const SERVE_SUMMARY_CSV: &str = "serve_summary.csv";
+/// A request of a run a row.
+pub const SERVE_REQUESTS_CSV: &str = "serve_requests.csv";
 /// How the engine stood, a moment a row.
 pub const SERVE_TIMELINE_CSV: &str = "serve_timeline.csv";
 
@@ -79,6 +81,23 @@ struct TimelineRow<'a> {
     rss_bytes: usize,
 }
 
+#[derive(Serialize)]
+struct RequestRow {
+    method: String,
+    repeat: usize,
+    request_rate: String,
+    id: String,
+    tenant: String,
+    input_tokens: usize,
+    output_tokens: usize,
+    arrival_seconds: f64,
+    first_token_seconds: Option<f64>,
+    end_seconds: f64,
+    failed: bool,
+    score: Option<f64>,
+    answer: String,
+}
+
 /// The requests, encoded.
 struct Load {
     set: PromptSet,
@@ -99,6 +118,7 @@ pub fn bench(options: &BenchOptions) -> Result<Vec<ServeRow>> {
     let progress = Progress::new("serving", runs as u64, Unit::Items("runs"));
     let mut rows: Vec<ServeRow> = Vec::new();
     let mut moments: Vec<(usize, Moment)> = Vec::new();
+    let mut requests: Vec<RequestRow> = Vec::new();
     for repeat in 0..options.repeats {
         for &rate in &options.rates {
             // All arms of a repeat meet the same arrivals.
@@ -113,9 +133,11 @@ pub fn bench(options: &BenchOptions) -> Result<Vec<ServeRow>> {
                 let arrivals: Vec<Arrival> =
                     jobs.map(|(job, &seconds)| Arrival { seconds, job: job.clone() }).collect();
                 let outcome = serve(&model, limits, policy.clone(), &arrivals, options.concurrency)?;
-                let mut fields = fields(&outcome.served, outcome.duration, options.goal, &options.percentiles);
+                let mut fields =
+                    fields(&outcome.served, outcome.duration, options.goal, &options.percentiles);
                 engine_fields(&mut fields, &outcome, rss_before);
                 quality_fields(&mut fields, &model, options, &load, &outcome)?;
+                requests.extend(request_rows(&model, &load, &outcome, (&policy.name, repeat, rate))?);
                 moments.extend(outcome.moments.iter().map(|m| (rows.len(), *m)));
                 rows.push(ServeRow {
                     method: policy.name.clone(),
@@ -128,6 +150,7 @@ pub fn bench(options: &BenchOptions) -> Result<Vec<ServeRow>> {
                 });
                 progress.increment();
                 write(options, &rows, &moments)?;
+                write_csv(&options.out.join(SERVE_REQUESTS_CSV), &requests)?;
             }
         }
     }
@@ -173,6 +196,37 @@ fn limits(model: &Model, options: &BenchOptions, jobs: &[Job]) -> Result<Limits>
     let blocks = jobs.iter().map(|j| (j.prompt.len() + j.max_tokens).div_ceil(shape.block_size) as f64);
     let usual = mean(&blocks.collect::<Vec<_>>());
     Ok(Limits { budget_bytes: (requests * usual).ceil() as usize * column, ..options.limits })
+}
+
+/// A run request by request.
+fn request_rows(
+    model: &Model,
+    load: &Load,
+    outcome: &Outcome,
+    (method, repeat, rate): (&str, usize, f64),
+) -> Result<Vec<RequestRow>> {
+    let all = load.set.requests.iter().zip(&outcome.answers).zip(&outcome.served);
+    all.map(|((request, answer), served)| {
+        let text = answer_text(model, answer, load.set.stop.as_deref())?;
+        let known = !request.references.is_empty();
+        let score = known.then(|| request.metric.score(&text, &request.references, &request.classes));
+        Ok(RequestRow {
+            method: method.to_owned(),
+            repeat,
+            request_rate: rate.to_string(),
+            id: request.id.clone(),
+            tenant: request.tenant.clone(),
+            input_tokens: served.input_tokens,
+            output_tokens: answer.len(),
+            arrival_seconds: rounded(served.arrival),
+            first_token_seconds: served.tokens.first().map(|t| rounded(*t)),
+            end_seconds: rounded(served.end),
+            failed: served.failed,
+            score: score.flatten(),
+            answer: text.trim().to_owned(),
+        })
+    })
+    .collect()
 }
 
 /// What the engine says of a run.

@@ -475,9 +475,8 @@ impl<'m> Engine<'m> {
             if !self.policy.prefix {
                 // Without a prefix cache, what runs is all there is.
                 let others = self.running.iter().enumerate().filter(|(j, s)| *j != i && s.tenant == tenant);
-                let columns: Vec<(usize, Vec<Entry>)> = others
-                    .flat_map(|(_, s)| (0..s.settled).map(move |b| (b, column(&s.cache, b))))
-                    .collect();
+                let columns: Vec<(usize, Vec<Entry>)> =
+                    others.flat_map(|(_, s)| (0..s.settled).map(move |b| (b, column(&s.cache, b)))).collect();
                 let layers = self.model.decoder.config().layers;
                 known = candidates(columns.iter().map(|(b, e)| (*b, &e[..])), layers);
             }
@@ -556,9 +555,10 @@ impl<'m> Engine<'m> {
     /// Whether every page's references are those of tables and columns, and no page is in two tenants' tables; for tests.
     pub fn check(&self) -> std::result::Result<(), String> {
         let mut references: HashMap<BlockId, (u32, usize)> = HashMap::new();
-        let tables = self.running.iter().flat_map(|s| {
-            s.cache.layers.iter().flat_map(|t| &t.entries).map(move |e| (s.tenant, e.block))
-        });
+        let tables = self
+            .running
+            .iter()
+            .flat_map(|s| s.cache.layers.iter().flat_map(|t| &t.entries).map(move |e| (s.tenant, e.block)));
         let columns = self.prefix.paged().flat_map(|(n, e)| e.iter().map(move |e| (n.tenant, e.block)));
         for (tenant, block) in tables.chain(columns) {
             let (count, owner) = references.entry(block).or_insert((0, tenant));

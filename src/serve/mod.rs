@@ -4,6 +4,7 @@ mod arrivals;
 mod bench;
 mod engine;
 mod fuse;
+pub mod http;
 mod metrics;
 mod policy;
 mod prefix;
@@ -12,7 +13,10 @@ mod run;
 mod tier;
 
 pub use arrivals::Arrivals;
-pub use bench::{BenchOptions, SERVE_CSV, SERVE_SUMMARY_CSV, SERVE_TIMELINE_CSV, ServeRow, bench, summary};
+pub use bench::{
+    BenchOptions, SERVE_CSV, SERVE_REQUESTS_CSV, SERVE_SUMMARY_CSV, SERVE_TIMELINE_CSV, ServeRow, bench,
+    summary,
+};
 pub use engine::{Counts, Engine, Event, Finish, Job, Limits};
 pub use metrics::{Goal, Served, fields};
 pub use policy::Policy;

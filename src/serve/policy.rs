@@ -32,8 +32,7 @@ impl Policy {
     /// # Errors
     /// Stages that a server cannot follow, by name, with what it can.
     pub fn of(chain: &Chain, shape: BlockShape) -> Result<Self> {
-        let mut policy =
-            Policy { name: chain.name(), prefix: false, fusion: None, code: None, tier: None };
+        let mut policy = Policy { name: chain.name(), prefix: false, fusion: None, code: None, tier: None };
         for stage in chain.stages() {
             let refuse = |why: &str| {
                 Err(Error::argument(format!("{}: a server cannot follow '{stage}': {why}", policy.name)))
@@ -52,9 +51,13 @@ impl Policy {
                 Role::Code if stage.codec.needs() != Needs::default() => {
                     return refuse("it needs attention weights; leave that option out");
                 }
-                Role::Code if stage.codec.reads_in_place(shape) => policy.code = Some(Arc::clone(&stage.codec)),
+                Role::Code if stage.codec.reads_in_place(shape) => {
+                    policy.code = Some(Arc::clone(&stage.codec))
+                }
                 Role::Code if !stage.codec.blocks_stand_alone() => {
-                    return refuse("its blocks refer to others that may be gone; joint:...,reference=false is served");
+                    return refuse(
+                        "its blocks refer to others that may be gone; joint:...,reference=false is served",
+                    );
                 }
                 Role::Code => policy.tier = Some(Arc::clone(&stage.codec)),
                 Role::Whole => return refuse("its caches come from elsewhere"),

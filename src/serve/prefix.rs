@@ -244,3 +244,192 @@ fn bytes_of(payloads: &[Payload]) -> usize {
 fn release(pool: &mut BlockPool, pages: Option<Vec<Entry>>) {
     pages.iter().flatten().for_each(|e| pool.release(e.block));
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::block::{BlockId, BlockShape, RequestCache, Storage};
+    use rand::{RngExt, SeedableRng};
+    use rand_chacha::ChaCha8Rng;
+
+    const SIZE: usize = 2;
+    const LAYERS: usize = 2;
+
+    /// A request that grows token by token.
+    struct Reader {
+        tenant: usize,
+        tokens: Vec<u32>,
+        cache: RequestCache,
+        columns: Vec<NodeId>,
+    }
+
+    struct World {
+        pool: BlockPool,
+        prefix: PrefixCache,
+        readers: Vec<Reader>,
+        rng: ChaCha8Rng,
+    }
+
+    /// What a page of a tenant's block with these tokens before it holds.
+    fn number(tenant: usize, tokens: &[u32]) -> f32 {
+        tokens.iter().fold(tenant as f32 + 1.0, |n, t| (2.0 * n + *t as f32) % 1021.0)
+    }
+
+    impl World {
+        fn columns(&self, entries: &RequestCache, block: usize) -> Vec<Entry> {
+            entries.layers.iter().map(|t| t.entries[block]).collect()
+        }
+
+        fn pages(&mut self, n: f32) -> Vec<Entry> {
+            (0..LAYERS).map(|_| Entry::plain(self.pool.allocate(&[n; SIZE], &[n; SIZE]))).collect()
+        }
+
+        /// Begins with a random prompt, of which what is there is taken.
+        fn start(&mut self) {
+            let tenant = self.rng.random_range(0..3);
+            let length = self.rng.random_range(1..10);
+            let prompt: Vec<u32> = (0..length).map(|_| self.rng.random_range(0..2)).collect();
+            let found = self.prefix.find(tenant, &prompt, SIZE, (prompt.len() - 1) / SIZE);
+            found.iter().for_each(|id| self.prefix.take(*id));
+            let mut cache = RequestCache::new(LAYERS);
+            for (block, &id) in found.iter().enumerate() {
+                if self.prefix.is_coded(id) {
+                    let entries = self.pages(number(tenant, &prompt[..(block + 1) * SIZE]));
+                    self.prefix.set_pages(id, entries);
+                }
+                let entries = self.prefix.node(id).and_then(|n| n.pages.as_ref()).unwrap();
+                for (table, entry) in cache.layers.iter_mut().zip(entries) {
+                    self.pool.retain(entry.block);
+                    table.entries.push(*entry);
+                }
+            }
+            let tokens = prompt[..found.len() * SIZE].to_vec();
+            cache.tokens = tokens.len();
+            self.readers.push(Reader { tenant, tokens, cache, columns: found });
+        }
+
+        fn extend(&mut self, i: usize) {
+            let token = self.rng.random_range(0..2);
+            let reader = &mut self.readers[i];
+            reader.tokens.push(token);
+            // A block's numbers follow from the tokens up to its end: only then are they known.
+            for table in &mut reader.cache.layers {
+                table.append(&mut self.pool, &[0.0], &[0.0]);
+            }
+            reader.cache.tokens += 1;
+            if !reader.tokens.len().is_multiple_of(SIZE) {
+                return;
+            }
+            let block = reader.tokens.len() / SIZE - 1;
+            let (tenant, n) = (reader.tenant, number(reader.tenant, &reader.tokens));
+            let own = self.pages(n);
+            let reader = &mut self.readers[i];
+            for (table, entry) in reader.cache.layers.iter_mut().zip(&own) {
+                table.replace(&mut self.pool, block, *entry);
+                self.pool.release(entry.block);
+            }
+            let (tokens, parent) = (self.readers[i].tokens.clone(), self.readers[i].columns.last().copied());
+            let entries = self.columns(&self.readers[i].cache, block);
+            let own = NewColumn { tenant, parent, tokens: &tokens[block * SIZE..], block, entries };
+            let id = self.prefix.add(&mut self.pool, own);
+            let there = self.prefix.node(id).and_then(|n| n.pages.clone()).unwrap();
+            let reader = &mut self.readers[i];
+            for (table, entry) in reader.cache.layers.iter_mut().zip(there) {
+                table.replace(&mut self.pool, block, entry);
+            }
+            reader.columns.push(id);
+        }
+
+        fn end(&mut self, i: usize) {
+            let reader = self.readers.swap_remove(i);
+            reader.columns.into_iter().for_each(|id| self.prefix.give(id));
+            reader.cache.release(&mut self.pool);
+        }
+
+        fn cool(&mut self) {
+            let Some(id) = self.prefix.coldest() else { return };
+            if self.rng.random_bool(0.5) {
+                for id in self.prefix.cold_run(id) {
+                    self.prefix
+                        .set_coded(id, vec![Payload { bytes: vec![7; 3], ..Payload::default() }; LAYERS]);
+                }
+            }
+            self.prefix.free(&mut self.pool, id);
+        }
+
+        /// References are those of tables and columns, and everyone reads its own tenant's own tokens.
+        fn check(&self) {
+            let mut counted: HashMap<BlockId, u32> = HashMap::new();
+            for reader in &self.readers {
+                for table in &reader.cache.layers {
+                    for (block, entry) in table.entries.iter().enumerate() {
+                        *counted.entry(entry.block).or_default() += 1;
+                        let end = (block + 1) * SIZE;
+                        if end <= reader.tokens.len() {
+                            let expected = number(reader.tenant, &reader.tokens[..end]);
+                            assert_eq!(self.pool.keys(entry.block)[0], expected, "another's page");
+                        }
+                    }
+                }
+            }
+            for (_, entries) in self.prefix.paged() {
+                entries.iter().for_each(|e| *counted.entry(e.block).or_default() += 1);
+            }
+            assert_eq!(counted.len(), self.pool.live_blocks(), "a page leaks");
+            for (block, count) in counted {
+                assert_eq!(self.pool.references(block), count);
+            }
+            let coded = self.prefix.nodes.values().filter_map(|n| n.coded.as_deref()).map(bytes_of);
+            assert_eq!(coded.sum::<usize>(), self.prefix.coded_bytes());
+        }
+    }
+
+    /// A million random operations: nothing leaks, nothing is freed twice, no page is read by two tenants, and references are
+    /// what tables and columns hold.
+    #[test]
+    fn a_million_operations_leave_every_reference_accounted_for() {
+        let mut world = World {
+            pool: BlockPool::new(BlockShape { block_size: SIZE, kv_heads: 1, head_dim: 1 }, Storage::F16),
+            prefix: PrefixCache::default(),
+            readers: Vec::new(),
+            rng: ChaCha8Rng::seed_from_u64(11),
+        };
+        for step in 0..1_000_000 {
+            let there = world.readers.len();
+            match world.rng.random_range(0..16) {
+                0 | 1 if there < 12 => world.start(),
+                2 if there > 0 => world.end(step % there),
+                3 | 4 => world.cool(),
+                // A cache has a budget.
+                _ if world.prefix.columns() > 100 => {
+                    world.cool();
+                    if let Some(id) = world.prefix.coldest_coded() {
+                        world.prefix.drop_column(&mut world.pool, id);
+                    }
+                }
+                5 => {
+                    if let Some(id) = world.prefix.coldest_coded() {
+                        world.prefix.drop_column(&mut world.pool, id);
+                    }
+                }
+                _ if there > 0 => {
+                    let i = world.rng.random_range(0..there);
+                    if world.readers[i].tokens.len() < 24 { world.extend(i) } else { world.end(i) }
+                }
+                _ => {}
+            }
+            if step % 997 == 0 {
+                world.check();
+            }
+        }
+        while !world.readers.is_empty() {
+            world.end(0);
+        }
+        while let Some(id) = world.prefix.coldest() {
+            world.prefix.drop_column(&mut world.pool, id);
+        }
+        world.check();
+        world.prefix.clear(&mut world.pool);
+        assert_eq!((world.pool.live_blocks(), world.pool.bytes(), world.prefix.coded_bytes()), (0, 0, 0));
+    }
+}

@@ -13,7 +13,7 @@ mod settings;
 mod stage;
 
 pub use arms::{Arm, ArmColumns, Packing};
-pub use evaluate::{answer_text, Base, FirstToken, Prompt, Reference, divergence};
+pub use evaluate::{Base, FirstToken, Prompt, Reference, answer_text, divergence};
 pub use explain::{ExplainOptions, Explanation, FusedBlock, Partner, explain};
 pub use grid::parse_taus;
 pub use labels::{Labelled, PACKING, boundary, labelled, series_labels};

@@ -1,8 +1,8 @@
 //! How much an error in a key or value matters: to the inner products with queries, and to what attention passes on.
 
 use super::sensitivity::Sensitivity;
-use crate::block::{BlockPool, Storage};
 use crate::block::Part;
+use crate::block::{BlockPool, Storage};
 use crate::codec::joint::{corpus::Corpus, train::Metric};
 use crate::dump::{Manifest, open_request};
 use crate::error::Result;

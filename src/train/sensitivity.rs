@@ -1,8 +1,8 @@
 //! What errors do: noise is added to the keys, or the values, of one layer at a time, and the KL is measured.
 
 use super::metric;
-use crate::block::{BlockId, Payload};
 use crate::block::Part;
+use crate::block::{BlockId, Payload};
 use crate::codec::joint::train::{Metric, inverse_root};
 use crate::codec::{CacheBatch, Codec, Memo, Prefix};
 use crate::dump::Manifest;

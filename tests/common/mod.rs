@@ -340,7 +340,8 @@ pub fn plain_copy(batch: &CacheBatch) -> CacheBatch {
         for old in &cache.layers {
             let mut table = BlockTable::default();
             for entry in &old.entries {
-                table.push(copy.pool.allocate(&batch.pool.keys(entry.block), &batch.pool.values(entry.block)));
+                table
+                    .push(copy.pool.allocate(&batch.pool.keys(entry.block), &batch.pool.values(entry.block)));
             }
             own.layers.push(table);
         }

@@ -1,10 +1,10 @@
 //! Candidate pairs by banded random signatures (Charikar 2002; Indyk and Motwani 1998), for more blocks than can be
 //! compared each with each. Every candidate's cosine is then computed exactly.
 
-use crate::block::Part;
 use super::cluster::Edge;
 use super::geometry::{Geometry, Units};
 use super::rule::Gate;
+use crate::block::Part;
 use crate::model::gemm::{View, product};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;

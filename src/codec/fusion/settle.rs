@@ -2,11 +2,11 @@
 //! the gate (from a verbatim representative) or the error budget is taken out and tried again among its like; what a mean
 //! of the tree cannot restore within the budget stays as it is.
 
-use crate::block::Part;
 use super::choices::{Choices, Representative, RopeMode, ScaleRule};
 use super::cluster::{Centre, Cluster};
 use super::geometry::{Geometry, Units};
 use super::rule::Gate;
+use crate::block::Part;
 use crate::block::Scale;
 use crate::codec::distortion::squares;
 use crate::model::kernels::inner;

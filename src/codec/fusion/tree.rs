@@ -3,11 +3,11 @@
 //! A fused row is a weighted sum of blocks, so all its inner products follow from the table of inner products of the
 //! blocks themselves: no level of the tree reads a key or a value.
 
-use crate::block::Part;
 use super::choices::Representative;
 use super::cluster::{Centre, Cluster};
 use super::geometry::{Geometry, Units};
 use super::rule::Gate;
+use crate::block::Part;
 use crate::model::gemm::{View, product};
 use crate::model::kernels::{add_multiple, inner};
 use std::ops::Range;

@@ -38,7 +38,13 @@ pub fn columns(batch: &CacheBatch) -> Result<(Vec<Column>, Vec<Vec<usize>>)> {
             let pages: Vec<BlockId> = entries.map(|e| e.block).collect();
             let number = *known.entry(pages[0]).or_insert_with(|| {
                 let tokens = batch.pool.tokens(pages[0]);
-                all.push(Column { request, block: batch.first_block + block, pages: pages.clone(), tokens, readers: 0 });
+                all.push(Column {
+                    request,
+                    block: batch.first_block + block,
+                    pages: pages.clone(),
+                    tokens,
+                    readers: 0,
+                });
                 all.len() - 1
             });
             if all[number].pages != pages {

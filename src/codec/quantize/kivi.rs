@@ -73,14 +73,7 @@ impl Quantizer for Kivi {
         page
     }
 
-    fn read_head(
-        &self,
-        part: Part,
-        shape: PageShape,
-        head: usize,
-        bytes: &[u8],
-        out: &mut Vec<f32>,
-    ) -> bool {
+    fn read_head(&self, part: Part, shape: PageShape, head: usize, bytes: &[u8], out: &mut Vec<f32>) -> bool {
         let (width, d) = (shape.width(), shape.head_dim);
         let of = |size| affine::Groups { bits: self.bits, size };
         let sizes = [of(shape.tokens.min(self.group)), of(d.min(self.group))];

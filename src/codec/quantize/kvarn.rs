@@ -2,8 +2,8 @@
 
 use super::rotated::hadamard;
 use super::{BitSink, BitSource, PageShape, Quantized, Quantizer, affine, put_f16, take_f16};
-use crate::block::by_head;
 use crate::block::Part;
+use crate::block::by_head;
 use crate::codec::registry::{Method, Scale, Search};
 use crate::codec::{Codec, Role};
 use crate::error::Result;

@@ -24,7 +24,6 @@ pub use kvquant::KvQuant;
 use per_head::PerHead;
 pub use rotated::Rotated;
 
-
 use super::{CacheBatch, Codec, Coverage, Memo};
 use crate::block::{BlockId, BlockShape, Part, Payload, ReadPage};
 use crate::error::{Error, Result};

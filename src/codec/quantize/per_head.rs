@@ -45,14 +45,7 @@ impl Quantizer for PerHead {
         page
     }
 
-    fn read_head(
-        &self,
-        part: Part,
-        shape: PageShape,
-        head: usize,
-        bytes: &[u8],
-        out: &mut Vec<f32>,
-    ) -> bool {
+    fn read_head(&self, part: Part, shape: PageShape, head: usize, bytes: &[u8], out: &mut Vec<f32>) -> bool {
         let mut source = BitSource::new(bytes);
         for token in 0..shape.tokens {
             seek(&mut source, part, shape, token, head, 16 + 8 * shape.head_dim as u64);

@@ -150,14 +150,7 @@ impl Quantizer for Turning {
         page
     }
 
-    fn read_head(
-        &self,
-        part: Part,
-        shape: PageShape,
-        head: usize,
-        bytes: &[u8],
-        out: &mut Vec<f32>,
-    ) -> bool {
+    fn read_head(&self, part: Part, shape: PageShape, head: usize, bytes: &[u8], out: &mut Vec<f32>) -> bool {
         let mut source = BitSource::new(bytes);
         let signs = self.signs(shape.head_dim);
         for token in 0..shape.tokens {

@@ -3,7 +3,7 @@
 mod from_file;
 mod from_gguf;
 
-use super::chat::{self, Chat};
+use super::chat::{self, Chat, Message};
 use super::gguf::Gguf;
 use crate::error::{Error, Result};
 use crate::files;
@@ -180,10 +180,14 @@ impl Tokenizer {
 
     /// A user's message in the chat template, up to where the assistant answers.
     pub fn render(&self, message: &str) -> Result<String> {
+        self.render_messages(&[Message::user(message)])
+    }
+
+    fn render_messages(&self, messages: &[Message]) -> Result<String> {
         let chat = self.chat.as_ref();
         let chat =
             chat.ok_or_else(|| Error::file(&self.path, "the model has no chat template: leave --chat out"))?;
-        chat.render(message, &self.path)
+        chat.render(messages, &self.path)
     }
 
     /// Token ids of a text as the first message of a user, in the model's chat template, up to where the assistant
@@ -194,6 +198,24 @@ impl Tokenizer {
             false => self.encode_with(self.parsing(), &rendered)?,
             true => self.encode_around(text, &rendered)?,
         };
+        let lead = if !self.chat_lead || ids.starts_with(&self.lead) { &[][..] } else { &self.lead };
+        Ok([lead, &ids].concat())
+    }
+
+    /// Token ids of a conversation in the model's chat template, up to where the assistant answers.
+    ///
+    /// # Errors
+    /// A message that spells a special token: as text it cannot be told from the template's own.
+    pub fn encode_messages(&self, messages: &[Message]) -> Result<Vec<u32>> {
+        if let [Message { role, content }] = messages
+            && role == "user"
+        {
+            return self.encode_chat(content);
+        }
+        if messages.iter().any(|m| self.names_special(&m.content)) {
+            return Err(Error::argument("a message spells one of the model's special tokens; leave it out"));
+        }
+        let ids = self.encode_with(self.parsing(), &self.render_messages(messages)?)?;
         let lead = if !self.chat_lead || ids.starts_with(&self.lead) { &[][..] } else { &self.lead };
         Ok([lead, &ids].concat())
     }

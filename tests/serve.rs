@@ -1,0 +1,225 @@
+//! The serving engine: whatever the budget, the order and the company, answers are those of a request served alone.
+
+mod common;
+
+use common::{run, scratch, small_model, succeed, text};
+use kvfuse::codec::Chain;
+use kvfuse::model::Model;
+use kvfuse::serve::{Arrival, Engine, Finish, Job, Limits, Policy, serve};
+use rand::{RngExt, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+use std::collections::HashMap;
+use std::sync::OnceLock;
+
+fn model() -> &'static Model {
+    static MODEL: OnceLock<Model> = OnceLock::new();
+    MODEL.get_or_init(|| Model::open(small_model()).unwrap())
+}
+
+fn policy(text: &str, block_size: usize) -> Policy {
+    let chain = Chain::parse(text).unwrap().swap_remove(0);
+    Policy::of(&chain, model().decoder.block_shape(block_size)).unwrap()
+}
+
+/// Requests with common beginnings, of several tenants and lengths.
+fn jobs(n: usize, seed: u64, tenants: usize) -> Vec<Job> {
+    let mut rng = ChaCha8Rng::seed_from_u64(seed);
+    let shared: Vec<u32> = (0..40).map(|_| rng.random_range(0..256)).collect();
+    let job = |i: usize| {
+        let own = rng.random_range(1..50);
+        let mut prompt = shared[..rng.random_range(0..40)].to_vec();
+        prompt.extend((0..own).map(|_| rng.random_range(0..256u32)));
+        Job {
+            id: i as u64,
+            tenant: format!("tenant-{}", i % tenants),
+            prompt,
+            max_tokens: rng.random_range(1..20),
+            stop: Vec::new(),
+            ignore_end: true,
+            keep_logits: 0,
+        }
+    };
+    (0..n).map(job).collect()
+}
+
+fn limits(budget_columns: usize, block_size: usize, step_tokens: usize, running: usize) -> Limits {
+    let column = 4 * model().decoder.block_shape(block_size).block_width() * model().decoder.config().layers;
+    Limits { block_size, budget_bytes: budget_columns * column, running, step_tokens }
+}
+
+fn answers(jobs: &[Job], limits: Limits, chain: &str) -> (Vec<Vec<u32>>, kvfuse::serve::Counts) {
+    let arrivals: Vec<Arrival> = jobs.iter().map(|job| Arrival { seconds: 0.0, job: job.clone() }).collect();
+    let policy = policy(chain, limits.block_size);
+    let outcome = serve(model(), limits, policy, &arrivals, usize::MAX).unwrap();
+    (outcome.answers, outcome.counts)
+}
+
+/// Served alone, one after the other, the prompt in one piece.
+fn alone(jobs: &[Job]) -> Vec<Vec<u32>> {
+    jobs.iter()
+        .map(|job| {
+            let job = Job { id: 0, ..job.clone() };
+            answers(&[job], limits(1000, 16, 10_000, 1), "none").0.swap_remove(0)
+        })
+        .collect()
+}
+
+#[test]
+fn answers_do_not_depend_on_budget_company_chunks_blocks_or_threads() {
+    let jobs = jobs(24, 5, 3);
+    let expected = alone(&jobs);
+    for (chain, budget, block, step, running) in [
+        ("none", 1000, 16, 10_000, 64),
+        ("prefix", 1000, 16, 10_000, 64),
+        ("none", 14, 8, 7, 5),
+        ("prefix", 14, 8, 7, 5),
+        ("prefix", 28, 4, 33, 64),
+        ("prefix", 9, 16, 64, 64),
+        // Fusion of nothing.
+        ("prefix+bff:tau=1", 20, 8, 64, 64),
+    ] {
+        let (got, counts) = answers(&jobs, limits(budget, block, step, running), chain);
+        assert_eq!(got, expected, "{chain}, {budget} columns of {block}, steps of {step}: {counts:?}");
+    }
+    let one = rayon::ThreadPoolBuilder::new().num_threads(1).build().unwrap();
+    let (got, _) = one.install(|| answers(&jobs, limits(14, 8, 7, 5), "prefix"));
+    assert_eq!(got, expected);
+}
+
+#[test]
+fn little_memory_means_preemptions_and_hits_are_counted() {
+    let jobs = jobs(24, 5, 1);
+    let (_, counts) = answers(&jobs, limits(16, 8, 64, 64), "prefix");
+    assert!(counts.preemptions > 0 && counts.prefix_hits > 0, "{counts:?}");
+    let (_, counts) = answers(&jobs, limits(1000, 8, 64, 64), "none");
+    assert_eq!((counts.preemptions, counts.prefix_hits), (0, 0));
+}
+
+#[test]
+fn a_prompt_beyond_the_budget_fails_and_the_others_are_served() {
+    let mut jobs = jobs(3, 1, 1);
+    jobs[1].prompt = vec![7; 400];
+    let arrivals: Vec<Arrival> = jobs.iter().map(|job| Arrival { seconds: 0.0, job: job.clone() }).collect();
+    let outcome = serve(model(), limits(14, 8, 64, 8), policy("prefix", 8), &arrivals, 8).unwrap();
+    let failed: Vec<bool> = outcome.served.iter().map(|s| s.failed).collect();
+    assert_eq!(failed, [false, true, false]);
+}
+
+/// Requests come, are called off and end at random, under every kind of chain; references stay right, and all pages come back.
+#[test]
+fn engines_lose_no_page() {
+    for (seed, chain) in [
+        "none",
+        "prefix",
+        "prefix+bff:tau=0.2",
+        "bff:tau=0.2",
+        "prefix+kivi:residual=8",
+        "prefix+bff:tau=0.2+int8",
+    ]
+    .iter()
+    .enumerate()
+    {
+        let mut rng = ChaCha8Rng::seed_from_u64(seed as u64);
+        let mut engine = Engine::new(model(), limits(24, 8, 24, 6), policy(chain, 8));
+        let mut open: HashMap<u64, usize> = HashMap::new();
+        let mut coming = jobs(40, seed as u64, 2);
+        let mut finished = 0;
+        while !coming.is_empty() || !engine.is_idle() {
+            if rng.random_bool(0.3)
+                && let Some(job) = coming.pop()
+            {
+                open.insert(job.id, job.max_tokens);
+                engine.submit(job);
+            }
+            if rng.random_bool(0.02)
+                && let Some(&id) = open.keys().min()
+            {
+                engine.abort(id);
+            }
+            for event in engine.step().unwrap() {
+                if let Some(finish) = event.finish {
+                    assert!(open.remove(&event.id).is_some(), "a request ends once");
+                    assert!(finish != Finish::TooLarge, "{chain}");
+                    finished += 1;
+                }
+            }
+            engine.check().unwrap_or_else(|e| panic!("{chain}: {e}"));
+            assert!(engine.bytes() <= limits(24, 8, 24, 6).budget_bytes, "{chain}");
+        }
+        assert_eq!((finished, open.len()), (40, 0), "{chain}");
+        engine.forget();
+        assert_eq!((engine.pages(), engine.bytes()), (0, 0), "{chain}");
+    }
+}
+
+#[test]
+fn fewer_bits_take_less_of_the_pool() {
+    // Prompts of many full blocks, so that what is coded outweighs the open ones.
+    let long: Vec<Job> = (0..6)
+        .map(|i| Job {
+            prompt: (0..160).map(|t| (t * 31 + i * 7 + t * t) as u32 % 256).collect(),
+            ..jobs(6, 2, 1)[i].clone()
+        })
+        .collect();
+    let bytes = |chain: &str| {
+        let arrivals: Vec<Arrival> =
+            long.iter().map(|job| Arrival { seconds: 0.0, job: job.clone() }).collect();
+        let mut engine = Engine::new(model(), limits(1000, 16, 10_000, 64), policy(chain, 16));
+        arrivals.into_iter().for_each(|a| engine.submit(a.job));
+        engine.step().unwrap();
+        engine.bytes()
+    };
+    let (plain, coded) = (bytes("none"), bytes("int8"));
+    // int8: 8 bits and a scale of 16 for each head's 4 numbers here: 12 of 16 bits; the open blocks stay.
+    assert!(coded < plain * 85 / 100, "{coded} of {plain}");
+}
+
+#[test]
+fn the_command_writes_its_tables_and_refuses_what_is_not_served() {
+    let folder = scratch();
+    let out = folder.path().join("out");
+    let arguments = |method: &'static str| {
+        vec![
+            "serve-bench",
+            "--model",
+            text(small_model()),
+            "--requests",
+            "4",
+            "--shots",
+            "1",
+            "--output-len",
+            "4",
+            "--ignore-eos",
+            "--repeats",
+            "2",
+            "--quality-requests",
+            "2",
+            "--method",
+            method,
+            "--budget-requests",
+            "3",
+            "-o",
+        ]
+    };
+    let mut good = arguments("none,prefix,prefix+kivi");
+    good.push(text(&out));
+    let table = succeed(&good);
+    assert!(table.contains("prefix+kivi") && table.contains("tok/s"), "{table}");
+    for (name, rows) in [("serve.csv", 6), ("serve_summary.csv", 3)] {
+        let csv = std::fs::read_to_string(out.join(name)).unwrap();
+        assert_eq!(csv.lines().count(), rows + 1, "{name}");
+    }
+    for (method, word) in [
+        ("h2o", "evictions"),
+        ("prefix+bff:tau=0.9,rope=strip", "rope=strip"),
+        ("kivi+prefix", "cannot follow"),
+        ("cff:tau=0.9", "bff is served"),
+    ] {
+        let mut bad = arguments(method);
+        bad.push(text(&out));
+        let output = run(&bad);
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(2), "{method}");
+        assert!(stderr.contains(word), "{method}: {stderr}");
+    }
+}
