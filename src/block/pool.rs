@@ -94,6 +94,14 @@ impl BlockPool {
         self.insert(page)
     }
 
+    /// Stores the first token of a block that will grow, with one reference and room for a whole block: what it counts as
+    /// does not change as it fills.
+    pub fn open(&mut self, key: &[f32], value: &[f32]) -> BlockId {
+        let mut page = Page::new(self.storage, &[], &[]);
+        page.append(self.storage, [key, value], self.shape.block_width());
+        self.insert(page)
+    }
+
     fn insert(&mut self, page: Page) -> BlockId {
         self.bytes += page.bytes();
         let slot = Slot { references: 1, data: Arc::new(page) };

@@ -87,7 +87,7 @@ impl BlockTable {
                 debug_assert!(!last.fused, "a block that grows is never fused");
                 last.block = pool.append(last.block, key, value);
             }
-            _ => self.push(pool.allocate(key, value)),
+            _ => self.push(pool.open(key, value)),
         }
     }
 
