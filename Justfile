@@ -86,6 +86,15 @@ fig-rd-rag *FLAGS:
 fig-rd-long *FLAGS:
     {{experiment}} {{FLAGS}} experiments/rd-long.toml
 
+# Serving under a budget that holds eight uncompressed requests: few-shot (closed loop) and retrieval-augmented (Poisson); half an hour
+fig-serve:
+    {{kvfuse}} dump --data squad:{{xquad}} --half first --requests 120 --shots 3 --dtype f16 -o dumps/serve-training
+    {{kvfuse}} train dumps/serve-training -o dumps/codecs/serve.safetensors
+    {{kvfuse}} serve-bench --data squad:{{xquad}} --half second --requests 48 --output-len 64 --ignore-eos --method 'none,prefix,prefix+bff:tau=0.9,prefix+kivi:bits=4,prefix+joint:codec=dumps/codecs/serve.safetensors,step=0.006,reference=false' -o results/serve-few-shot
+    {{kvfuse}} plot results/serve-few-shot
+    {{kvfuse}} serve-bench --data squad:{{xquad}} --half second --requests 32 --passages 4 --pool 16 --output-len 64 --ignore-eos --method 'none,prefix,prefix+bff:tau=0.9,prefix+kivi:bits=4,prefix+joint:codec=dumps/codecs/serve.safetensors,step=0.006,reference=false' --request-rate 1 --goodput ttft:5000 tpot:250 --repeats 2 -o results/serve-rag
+    {{kvfuse}} plot results/serve-rag
+
 # How many requests are fused together, 8 to 64
 fig-batch *FLAGS:
     {{experiment}} {{FLAGS}} experiments/batch.toml

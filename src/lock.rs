@@ -2,11 +2,25 @@
 
 use crate::error::{Error, IoAt, Result};
 use crate::files::PARTIAL;
+use crate::interrupt;
 use std::collections::HashMap;
 use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::Write;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+/// Whether to wait for folders that others hold.
+static PATIENT: AtomicBool = AtomicBool::new(false);
+
+/// Waits for folders that others hold from now on, instead of failing.
+pub fn be_patient() {
+    PATIENT.store(true, Ordering::Relaxed);
+}
+
+/// Time between two looks at a folder that another holds.
+const PATIENCE: Duration = Duration::from_millis(200);
 
 const LOCK: &str = ".kvfuse-lock";
 
@@ -75,6 +89,10 @@ fn lock(folder: &Path) -> Result<File> {
             }
             // Its last holder removed it between our opening and locking it.
             Ok(()) => continue,
+            Err(TryLockError::WouldBlock) if PATIENT.load(Ordering::Relaxed) => {
+                interrupt::check()?;
+                std::thread::sleep(PATIENCE);
+            }
             Err(TryLockError::WouldBlock) => {
                 let holder = fs::read_to_string(&path).ok().filter(|h| !h.is_empty());
                 let holder = holder.unwrap_or_else(|| "another kvfuse".to_owned());

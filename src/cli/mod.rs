@@ -20,6 +20,7 @@ mod run;
 mod search;
 mod serve;
 mod serve_bench;
+mod shards;
 mod simulate;
 mod stats;
 mod sweep;
@@ -76,6 +77,8 @@ enum Command {
     Simulate(simulate::Args),
     Plot(plot::Args),
     Run(run::Args),
+    Plan(shards::PlanArgs),
+    Merge(shards::MergeArgs),
     Compare(compare::Args),
     Check(check::Args),
     Report(report::Args),
@@ -122,6 +125,8 @@ impl Command {
             Command::Simulate(args) => simulate::run(args, typed),
             Command::Plot(args) => plot::run(args),
             Command::Run(args) => run::run(args),
+            Command::Plan(args) => shards::plan(args),
+            Command::Merge(args) => shards::run_merge(args),
             Command::Compare(args) => compare::run(args),
             Command::Check(args) => check::run(args),
             Command::Report(args) => report::run(args),

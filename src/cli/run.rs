@@ -6,6 +6,7 @@ use crate::dump::Manifest;
 use crate::error::Error;
 use crate::files;
 use crate::stats::STATS_CSV;
+use crate::sweep::Shard;
 use anyhow::{Context, Result, bail};
 use clap::Parser;
 use serde::{Deserialize, Serialize};
@@ -35,6 +36,9 @@ pub struct Args {
     /// What {NAME} in a file stands for
     #[arg(long, value_name = "NAME=TEXT", value_parser = definition)]
     define: Vec<(String, String)>,
+    /// Only some of the sweep's arms, and nothing that follows from the tables: I/N, or N in a job array (see `kvfuse plan`)
+    #[arg(long, value_name = "I/N")]
+    shard: Option<Shard>,
     /// Folder that results go to
     #[arg(long, value_name = "DIR", default_value = "results")]
     root: PathBuf,
@@ -67,8 +71,12 @@ pub fn run(args: Args) -> Result<()> {
                     out.display()
                 );
             }
-            all.push(Steps { plan, model, short, root: &root, out, define: &args.define });
+            all.push(Steps { plan, model, short, root: &root, out, define: &args.define, shard: args.shard });
         }
+    }
+    if args.shard.is_some() {
+        // Shards on one file system make the same dump and codec: the first does, the others wait.
+        crate::lock::be_patient();
     }
     // All files are checked before the first is run.
     all.iter().try_for_each(Steps::check)?;
@@ -87,6 +95,7 @@ struct Steps<'a> {
     root: &'a Path,
     out: PathBuf,
     define: &'a [(String, String)],
+    shard: Option<Shard>,
 }
 
 /// What `steps.json` means by a finished step; goes up when a step comes to write something else.
@@ -140,18 +149,23 @@ impl Steps<'_> {
         let folder = folder.display().to_string();
         let thresholds = format!("--out={}", self.out.join("thresholds.toml").display());
         for (command, filled) in [("calibrate", &thresholds), ("stats", &out)] {
-            if self.plan.has(command) {
+            if self.plan.has(command) && (self.shard.is_none() || command == "calibrate") {
                 self.once(command, &[folder.clone(), filled.clone()], &identity)?;
             }
         }
-        if self.plan.bounds() {
+        if self.plan.bounds() && self.shard.is_none() {
             let codec = self.codec_file();
             let inputs = identity + &if codec.exists() { files::sha256(&codec)? } else { String::new() };
             self.once("simulate", &[format!("--bound={folder}"), out.clone()], &inputs)?;
         }
         if self.plan.has("sweep") {
-            let (line, command) = self.parse("sweep", &[folder.clone(), out.clone()])?;
+            let mut filled = vec![folder.clone(), out.clone()];
+            filled.extend(self.shard.map(|shard| format!("--shard={shard}")));
+            let (line, command) = self.parse("sweep", &filled)?;
             self.step(line, command)?;
+            if self.shard.is_some() {
+                return Ok(());
+            }
             let line = ["kvfuse".to_owned(), "plot".to_owned(), self.out.display().to_string()];
             self.step(line.to_vec(), Cli::try_parse_from(&line)?.command)?;
         }

@@ -3,7 +3,7 @@
 use super::table::table;
 use super::{say, say_rows};
 use crate::codec::Chain;
-use crate::sweep::{Labelled, PACKING, Row, Settings, series_labels, sweep};
+use crate::sweep::{Labelled, PACKING, Row, Settings, Shard, SweepOptions, series_labels, sweep};
 use anyhow::Result;
 use std::path::PathBuf;
 
@@ -21,6 +21,10 @@ pub struct Args {
     /// TOML file with any of these settings; the command line wins
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
+    /// Run only every N-th arm, from the I-th on, into OUT/shards/I-of-N; N alone takes I from SLURM_ARRAY_TASK_ID or HQ_TASK_ID.
+    /// `kvfuse merge` puts shards together
+    #[arg(long, value_name = "I/N")]
+    shard: Option<Shard>,
     /// Print the rows as JSON lines instead of a table
     #[arg(long)]
     json: bool,
@@ -39,13 +43,14 @@ impl Args {
 
 pub fn run(args: Args, typed: Vec<String>) -> Result<()> {
     let file = args.config.as_deref().map(Settings::read).transpose()?.unwrap_or_default();
-    let options = args.settings.or(file)?.options(typed)?;
+    let options = SweepOptions { shard: args.shard, ..args.settings.or(file)?.options(typed)? };
     let rows = sweep(&options)?;
     if args.json {
         return say_rows(&rows);
     }
     say(summary(&rows))?;
-    say(format!("\n{}", options.out.join(crate::tables::SWEEP_CSV).display()))?;
+    let out = options.shard.map_or_else(|| options.out.clone(), |shard| shard.folder(&options.out));
+    say(format!("\n{}", out.join(crate::tables::SWEEP_CSV).display()))?;
     Ok(())
 }
 

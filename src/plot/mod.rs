@@ -8,11 +8,13 @@ mod prediction;
 mod rate;
 mod scale;
 mod series;
+mod serving;
 mod similarity;
 mod tradeoff;
 mod worlds;
 
 use crate::error::Result;
+use crate::serve::{SERVE_SUMMARY_CSV, SERVE_TIMELINE_CSV};
 use crate::stats::{STATS_CSV, STATS_MANIFEST, read_stats};
 use crate::tables::{BOUND_CSV, BOUND_LAYERS_CSV, Columns, SWEEP_CSV};
 use crate::theory::{
@@ -27,11 +29,15 @@ use std::path::{Path, PathBuf};
 pub fn plot_all(out: &Path) -> Result<Vec<PathBuf>> {
     let (stats, simulation) = (out.join(STATS_CSV).exists(), out.join(MONTE_CARLO_CSV).exists());
     let bounds = out.join(BOUND_LAYERS_CSV).exists();
+    let serving = out.join(SERVE_SUMMARY_CSV).exists();
     let mut written = Vec::new();
+    if serving {
+        written.extend(plot_serving(out)?);
+    }
     if bounds {
         written.extend(plot_bound(out)?);
     }
-    if out.join(SWEEP_CSV).exists() || !(stats || simulation || bounds) {
+    if out.join(SWEEP_CSV).exists() || !(stats || simulation || bounds || serving) {
         written.extend(plot_sweep(out)?);
     }
     if stats {
@@ -101,6 +107,22 @@ pub fn plot_stats(out: &Path) -> Result<Vec<PathBuf>> {
             &of,
         )?);
     }
+    Ok(written)
+}
+
+/// Draws what serving took and did.
+pub fn plot_serving(out: &Path) -> Result<Vec<PathBuf>> {
+    let arms = Columns::read(&out.join(SERVE_SUMMARY_CSV))?;
+    let timeline = Columns::read(&out.join(SERVE_TIMELINE_CSV))?;
+    let of = |m: Value| match (m["model"].as_str(), m["data"].as_str(), m["budget_bytes"].as_f64()) {
+        (Some(model), Some(data), Some(bytes)) => {
+            format!("{model}, {}, {} requests, {:.0} MB", series::short(data), m["requests"], bytes / 1e6)
+        }
+        _ => String::new(),
+    };
+    let of = of(json(&out.join("manifest.json")));
+    let mut written = canvas::save(&serving::Arms::new(&arms)?, out, "serving", &of)?;
+    written.extend(canvas::save(&serving::Timeline::new(&timeline)?, out, "serving_timeline", &of)?);
     Ok(written)
 }
 

@@ -355,7 +355,10 @@ fn write_manifest(options: &BenchOptions, model: &Model, limits: Limits) -> Resu
     let value = serde_json::json!({
         "kvfuse_version": env!("CARGO_PKG_VERSION"),
         "command": options.command,
+        "model": options.model,
         "model_sha256": model.sha256,
+        "data": options.draw.spec,
+        "requests": options.draw.limit.unwrap_or(options.draw.requests),
         "budget_bytes": limits.budget_bytes,
         "block_size": limits.block_size,
         "threads": rayon::current_num_threads(),

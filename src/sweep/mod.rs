@@ -10,6 +10,7 @@ mod run;
 mod runs;
 mod search;
 mod settings;
+mod shard;
 mod stage;
 
 pub use arms::{Arm, ArmColumns, Packing};
@@ -22,4 +23,5 @@ pub use run::sweep;
 pub use runs::RunRecord;
 pub use search::{Goal, SearchOptions, Tried, search};
 pub use settings::{ANSWER_TOKENS, Settings, SweepOptions};
+pub use shard::{Shard, merge};
 pub use stage::{Stage, load, targets};

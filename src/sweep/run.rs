@@ -19,7 +19,7 @@ use std::path::Path;
 
 /// Runs all arms that are not in `options.out` yet; returns the rows in grid order, as sweep.csv has them.
 pub fn sweep(options: &SweepOptions) -> Result<Vec<Row>> {
-    let out = &options.out;
+    let out = &options.shard.map_or_else(|| options.out.clone(), |shard| shard.folder(&options.out));
     let manifest = Manifest::read(&options.dump)?;
     let questions = questions(options, &manifest)?;
     let setting = setting(options, &manifest, &questions)?;
@@ -30,14 +30,25 @@ pub fn sweep(options: &SweepOptions) -> Result<Vec<Row>> {
     refuse_foreign(out)?;
     let runs = Runs::open(out)?;
     let ids: Vec<String> = grid.iter().map(|arm| run_id(&setting, arm)).collect::<Result<_>>()?;
+    // The unfused arm is what all others of a packing are compared with.
+    let own: Vec<bool> = grid
+        .iter()
+        .enumerate()
+        .map(|(i, arm)| options.shard.is_none_or(|s| s.has(i) || arm.chain.is_unfused()))
+        .collect();
+    if let Some(shard) = options.shard {
+        shard.begin(out, &ids, &own)?;
+    }
+    let todo = |records: &[Option<RunRecord>]| (0..records.len()).any(|i| own[i] && records[i].is_none());
     let whole = |r: &RunRecord| r.requests.len() == questions.len();
     let mut records: Vec<Option<RunRecord>> = ids.iter().map(|id| runs.load(id).filter(whole)).collect();
-    let progress = Progress::new("sweeping", grid.len() as u64, Unit::Items("arms"));
+    let progress = Progress::new("sweeping", own.iter().filter(|o| **o).count() as u64, Unit::Items("arms"));
     progress.set(records.iter().flatten().count() as u64);
-    if records.iter().any(Option::is_none) {
+    if todo(&records) {
         let model = open_model(&options.dump, options.model.as_deref(), &manifest)?;
         for packing in options.packings() {
-            let here: Vec<usize> = (0..grid.len()).filter(|&i| grid[i].packing == packing).collect();
+            let here: Vec<usize> =
+                (0..grid.len()).filter(|&i| own[i] && grid[i].packing == packing).collect();
             if here.iter().all(|&i| records[i].is_some()) {
                 continue;
             }
@@ -184,7 +195,7 @@ fn write_manifest(
 }
 
 /// Rewrites all tables with the rows there are, in grid order.
-fn write_tables(out: &Path, records: &[Option<RunRecord>]) -> Result<()> {
+pub(super) fn write_tables(out: &Path, records: &[Option<RunRecord>]) -> Result<()> {
     #[derive(Serialize)]
     struct TimingRow<'a> {
         run: &'a str,
@@ -225,5 +236,9 @@ fn write_tables(out: &Path, records: &[Option<RunRecord>]) -> Result<()> {
     let requests: Vec<RequestRow> = pairs
         .flat_map(|(r, b)| r.requests.iter().zip(&b.requests).map(|(s, b)| RequestRow::new(&r.row, s, b)))
         .collect();
+    // None where the arm that all are compared with is still to come.
+    if requests.is_empty() {
+        return Ok(());
+    }
     write_csv(&out.join(REQUESTS_CSV), &requests)
 }

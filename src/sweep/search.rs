@@ -73,6 +73,7 @@ pub fn search(options: &SearchOptions) -> Result<Vec<Tried>> {
     let requests = manifest.half(options.half, &options.dump)?;
     let model = open_model(&options.dump, None, &manifest)?;
     let sweep = SweepOptions {
+        shard: None,
         dump: options.dump.clone(),
         out: PathBuf::new(),
         model: None,

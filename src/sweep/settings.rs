@@ -2,6 +2,7 @@
 
 use super::arms::{Arm, Packing, arms};
 use super::evaluate::FirstToken;
+use super::shard::Shard;
 use crate::codec::Chain;
 use crate::codec::fusion::Thresholds;
 use crate::dump::{Half, Manifest};
@@ -77,6 +78,8 @@ pub struct SweepOptions {
     pub given: Settings,
     /// Arguments to record in the manifest.
     pub command: Vec<String>,
+    /// Only some of the arms, into a folder of their own.
+    pub shard: Option<Shard>,
 }
 
 /// Tokens of an answer, at most, where neither the data nor the user says.
@@ -123,6 +126,7 @@ impl Settings {
             dump,
             given,
             command,
+            shard: None,
         };
         options.check()?;
         Ok(options)

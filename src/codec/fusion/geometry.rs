@@ -84,7 +84,7 @@ impl<'a> Geometry<'a> {
         if n > MOST_VECTORS {
             let message = format!(
                 "{n} distinct blocks a layer are too many to compare each with each (at most {MOST_VECTORS}): \
-                 use --pairing lsh or a smaller --batch"
+                 use pairing=lsh or fewer requests a batch"
             );
             return Err(Error::argument(message));
         }

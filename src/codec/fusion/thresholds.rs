@@ -1,4 +1,4 @@
-//! Thresholds of single layers, as `kvfuse calibrate` writes them and `kvfuse sweep --thresholds` reads them.
+//! Thresholds of single layers, as `kvfuse calibrate` writes them and `bff:thresholds=FILE` reads them.
 
 use super::choices::Choices;
 use crate::error::{Error, Result};

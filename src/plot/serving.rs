@@ -1,0 +1,194 @@
+//! What serving took and did: a row an arm, and the pool over time.
+
+use super::canvas::{Area, Drawn, FONT, Figure, axes, fitting, legend, said, series_color};
+use crate::error::Result;
+use crate::tables::Columns;
+use plotters::prelude::*;
+use plotters::style::text_anchor::{HPos, Pos, VPos};
+
+/// One quantity of all arms.
+struct Quantity {
+    name: &'static str,
+    /// Least, median and most, in the order of the arms.
+    values: Vec<[f64; 3]>,
+}
+
+/// Medians of arms side by side, a panel a quantity.
+pub struct Arms {
+    names: Vec<String>,
+    quantities: Vec<Quantity>,
+}
+
+impl Arms {
+    /// From serve_summary.csv.
+    pub fn new(rows: &Columns) -> Result<Self> {
+        let (method, rate) = (rows.strings("method")?, rows.strings("request_rate")?);
+        let mut rates = rate.clone();
+        rates.sort_unstable();
+        rates.dedup();
+        let name = |i: usize| match rates.len() {
+            1 => short(&method[i]),
+            _ => format!("{}, {}/s", short(&method[i]), rate[i]),
+        };
+        let quantity = |name: &'static str, columns: [&str; 3], factor: f64| -> Result<Quantity> {
+            let [low, mid, high] = columns.map(|c| rows.floats(c));
+            let (low, mid, high) = (low?, mid?, high?);
+            let values = (0..mid.len()).map(|i| [low[i], mid[i], high[i]].map(|x| x * factor)).collect();
+            Ok(Quantity { name, values })
+        };
+        let one = |name, column: &str, factor| quantity(name, [column; 3], factor);
+        Ok(Arms {
+            names: (0..method.len()).map(name).collect(),
+            quantities: vec![
+                quantity(
+                    "tokens/s out (least, median, most)",
+                    ["output_throughput_low", "output_throughput", "output_throughput_high"],
+                    1.0,
+                )?,
+                one("P95 of time to first token, s", "p95_ttft_ms", 1e-3)?,
+                one("requests at once, mean", "mean_concurrent_requests", 1.0)?,
+                quantity("KL, nats/token [95 %]", ["kl_low", "kl", "kl_high"], 1.0)?,
+            ],
+        })
+    }
+}
+
+/// A chain without the paths of its files.
+fn short(method: &str) -> String {
+    let part = |option: &str| match option.split_once('=') {
+        Some((before, value)) if value.contains('/') => {
+            format!("{before}={}", value.rsplit('/').next().unwrap_or(value).trim_end_matches(".safetensors"))
+        }
+        _ => option.to_owned(),
+    };
+    method.split(',').map(part).collect::<Vec<_>>().join(",")
+}
+
+impl Figure for Arms {
+    fn size(&self) -> (u32, u32) {
+        (1200, 120 + 44 * self.names.len() as u32)
+    }
+
+    fn draw<DB: DrawingBackend>(&self, root: &Area<DB>) -> Drawn {
+        let title = "Serving under one budget of KV bytes";
+        let root = root.margin(8, 20, 0, 0).titled(title, fitting(root, title, 20)).map_err(said)?;
+        let label = (FONT, 15).into_text_style(&root);
+        let widest = self.names.iter().filter_map(|n| Some(root.estimate_text_size(n, &label).ok()?.0)).max();
+        let names_width = (widest.unwrap_or(0) + 16).min(root.dim_in_pixel().0 / 3);
+        let (names, plots) = root.split_horizontally(names_width);
+        let panels = plots.split_evenly((1, self.quantities.len()));
+        let n = self.names.len();
+        const BELOW: u32 = 44;
+        let height = f64::from(root.dim_in_pixel().1 - BELOW - 8);
+        for (i, name) in self.names.iter().enumerate() {
+            let style =
+                (FONT, 15).into_font().color(&series_color(i)).pos(Pos::new(HPos::Right, VPos::Center));
+            let y = 8.0 + height * (i as f64 + 0.5) / n as f64;
+            names.draw(&Text::new(name.clone(), (names_width as i32 - 8, y as i32), style)).map_err(said)?;
+        }
+        for (panel, quantity) in panels.iter().zip(&self.quantities) {
+            let most = quantity.values.iter().map(|v| v[2]).fold(0.0, f64::max);
+            let most = if most > 0.0 { most } else { 1.0 };
+            let mut chart = ChartBuilder::on(panel)
+                .margin_top(8)
+                .margin_right(20)
+                .x_label_area_size(BELOW)
+                .build_cartesian_2d(0.0..most * 1.25, 0.0..n as f64)
+                .map_err(said)?;
+            chart
+                .configure_mesh()
+                .disable_y_mesh()
+                .disable_y_axis()
+                .x_labels(4)
+                .x_desc(quantity.name)
+                .label_style((FONT, 13))
+                .axis_desc_style((FONT, 14))
+                .max_light_lines(0)
+                .draw()
+                .map_err(said)?;
+            for (i, [low, mid, high]) in quantity.values.iter().enumerate() {
+                let (y, color) = ((n - i) as f64 - 0.5, series_color(i));
+                let bar = Rectangle::new([(0.0, y - 0.28), (*mid, y + 0.28)], color.mix(0.55).filled());
+                chart.draw_series([bar]).map_err(said)?;
+                let whisker = PathElement::new([(*low, y), (*high, y)], color.stroke_width(3));
+                chart.draw_series([whisker]).map_err(said)?;
+                let text = match *mid {
+                    x if x >= 100.0 => format!("{x:.0}"),
+                    x if x >= 1.0 => format!("{x:.1}"),
+                    x if x < 5e-5 => "0".to_owned(),
+                    x => format!("{x:.4}"),
+                };
+                let style = (FONT, 13).into_font().color(&BLACK).pos(Pos::new(HPos::Left, VPos::Center));
+                let at = high.max(*mid) + most * 0.02;
+                chart.draw_series([Text::new(text, (at, y), style)]).map_err(said)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Bytes in use and requests that run, over time, of the first runs.
+pub struct Timeline {
+    names: Vec<String>,
+    /// Seconds, MB and running requests, arm by arm.
+    runs: Vec<Vec<(f64, f64, f64)>>,
+}
+
+impl Timeline {
+    /// From serve_timeline.csv: each arm's first run at its first load.
+    pub fn new(rows: &Columns) -> Result<Self> {
+        let (method, rate) = (rows.strings("method")?, rows.strings("request_rate")?);
+        let (repeat, seconds) = (rows.floats("repeat")?, rows.floats("seconds")?);
+        let (bytes, running) = (rows.floats("pool_bytes")?, rows.floats("running")?);
+        let mut names: Vec<String> = Vec::new();
+        let mut runs: Vec<Vec<(f64, f64, f64)>> = Vec::new();
+        for i in (0..method.len()).filter(|&i| repeat[i] == 0.0 && rate[i] == rate[0]) {
+            let name = short(&method[i]);
+            let at = names.iter().position(|n| *n == name).unwrap_or_else(|| {
+                names.push(name);
+                runs.push(Vec::new());
+                runs.len() - 1
+            });
+            runs[at].push((seconds[i], bytes[i] / 1e6, running[i]));
+        }
+        Ok(Timeline { names, runs })
+    }
+}
+
+impl Figure for Timeline {
+    fn size(&self) -> (u32, u32) {
+        (1200, 480)
+    }
+
+    fn draw<DB: DrawingBackend>(&self, root: &Area<DB>) -> Drawn {
+        let title = "Bytes of keys and values, and requests that run, over time";
+        let root = root.margin(8, 16, 0, 0).titled(title, fitting(root, title, 20)).map_err(said)?;
+        let panels = root.split_evenly((1, 2));
+        let last = self.runs.iter().flatten().map(|p| p.0).fold(1.0, f64::max);
+        let of: [(&str, fn(&(f64, f64, f64)) -> f64); 2] =
+            [("MB in the pool, coded ones included", |p| p.1), ("requests that run", |p| p.2)];
+        for (n, (panel, (name, value))) in panels.iter().zip(of).enumerate() {
+            let most = self.runs.iter().flatten().map(value).fold(1.0, f64::max);
+            let mut chart = ChartBuilder::on(panel)
+                .margin(12)
+                .x_label_area_size(48)
+                .y_label_area_size(66)
+                .build_cartesian_2d(0.0..last * 1.02, 0.0..most * 1.35)
+                .map_err(said)?;
+            axes(&mut chart, "seconds", name)?;
+            for (i, run) in self.runs.iter().enumerate() {
+                let color = series_color(i);
+                let line = LineSeries::new(run.iter().map(|p| (p.0, value(p))), color.stroke_width(2));
+                chart
+                    .draw_series(line)
+                    .map_err(said)?
+                    .label(self.names[i].clone())
+                    .legend(move |(x, y)| PathElement::new([(x, y), (x + 22, y)], color.stroke_width(3)));
+            }
+            if n == 1 {
+                legend(&mut chart, SeriesLabelPosition::UpperRight)?;
+            }
+        }
+        Ok(())
+    }
+}
