@@ -114,6 +114,7 @@ fn engines_lose_no_page() {
         "prefix+bff:tau=0.2",
         "bff:tau=0.2",
         "prefix+kivi:residual=8",
+        "prefix+cachegen",
         "prefix+bff:tau=0.2+int8",
     ]
     .iter()

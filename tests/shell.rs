@@ -4,7 +4,11 @@ mod common;
 
 use common::{run, small_dump, succeed, text};
 
-const COMMANDS: [&str; 23] = [
+const COMMANDS: [&str; 27] = [
+    "serve",
+    "serve-bench",
+    "plan",
+    "merge",
     "search",
     "train",
     "sensitivity",

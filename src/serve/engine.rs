@@ -288,6 +288,7 @@ impl<'m> Engine<'m> {
                 self.counts.prefix_queries += queries;
                 self.counts.prefix_hits += hits;
             }
+            found.iter().for_each(|&id| self.prefix.want(id));
             sequence.columns = found;
             due += sequence.due();
             self.running.push(sequence);
@@ -364,6 +365,7 @@ impl<'m> Engine<'m> {
             let Some(mut last) = self.running.pop() else { return Ok(Vec::new()) };
             let alone = self.running.is_empty();
             let id = last.job.id;
+            last.columns.iter().for_each(|&id| self.prefix.want(id));
             self.release_pages(&mut last);
             if alone {
                 let finish = Some(Finish::TooLarge);

@@ -26,6 +26,8 @@ pub struct Node {
     /// Running requests that read it.
     users: usize,
     used: u64,
+    /// Whether it was, or will be, read by more than the request that made it: only then is it worth coding.
+    wanted: bool,
 }
 
 impl Node {
@@ -93,6 +95,13 @@ impl PrefixCache {
         }
     }
 
+    /// A request found it, or will come back to it.
+    pub fn want(&mut self, id: NodeId) {
+        if let Some(node) = self.nodes.get_mut(&id) {
+            node.wanted = true;
+        }
+    }
+
     /// A request reads it no more.
     pub fn give(&mut self, id: NodeId) {
         self.clock += 1;
@@ -121,6 +130,7 @@ impl PrefixCache {
                     paged_children: 0,
                     users: 0,
                     used: 0,
+                    wanted: false,
                 };
                 self.nodes.insert(id, node);
                 self.by_tokens.insert(key, id);
@@ -154,10 +164,10 @@ impl PrefixCache {
         node.coded = Some(payloads);
     }
 
-    /// Lets go of a cold column: of its pages if it is coded, else of all.
+    /// Lets go of a cold column: of its pages if it is coded, of all if it is not or has none.
     pub fn free(&mut self, pool: &mut BlockPool, id: NodeId) {
         let Some(node) = self.nodes.get_mut(&id) else { return };
-        if node.coded.is_none() {
+        if node.coded.is_none() || node.pages.is_none() {
             self.drop_column(pool, id);
             return;
         }
@@ -182,14 +192,14 @@ impl PrefixCache {
         self.nodes.iter().filter(|n| free(n.1)).min_by_key(|n| n.1.used).map(|n| *n.0)
     }
 
-    /// A cold column and those before it that nobody reads and nothing else stands on, as far as they are not coded; first
-    /// things first.
+    /// A cold column and those before it that nobody reads and nothing else stands on, as far as they are worth coding and not
+    /// coded; first things first.
     pub fn cold_run(&self, id: NodeId) -> Vec<NodeId> {
         let mut run = Vec::new();
         let mut at = Some(id);
         while let Some((id, node)) = at.and_then(|id| Some((id, self.nodes.get(&id)?))) {
             let alone = run.is_empty() || node.children == 1;
-            if node.users > 0 || !alone || node.coded.is_some() || node.pages.is_none() {
+            if node.users > 0 || !alone || !node.wanted || node.coded.is_some() || node.pages.is_none() {
                 break;
             }
             run.push(id);
@@ -349,6 +359,7 @@ mod tests {
         fn cool(&mut self) {
             let Some(id) = self.prefix.coldest() else { return };
             if self.rng.random_bool(0.5) {
+                self.prefix.want(id);
                 for id in self.prefix.cold_run(id) {
                     self.prefix
                         .set_coded(id, vec![Payload { bytes: vec![7; 3], ..Payload::default() }; LAYERS]);
@@ -409,7 +420,7 @@ mod tests {
                 }
                 5 => {
                     if let Some(id) = world.prefix.coldest_coded() {
-                        world.prefix.drop_column(&mut world.pool, id);
+                        world.prefix.free(&mut world.pool, id);
                     }
                 }
                 _ if there > 0 => {

@@ -120,6 +120,10 @@ impl<Q: Quantizer + 'static> Codec for Quantized<Q> {
         Coverage::of(0..layers)
     }
 
+    fn blocks_stand_alone(&self) -> bool {
+        self.0.raw_first() == 0 && self.0.raw_tokens() == 0
+    }
+
     fn reads_in_place(&self, shape: BlockShape) -> bool {
         let BlockShape { block_size: tokens, kv_heads, head_dim } = shape;
         let shape = PageShape { tokens, kv_heads, head_dim, layer: 0, layers: 1 };
