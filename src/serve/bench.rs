@@ -62,7 +62,8 @@ pub struct ServeRow {
     /// `inf`, or a number.
     pub request_rate: String,
     pub burstiness: f64,
-    pub max_concurrency: usize,
+    /// None for no limit.
+    pub max_concurrency: Option<usize>,
     pub budget_bytes: usize,
     #[serde(flatten)]
     pub fields: Map<String, Value>,
@@ -144,7 +145,7 @@ pub fn bench(options: &BenchOptions) -> Result<Vec<ServeRow>> {
                     repeat,
                     request_rate: rate.to_string(),
                     burstiness: options.burstiness,
-                    max_concurrency: options.concurrency,
+                    max_concurrency: Some(options.concurrency).filter(|n| *n < usize::MAX),
                     budget_bytes: limits.budget_bytes,
                     fields,
                 });
