@@ -88,7 +88,7 @@ unsafe fn product_raw(a: View, b: View, out: *mut f32, out_stride: usize) {
     }
 }
 
-/// The weight of a linear layer, cut along its outputs into panels of [`PANEL`], each `[inputs, panel outputs]`.
+/// The weight of a linear layer, cut along its outputs into panels of 64, each `[inputs, panel outputs]`.
 ///
 /// A panel is read from one end to the other, output-contiguous: the kernel needs no packing and the memory no seeking,
 /// which is what a decode step of a few sequences spends its time on. Weights stored in 16 or fewer bits stay so; a panel of

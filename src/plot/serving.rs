@@ -131,8 +131,14 @@ impl Figure for Arms {
 pub struct Timeline {
     names: Vec<String>,
     /// Seconds, MB and running requests, arm by arm.
-    runs: Vec<Vec<(f64, f64, f64)>>,
+    runs: Vec<Vec<Moment>>,
 }
+
+/// Seconds, MB and running requests.
+type Moment = (f64, f64, f64);
+
+/// What a panel shows of a moment.
+type Shown = fn(&Moment) -> f64;
 
 impl Timeline {
     /// From serve_timeline.csv: each arm's first run at its first load.
@@ -141,7 +147,7 @@ impl Timeline {
         let (repeat, seconds) = (rows.floats("repeat")?, rows.floats("seconds")?);
         let (bytes, running) = (rows.floats("pool_bytes")?, rows.floats("running")?);
         let mut names: Vec<String> = Vec::new();
-        let mut runs: Vec<Vec<(f64, f64, f64)>> = Vec::new();
+        let mut runs: Vec<Vec<Moment>> = Vec::new();
         for i in (0..method.len()).filter(|&i| repeat[i] == 0.0 && rate[i] == rate[0]) {
             let name = short(&method[i]);
             let at = names.iter().position(|n| *n == name).unwrap_or_else(|| {
@@ -165,7 +171,7 @@ impl Figure for Timeline {
         let root = root.margin(8, 16, 0, 0).titled(title, fitting(root, title, 20)).map_err(said)?;
         let panels = root.split_evenly((1, 2));
         let last = self.runs.iter().flatten().map(|p| p.0).fold(1.0, f64::max);
-        let of: [(&str, fn(&(f64, f64, f64)) -> f64); 2] =
+        let of: [(&str, Shown); 2] =
             [("MB in the pool, coded ones included", |p| p.1), ("requests that run", |p| p.2)];
         for (n, (panel, (name, value))) in panels.iter().zip(of).enumerate() {
             let most = self.runs.iter().flatten().map(value).fold(1.0, f64::max);
@@ -173,7 +179,7 @@ impl Figure for Timeline {
                 .margin(12)
                 .x_label_area_size(48)
                 .y_label_area_size(66)
-                .build_cartesian_2d(0.0..last * 1.02, 0.0..most * 1.35)
+                .build_cartesian_2d(0.0..last * 1.02, 0.0..most * 1.6)
                 .map_err(said)?;
             axes(&mut chart, "seconds", name)?;
             for (i, run) in self.runs.iter().enumerate() {
