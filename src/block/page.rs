@@ -128,11 +128,14 @@ impl Page {
         self.payload.as_ref()
     }
 
-    /// Gives the memory of numbers back that can be read from the payload.
+    /// Whether it holds numbers that can be read from the payload.
+    pub fn is_packable(&self) -> bool {
+        self.reader.is_some() && !matches!(self.numbers, Numbers::Packed(_))
+    }
+
+    /// Gives the memory of such numbers back.
     pub fn pack(&mut self) {
-        if self.reader.is_some() {
-            self.numbers = Numbers::Packed(self.len());
-        }
+        self.numbers = Numbers::Packed(self.len());
     }
 
     /// Keys or values, `[tokens, kv_heads, head_dim]`.

@@ -142,9 +142,11 @@ impl BlockPool {
 
     /// Lets go of a page's numbers if they can be read from its bytes.
     pub fn pack(&mut self, id: BlockId) {
-        let mut page = self.page(id).clone();
-        page.pack();
-        self.put(id, page);
+        let before = self.page(id).bytes();
+        if self.page(id).is_packable() {
+            Arc::make_mut(&mut self.slots[id.0 as usize].data).pack();
+        }
+        self.bytes = self.bytes - before + self.page(id).bytes();
     }
 
     /// What a page is read from, if it is not 16 bits a number.

@@ -9,6 +9,7 @@ mod demo;
 mod draw;
 mod dump;
 mod encode;
+mod engine;
 mod explain;
 mod inspect;
 mod methods;

@@ -1,9 +1,9 @@
 //! `kvfuse serve`.
 
+use super::engine::{EngineArgs, at_least_one};
 use super::say;
 use crate::codec::Chain;
 use crate::model::registry::DEFAULT_MODEL;
-use crate::serve::Limits;
 use crate::serve::http::{ServerOptions, run as serve};
 use anyhow::{Result, anyhow};
 use std::net::{IpAddr, SocketAddr};
@@ -33,15 +33,8 @@ pub struct Args {
     /// Bytes of keys and values
     #[arg(long, value_name = "BYTES", value_parser = super::bytes, default_value = "1GiB")]
     kv_cache_memory_bytes: usize,
-    /// Requests that run at once
-    #[arg(long, value_name = "N", default_value_t = 256)]
-    max_num_seqs: usize,
-    /// Tokens of one step; a longer prompt is prefilled in chunks
-    #[arg(long, value_name = "N", default_value_t = 512)]
-    max_num_batched_tokens: usize,
-    /// Tokens a block
-    #[arg(long, default_value_t = 16)]
-    block_size: usize,
+    #[command(flatten)]
+    engine: EngineArgs,
     /// Requests that are open at once, those that wait included; more get status 503
     #[arg(long, value_name = "N", default_value_t = 1024)]
     max_open: usize,
@@ -52,27 +45,12 @@ pub fn run(args: Args) -> Result<()> {
     if chains.len() != 1 {
         return Err(anyhow!("--method {}: a server follows one chain", args.method));
     }
-    for (name, n) in [
-        ("--max-num-seqs", args.max_num_seqs),
-        ("--max-num-batched-tokens", args.max_num_batched_tokens),
-        ("--block-size", args.block_size),
-        ("--max-open", args.max_open),
-    ] {
-        if n == 0 {
-            return Err(anyhow!("{name} must be at least 1"));
-        }
-    }
     let options = ServerOptions {
         model: args.model,
         chain: chains.swap_remove(0),
-        limits: Limits {
-            block_size: args.block_size,
-            budget_bytes: args.kv_cache_memory_bytes,
-            running: args.max_num_seqs,
-            step_tokens: args.max_num_batched_tokens,
-        },
+        limits: args.engine.limits(args.kv_cache_memory_bytes)?,
         address: SocketAddr::new(args.host, args.port),
-        open: args.max_open,
+        open: at_least_one("--max-open", args.max_open)?,
     };
     let name = options.chain.name();
     serve(&options, |address| {

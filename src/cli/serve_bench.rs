@@ -1,11 +1,12 @@
 //! `kvfuse serve-bench`.
 
 use super::draw::DrawArgs;
+use super::engine::{EngineArgs, at_least_one};
 use super::say;
 use super::table::table;
 use crate::codec::Chain;
 use crate::model::registry::DEFAULT_MODEL;
-use crate::serve::{BenchOptions, Goal, Limits, SERVE_SUMMARY_CSV, ServeRow, bench, summary};
+use crate::serve::{BenchOptions, Goal, SERVE_SUMMARY_CSV, ServeRow, bench, summary};
 use anyhow::{Result, anyhow};
 use std::path::PathBuf;
 
@@ -42,15 +43,8 @@ pub struct Args {
     /// Instead: what so many uncompressed requests of this load take
     #[arg(long, value_name = "N", default_value_t = 8.0)]
     budget_requests: f64,
-    /// Requests that run at once
-    #[arg(long, value_name = "N", default_value_t = 256)]
-    max_num_seqs: usize,
-    /// Tokens of one step; a longer prompt is prefilled in chunks
-    #[arg(long, value_name = "N", default_value_t = 512)]
-    max_num_batched_tokens: usize,
-    /// Tokens a block
-    #[arg(long, default_value_t = 16)]
-    block_size: usize,
+    #[command(flatten)]
+    engine: EngineArgs,
     /// Tokens of an answer, at most [default: what the data says]
     #[arg(long, value_name = "N")]
     output_len: Option<usize>,
@@ -83,10 +77,6 @@ pub struct Args {
 impl Args {
     fn options(self, typed: Vec<String>) -> Result<BenchOptions> {
         let chains = Chain::parse(&self.method)?;
-        let at_least = |name: &str, n: usize| match n {
-            0 => Err(anyhow!("{name} must be at least 1")),
-            n => Ok(n),
-        };
         if let Some(rate) = self.request_rate.iter().find(|r| r.is_nan() || **r <= 0.0) {
             return Err(anyhow!("--request-rate {rate}: rates are above 0, or inf"));
         }
@@ -100,19 +90,14 @@ impl Args {
             model: self.model,
             draw: self.draw.draw(),
             chains,
-            limits: Limits {
-                block_size: at_least("--block-size", self.block_size)?,
-                budget_bytes: self.kv_cache_memory_bytes.unwrap_or(0),
-                running: at_least("--max-num-seqs", self.max_num_seqs)?,
-                step_tokens: at_least("--max-num-batched-tokens", self.max_num_batched_tokens)?,
-            },
+            limits: self.engine.limits(self.kv_cache_memory_bytes.unwrap_or(0))?,
             budget_requests: self.kv_cache_memory_bytes.is_none().then_some(self.budget_requests),
             rates: self.request_rate,
             burstiness: self.burstiness,
-            concurrency: at_least("--max-concurrency", self.max_concurrency.unwrap_or(usize::MAX))?,
-            output_tokens: self.output_len.map(|n| at_least("--output-len", n)).transpose()?,
+            concurrency: at_least_one("--max-concurrency", self.max_concurrency.unwrap_or(usize::MAX))?,
+            output_tokens: self.output_len.map(|n| at_least_one("--output-len", n)).transpose()?,
             ignore_end: self.ignore_eos,
-            repeats: at_least("--repeats", self.repeats)?,
+            repeats: at_least_one("--repeats", self.repeats)?,
             goal: Goal::read(&self.goodput).map_err(|e| anyhow!("--goodput {e}"))?,
             percentiles: self.metric_percentiles,
             quality_requests: self.quality_requests,

@@ -49,8 +49,7 @@ pub fn run(args: Args, typed: Vec<String>) -> Result<()> {
         return say_rows(&rows);
     }
     say(summary(&rows))?;
-    let out = options.shard.map_or_else(|| options.out.clone(), |shard| shard.folder(&options.out));
-    say(format!("\n{}", out.join(crate::tables::SWEEP_CSV).display()))?;
+    say(format!("\n{}", options.folder().join(crate::tables::SWEEP_CSV).display()))?;
     Ok(())
 }
 

@@ -88,6 +88,11 @@ impl Decoder {
         BlockShape { block_size, kv_heads: self.config.kv_heads, head_dim: self.config.head_dim }
     }
 
+    /// Bytes of a full block of so many tokens in all layers, in f16.
+    pub fn column_bytes(&self, block_size: usize) -> usize {
+        2 * size_of::<half::f16>() * self.block_shape(block_size).block_width() * self.config.layers
+    }
+
     /// An empty cache for one request.
     pub fn new_cache(&self) -> RequestCache {
         RequestCache::new(self.config.layers)

@@ -226,15 +226,11 @@ impl TensorSource for Gguf {
         })?;
         let c = &self.config;
         // Only llama files are stored interleaved.
-        let heads = match (&name[name.len().saturating_sub("q_proj.weight".len())..], &shape[..]) {
-            _ if c.architecture != "llama" => return Ok((shape, data)),
-            ("q_proj.weight", &[rows, inputs]) if rows == c.heads * c.head_dim && inputs == c.hidden => {
-                c.heads
-            }
-            ("k_proj.weight", &[rows, inputs]) if rows == c.kv_heads * c.head_dim && inputs == c.hidden => {
-                c.kv_heads
-            }
-            _ => return Ok((shape, data)),
+        let turned = [("q_proj.weight", c.heads), ("k_proj.weight", c.kv_heads)];
+        let own =
+            |(part, heads): &(&str, usize)| name.ends_with(part) && shape == [heads * c.head_dim, c.hidden];
+        let Some((_, heads)) = turned.into_iter().find(own).filter(|_| c.architecture == "llama") else {
+            return Ok((shape, data));
         };
         let order = rotate_half_rows(shape[0], heads);
         let data = match data {

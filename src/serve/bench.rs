@@ -1,7 +1,7 @@
 //! `kvfuse serve-bench`: arms of chains over the same requests, interleaved and repeated, with what they took and what they did.
 
 use super::arrivals::Arrivals;
-use super::engine::{Job, Limits};
+use super::job::{Job, Limits};
 use super::metrics::{Goal, fields};
 use super::policy::Policy;
 use super::quality::{Witness, divergences};
@@ -137,8 +137,10 @@ pub fn bench(options: &BenchOptions) -> Result<Vec<ServeRow>> {
                 let mut fields =
                     fields(&outcome.served, outcome.duration, options.goal, &options.percentiles);
                 engine_fields(&mut fields, &outcome, rss_before);
-                quality_fields(&mut fields, &model, options, &load, &outcome)?;
-                requests.extend(request_rows(&model, &load, &outcome, (&policy.name, repeat, rate))?);
+                let own = request_rows(&model, &load, &outcome, (&policy.name, repeat, rate))?;
+                let scores: Vec<f64> = own.iter().filter_map(|r| r.score).collect();
+                quality_fields(&mut fields, &model, options, &load, &outcome, &scores)?;
+                requests.extend(own);
                 moments.extend(outcome.moments.iter().map(|m| (rows.len(), *m)));
                 rows.push(ServeRow {
                     method: policy.name.clone(),
@@ -150,8 +152,7 @@ pub fn bench(options: &BenchOptions) -> Result<Vec<ServeRow>> {
                     fields,
                 });
                 progress.increment();
-                write(options, &rows, &moments)?;
-                write_csv(&options.out.join(SERVE_REQUESTS_CSV), &requests)?;
+                write(options, &rows, &requests, &moments)?;
             }
         }
     }
@@ -192,9 +193,9 @@ fn load(model: &Model, options: &BenchOptions) -> Result<Load> {
 
 fn limits(model: &Model, options: &BenchOptions, jobs: &[Job]) -> Result<Limits> {
     let Some(requests) = options.budget_requests else { return Ok(options.limits) };
-    let shape = model.decoder.block_shape(options.limits.block_size);
-    let column = 4 * shape.block_width() * model.decoder.config().layers;
-    let blocks = jobs.iter().map(|j| (j.prompt.len() + j.max_tokens).div_ceil(shape.block_size) as f64);
+    let size = options.limits.block_size;
+    let column = model.decoder.column_bytes(size);
+    let blocks = jobs.iter().map(|j| (j.prompt.len() + j.max_tokens).div_ceil(size) as f64);
     let usual = mean(&blocks.collect::<Vec<_>>());
     Ok(Limits { budget_bytes: (requests * usual).ceil() as usize * column, ..options.limits })
 }
@@ -276,21 +277,15 @@ fn quality_fields(
     options: &BenchOptions,
     load: &Load,
     outcome: &Outcome,
+    scores: &[f64],
 ) -> Result<()> {
-    let mut scores = Vec::new();
-    for (request, answer) in load.set.requests.iter().zip(&outcome.answers) {
-        if !request.references.is_empty() {
-            let text = answer_text(model, answer, load.set.stop.as_deref())?;
-            scores.extend(request.metric.score(&text, &request.references, &request.classes));
-        }
-    }
     let all = load.jobs.iter().zip(&outcome.answers).zip(&outcome.logits);
     let witnesses: Vec<Witness> = all
         .filter(|(_, logits)| !logits.is_empty())
         .map(|((job, answer), logits)| Witness { job, answer, logits })
         .collect();
     let kl = divergences(model, options.limits.block_size, &witnesses)?;
-    for (name, numbers) in [("score", &scores), ("kl", &kl)] {
+    for (name, numbers) in [("score", scores), ("kl", &kl[..])] {
         let interval = bootstrap_mean(numbers, 1000, options.draw.seed);
         let of = |f: fn(&crate::stats::Interval) -> f64| {
             interval.as_ref().map_or(Value::Null, |i| Value::from(rounded(f(i))))
@@ -332,9 +327,15 @@ pub fn summary(rows: &[ServeRow]) -> Vec<ServeRow> {
     arms.into_iter().map(one).collect()
 }
 
-fn write(options: &BenchOptions, rows: &[ServeRow], moments: &[(usize, Moment)]) -> Result<()> {
+fn write(
+    options: &BenchOptions,
+    rows: &[ServeRow],
+    requests: &[RequestRow],
+    moments: &[(usize, Moment)],
+) -> Result<()> {
     write_csv(&options.out.join(SERVE_CSV), rows)?;
     write_csv(&options.out.join(SERVE_SUMMARY_CSV), &summary(rows))?;
+    write_csv(&options.out.join(SERVE_REQUESTS_CSV), requests)?;
     let timeline: Vec<TimelineRow> = moments
         .iter()
         .map(|(row, m)| TimelineRow {

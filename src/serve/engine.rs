@@ -5,6 +5,7 @@
 //! out, cold columns of the prefix cache go first, then the request that came last is preempted and computed again later.
 
 use super::fuse::{Candidate, candidates, fuse};
+use super::job::{Counts, Event, Finish, Job, Limits};
 use super::policy::Policy;
 use super::prefix::{NewColumn, NodeId, PrefixCache};
 use super::tier;
@@ -14,85 +15,6 @@ use crate::error::Result;
 use crate::model::{Model, Segment};
 use std::collections::{HashMap, VecDeque};
 use std::time::Instant;
-
-/// How much an engine may hold and do at once.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Limits {
-    /// Tokens of a block.
-    pub block_size: usize,
-    /// Bytes of keys and values, encoded ones included.
-    pub budget_bytes: usize,
-    /// Requests that run at once.
-    pub running: usize,
-    /// Tokens of one step: those of a prompt beyond it wait for the next.
-    pub step_tokens: usize,
-}
-
-/// A request as it is handed in.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Job {
-    pub id: u64,
-    /// Pages are never shared between tenants.
-    pub tenant: String,
-    pub prompt: Vec<u32>,
-    pub max_tokens: usize,
-    /// Text that ends the answer.
-    pub stop: Vec<String>,
-    /// Go on behind the model's end of text.
-    pub ignore_end: bool,
-    /// Hand the logits of so many first tokens out (for measuring quality).
-    pub keep_logits: usize,
-}
-
-/// Why an answer ended.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Finish {
-    /// The stop text or the model's end of text.
-    Stop,
-    /// As many tokens as were asked for.
-    Length,
-    /// It would need more than the budget alone.
-    TooLarge,
-    /// It was called off.
-    Aborted,
-}
-
-/// What a step did to a request.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Event {
-    pub id: u64,
-    /// A token of the answer; none where it ends without one.
-    pub token: Option<u32>,
-    pub finish: Option<Finish>,
-    /// `[vocab]`, where they were asked for.
-    pub logits: Option<Vec<f32>>,
-}
-
-/// What an engine has done since it was made.
-#[derive(Debug, Clone, Copy, Default, PartialEq)]
-pub struct Counts {
-    pub steps: u64,
-    pub preemptions: u64,
-    /// Prompt tokens that were looked up in the prefix cache, and found; those of preempted requests apart.
-    pub prefix_queries: u64,
-    pub prefix_hits: u64,
-    pub preempted_queries: u64,
-    pub preempted_hits: u64,
-    /// Tokens found encoded and decoded.
-    pub decoded_tokens: u64,
-    /// Columns that went for good, and that were encoded.
-    pub dropped_columns: u64,
-    pub encoded_columns: u64,
-    /// Pages that fusion saved.
-    pub fused_pages: u64,
-    pub prefill_tokens: u64,
-    pub decode_tokens: u64,
-    pub forward_seconds: f64,
-    pub fuse_seconds: f64,
-    pub code_seconds: f64,
-    pub encode_seconds: f64,
-    pub decode_seconds: f64,
-}
 
 /// A request in the engine.
 struct Sequence {
@@ -169,8 +91,8 @@ impl<'m> Engine<'m> {
     /// Calls a request off; its pages are free at once.
     pub fn abort(&mut self, id: u64) {
         if let Some(i) = self.running.iter().position(|s| s.job.id == id) {
-            let sequence = self.running.remove(i);
-            self.release(sequence);
+            let mut sequence = self.running.remove(i);
+            self.release(&mut sequence);
         } else if let Some(i) = self.waiting.iter().position(|s| s.job.id == id) {
             self.waiting.remove(i);
         } else {
@@ -181,10 +103,6 @@ impl<'m> Engine<'m> {
 
     pub fn counts(&self) -> Counts {
         self.counts
-    }
-
-    pub fn policy(&self) -> &Policy {
-        &self.policy
     }
 
     pub fn is_idle(&self) -> bool {
@@ -211,7 +129,7 @@ impl<'m> Engine<'m> {
 
     /// Bytes of a full block of all layers in f16.
     fn column_bytes(&self) -> usize {
-        4 * self.pool.shape().block_width() * self.model.decoder.config().layers
+        self.model.decoder.column_bytes(self.limits.block_size)
     }
 
     /// Gives back all that nobody reads.
@@ -366,7 +284,7 @@ impl<'m> Engine<'m> {
             let alone = self.running.is_empty();
             let id = last.job.id;
             last.columns.iter().for_each(|&id| self.prefix.want(id));
-            self.release_pages(&mut last);
+            self.release(&mut last);
             if alone {
                 let finish = Some(Finish::TooLarge);
                 self.ended.push(Event { id, token: None, finish, logits: None });
@@ -382,7 +300,6 @@ impl<'m> Engine<'m> {
     fn forward(&mut self, plan: &[usize]) -> Result<Vec<Event>> {
         let started = Instant::now();
         let decoder = &self.model.decoder;
-        let names: Vec<String> = self.running.iter().map(|s| s.job.id.to_string()).collect();
         let mut segments: Vec<Segment> = self
             .running
             .iter_mut()
@@ -394,9 +311,11 @@ impl<'m> Engine<'m> {
             })
             .collect();
         let run: Vec<usize> = (0..plan.len()).filter(|&i| plan[i] > 0).collect();
-        let hidden = decoder
-            .forward(&mut self.pool, &mut segments, None)
-            .map_err(|f| f.of(|segment| &names[run[segment]]))?;
+        let ran = decoder.forward(&mut self.pool, &mut segments, None);
+        let hidden = ran.map_err(|fault| {
+            let id = self.running[run[fault.segment]].job.id.to_string();
+            fault.of(|_| &id)
+        })?;
         // The last row of every request that has no tokens left.
         let width = decoder.config().hidden;
         let (mut row, mut rows, mut ready) = (0, Vec::new(), Vec::new());
@@ -427,8 +346,8 @@ impl<'m> Engine<'m> {
             events.push(event);
         }
         for i in finished.into_iter().rev() {
-            let sequence = self.running.remove(i);
-            self.release(sequence);
+            let mut sequence = self.running.remove(i);
+            self.release(&mut sequence);
         }
         Ok(events)
     }
@@ -470,18 +389,7 @@ impl<'m> Engine<'m> {
         sequence.settled = full;
         if let Some(fusion) = &self.policy.fusion {
             let started = Instant::now();
-            let tenant = sequence.tenant;
-            let there = self.prefix.paged().filter(|(n, _)| n.tenant == tenant);
-            let mut known: Vec<Vec<Candidate>> =
-                candidates(there.map(|(n, e)| (n.block, e)), sequence.cache.layers.len());
-            if !self.policy.prefix {
-                // Without a prefix cache, what runs is all there is.
-                let others = self.running.iter().enumerate().filter(|(j, s)| *j != i && s.tenant == tenant);
-                let columns: Vec<(usize, Vec<Entry>)> =
-                    others.flat_map(|(_, s)| (0..s.settled).map(move |b| (b, column(&s.cache, b)))).collect();
-                let layers = self.model.decoder.config().layers;
-                known = candidates(columns.iter().map(|(b, e)| (*b, &e[..])), layers);
-            }
+            let known = self.known(i);
             let cache = &mut self.running[i].cache;
             self.counts.fused_pages += fuse(fusion, &mut self.pool, cache, new.clone(), &known) as u64;
             self.counts.fuse_seconds += started.elapsed().as_secs_f64();
@@ -509,6 +417,20 @@ impl<'m> Engine<'m> {
         Ok(())
     }
 
+    /// The pages that a running request's blocks may be read from, by layer: those of its tenant.
+    fn known(&self, i: usize) -> Vec<Vec<Candidate>> {
+        let (tenant, layers) = (self.running[i].tenant, self.model.decoder.config().layers);
+        if self.policy.prefix {
+            let there = self.prefix.paged().filter(|(n, _)| n.tenant == tenant);
+            return candidates(there.map(|(n, e)| (n.block, e)), layers);
+        }
+        // Without a prefix cache, what runs is all there is.
+        let others = self.running.iter().enumerate().filter(|(j, s)| *j != i && s.tenant == tenant);
+        let columns: Vec<(usize, Vec<Entry>)> =
+            others.flat_map(|(_, s)| (0..s.settled).map(move |b| (b, column(&s.cache, b)))).collect();
+        candidates(columns.iter().map(|(b, e)| (*b, &e[..])), layers)
+    }
+
     /// Reads a block from the column that was there already, where two requests computed the same one at once.
     fn adopt(&mut self, i: usize, block: usize, id: NodeId) {
         let Some(entries) = self.prefix.node(id).and_then(|n| n.pages.as_ref()) else { return };
@@ -524,8 +446,7 @@ impl<'m> Engine<'m> {
         let sequence = &mut self.running[i];
         let mut batch = lend(self.model, &mut self.pool);
         let cache = std::mem::replace(&mut sequence.cache, RequestCache::new(0));
-        let mut tokens = sequence.tokens.clone();
-        tokens.truncate(cache.tokens);
+        let tokens = sequence.tokens[..cache.tokens].to_vec();
         batch.push(cache, tokens, "");
         let coded = codec.encode(&mut batch, &Memo::default());
         self.pool = batch.pool;
@@ -535,19 +456,13 @@ impl<'m> Engine<'m> {
         coded?;
         for table in &sequence.cache.layers {
             for entry in &table.entries {
-                if self.pool.payload(entry.block).is_some() {
-                    self.pool.pack(entry.block);
-                }
+                self.pool.pack(entry.block);
             }
         }
         Ok(())
     }
 
-    fn release(&mut self, mut sequence: Sequence) {
-        self.release_pages(&mut sequence);
-    }
-
-    fn release_pages(&mut self, sequence: &mut Sequence) {
+    fn release(&mut self, sequence: &mut Sequence) {
         sequence.columns.drain(..).for_each(|id| self.prefix.give(id));
         let empty = self.model.decoder.new_cache();
         std::mem::replace(&mut sequence.cache, empty).release(&mut self.pool);
@@ -590,14 +505,7 @@ fn column(cache: &RequestCache, block: usize) -> Vec<Entry> {
 
 /// The pool in a batch without requests, for a codec.
 fn lend(model: &Model, pool: &mut BlockPool) -> CacheBatch {
-    let empty = BlockPool::new(pool.shape(), Storage::F16);
-    CacheBatch {
-        pool: std::mem::replace(pool, empty),
-        caches: Vec::new(),
-        tokens: Vec::new(),
-        tenants: Vec::new(),
-        ropes: model.decoder.ropes(),
-        observed: None,
-        first_block: 0,
-    }
+    let mut batch = CacheBatch::empty(pool.shape(), Storage::F16, model.decoder.ropes());
+    std::mem::swap(&mut batch.pool, pool);
+    batch
 }

@@ -5,6 +5,7 @@ mod bench;
 mod engine;
 mod fuse;
 pub mod http;
+mod job;
 mod metrics;
 mod policy;
 mod prefix;
@@ -17,7 +18,8 @@ pub use bench::{
     BenchOptions, SERVE_CSV, SERVE_REQUESTS_CSV, SERVE_SUMMARY_CSV, SERVE_TIMELINE_CSV, ServeRow, bench,
     summary,
 };
-pub use engine::{Counts, Engine, Event, Finish, Job, Limits};
+pub use engine::Engine;
+pub use job::{Counts, Event, Finish, Job, Limits};
 pub use metrics::{Goal, Served, fields};
 pub use policy::Policy;
 pub use quality::{Witness, divergences};

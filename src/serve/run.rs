@@ -1,6 +1,7 @@
 //! One run: requests handed to an engine as they arrive, and what came of it.
 
-use super::engine::{Counts, Engine, Finish, Job, Limits};
+use super::engine::Engine;
+use super::job::{Counts, Finish, Job, Limits};
 use super::metrics::Served;
 use super::policy::Policy;
 use crate::error::Result;

@@ -19,7 +19,7 @@ use std::path::Path;
 
 /// Runs all arms that are not in `options.out` yet; returns the rows in grid order, as sweep.csv has them.
 pub fn sweep(options: &SweepOptions) -> Result<Vec<Row>> {
-    let out = &options.shard.map_or_else(|| options.out.clone(), |shard| shard.folder(&options.out));
+    let out = &options.folder();
     let manifest = Manifest::read(&options.dump)?;
     let questions = questions(options, &manifest)?;
     let setting = setting(options, &manifest, &questions)?;

@@ -134,6 +134,11 @@ impl Settings {
 }
 
 impl SweepOptions {
+    /// Where rows go: the output, or this shard's folder in it.
+    pub fn folder(&self) -> PathBuf {
+        self.shard.map_or_else(|| self.out.clone(), |shard| shard.folder(&self.out))
+    }
+
     /// Every block size with every batch and every cache of the first token.
     pub fn packings(&self) -> Vec<Packing> {
         let mut all = Vec::new();

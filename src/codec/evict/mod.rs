@@ -126,10 +126,12 @@ impl Compact {
                 Some(&block) => block,
                 None => {
                     let rows = |part: Part| -> Vec<f32> {
-                        let row = |&(block, slot): &(BlockId, usize)| {
-                            batch.pool.numbers(block, part)[slot * width..][..width].to_vec()
+                        // A page is read once for all of its tokens that follow each other.
+                        let run = |run: &[(BlockId, usize)]| -> Vec<f32> {
+                            let page = batch.pool.numbers(run[0].0, part);
+                            run.iter().flat_map(|(_, slot)| &page[slot * width..][..width]).copied().collect()
                         };
-                        sources.iter().flat_map(row).collect()
+                        sources.chunk_by(|a, b| a.0 == b.0).flat_map(run).collect()
                     };
                     let (keys, values) = (rows(Part::Key), rows(Part::Value));
                     let block = batch.pool.allocate(&keys, &values);

@@ -198,8 +198,13 @@ impl Tokenizer {
             false => self.encode_with(self.parsing(), &rendered)?,
             true => self.encode_around(text, &rendered)?,
         };
+        Ok(self.with_chat_lead(ids))
+    }
+
+    /// Token ids of a rendered template, behind the BOS token if the model wants one and the template has not put it.
+    fn with_chat_lead(&self, ids: Vec<u32>) -> Vec<u32> {
         let lead = if !self.chat_lead || ids.starts_with(&self.lead) { &[][..] } else { &self.lead };
-        Ok([lead, &ids].concat())
+        [lead, &ids].concat()
     }
 
     /// Token ids of a conversation in the model's chat template, up to where the assistant answers.
@@ -215,9 +220,8 @@ impl Tokenizer {
         if messages.iter().any(|m| self.names_special(&m.content)) {
             return Err(Error::argument("a message spells one of the model's special tokens; leave it out"));
         }
-        let ids = self.encode_with(self.parsing(), &self.render_messages(messages)?)?;
-        let lead = if !self.chat_lead || ids.starts_with(&self.lead) { &[][..] } else { &self.lead };
-        Ok([lead, &ids].concat())
+        let rendered = self.render_messages(messages)?;
+        Ok(self.with_chat_lead(self.encode_with(self.parsing(), &rendered)?))
     }
 
     /// Whether a text spells a special token.

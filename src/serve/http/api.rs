@@ -1,7 +1,7 @@
 //! What clients send and what they get: OpenAI's completions and chat completions, as far as a greedy server has them.
 
 use crate::model::{Message, Model, Tokenizer};
-use crate::serve::engine::{Finish, Job};
+use crate::serve::job::{Finish, Job};
 use serde::Deserialize;
 use serde_json::{Value, json};
 

@@ -1,6 +1,7 @@
 //! `/metrics`, with vLLM's names.
 
-use crate::serve::engine::{Counts, Engine};
+use crate::serve::engine::Engine;
+use crate::serve::job::Counts;
 use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::encoding::text::encode;
 use prometheus_client::metrics::counter::Counter;

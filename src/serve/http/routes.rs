@@ -7,7 +7,7 @@ use crate::codec::Chain;
 use crate::error::{Error, Result};
 use crate::interrupt;
 use crate::model::Model;
-use crate::serve::engine::{Event, Finish, Job, Limits};
+use crate::serve::job::{Event, Finish, Job, Limits};
 use crate::serve::policy::Policy;
 use axum::extract::{DefaultBodyLimit, State};
 use axum::http::{StatusCode, header};
@@ -163,9 +163,9 @@ impl Drop for CountDown {
 impl Server {
     /// Hands a job to the engine.
     fn open(&self, job: Job, chat: bool) -> std::result::Result<Open, Refusal> {
-        let shape = self.model.decoder.block_shape(self.limits.block_size);
-        let column = 4 * shape.block_width() * self.model.decoder.config().layers;
-        let needed = (job.prompt.len() + job.max_tokens).div_ceil(shape.block_size) * column;
+        let size = self.limits.block_size;
+        let columns = (job.prompt.len() + job.max_tokens).div_ceil(size);
+        let needed = columns * self.model.decoder.column_bytes(size);
         if needed > self.limits.budget_bytes {
             let message = format!(
                 "the request may need {needed} bytes of KV cache, the server has {}; ask for fewer tokens",

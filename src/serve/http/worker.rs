@@ -3,7 +3,8 @@
 use super::metrics::Metrics;
 use crate::error::Result;
 use crate::model::Model;
-use crate::serve::engine::{Engine, Event, Job, Limits};
+use crate::serve::engine::Engine;
+use crate::serve::job::{Event, Job, Limits};
 use crate::serve::policy::Policy;
 use std::collections::HashMap;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
