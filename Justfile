@@ -28,6 +28,25 @@ bench:
 memory:
     cargo test --release --test architectures -- --ignored --nocapture
 
+# Fuzzes everything that is read, MINUTES a target, two at a time (docs/reliability.md)
+fuzz MINUTES="2":
+    fuzz/run.sh {{MINUTES}}
+
+# Kills the binary KILLS times at random moments and compares what comes out (docs/reliability.md)
+kills KILLS="200":
+    cargo build --release
+    python3 tests/reliability/kills.py {{KILLS}}
+
+# A sweep in four shards on a real Slurm on this machine (needs root and Debian's packages)
+slurm:
+    cargo build --release
+    tests/cluster/slurm.sh
+
+# Public clients against `kvfuse serve`: just clients PYTHON, with the packages openai and guidellm
+clients PYTHON:
+    cargo build --release
+    tests/clients/run.sh {{PYTHON}}
+
 # Every figure of results/, with all its models (about three hours on 2 cores; `just figures --quick`: five minutes)
 figures *FLAGS:
     {{experiment}} {{FLAGS}} experiments/*.toml

@@ -12,6 +12,7 @@ pub mod error;
 pub mod files;
 pub mod interrupt;
 pub mod lock;
+pub mod memory;
 pub mod model;
 pub mod plot;
 pub mod progress;

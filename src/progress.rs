@@ -28,6 +28,14 @@ pub fn silence() {
     SILENT.store(true, Ordering::Relaxed);
 }
 
+/// Says something beside the progress, unless that is silent.
+pub fn note(text: &str) {
+    if !SILENT.load(Ordering::Relaxed) {
+        // A closed stderr is no reason to stop.
+        let _ = writeln!(std::io::stderr(), "{text}");
+    }
+}
+
 /// Time between plain lines.
 const LINE_EVERY: Duration = Duration::from_secs(10);
 

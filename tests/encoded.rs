@@ -189,9 +189,21 @@ fn an_external_method_is_an_arm() {
     let method = format!("int8,external:dir={}", text(&back));
     let sweep =
         ["sweep", text(&dump), "--method", &method, "--block-size", "4", "--resamples", "10", "--json"];
-    refuse(&sweep, &["back", "bits"]);
     let manifest = back.join("manifest.json");
     let mut value: serde_json::Value = serde_json::from_slice(&fs::read(&manifest).unwrap()).unwrap();
+    // A decoded dump says what it was encoded by, and its requests' bits are the ledger's.
+    assert_eq!(value["encoded"]["method"], "int8");
+    let batch = Encoded::read(&file, None).unwrap().batch;
+    let chain = Chain::parse("int8").unwrap().swap_remove(0);
+    let layers = batch.caches[0].layers.len();
+    let ledger = Ledger::of(&batch, &chain.coverage(layers));
+    let dealt: u64 = value["requests"].as_array().unwrap().iter().map(|r| r["bits"].as_u64().unwrap()).sum();
+    assert_eq!(dealt, ledger.total_bits());
+    for request in value["requests"].as_array_mut().unwrap() {
+        request.as_object_mut().unwrap().remove("bits");
+    }
+    fs::write(&manifest, value.to_string()).unwrap();
+    refuse(&sweep, &["back", "bits"]);
     let config = Manifest::read(&dump).unwrap().model.config;
     for request in value["requests"].as_array_mut().unwrap() {
         let numbers = 2 * config.layers as u64 * (config.kv_heads * config.head_dim) as u64;

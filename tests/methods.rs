@@ -330,4 +330,5 @@ fn numbers_of_methods_beyond_reason() {
     refuse(&["sweep", dump, "--method", "cachegen:bin=0"], &["bin", "0.01"]);
     refuse(&["sweep", dump, "--method", "lowrank:rank=0"], &["rank", "above 0"]);
     refuse(&["sweep", dump, "--method", "kvquant:outliers=2"], &["outliers", "0.5"]);
+    refuse(&["sweep", dump, "--method", "minicache:retain=2"], &["retain", "from 0 to 1"]);
 }

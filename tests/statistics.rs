@@ -71,6 +71,7 @@ fn made_up_dump(folder: &Path, config: &ModelConfig, caches: &[Cache]) -> Manife
         stop: None,
         answer_tokens: None,
         chat: false,
+        encoded: None,
         requests,
     };
     manifest.write(folder).unwrap();
@@ -78,7 +79,16 @@ fn made_up_dump(folder: &Path, config: &ModelConfig, caches: &[Cache]) -> Manife
 }
 
 fn options(size: usize, rope: RopeMode) -> SimilarityOptions {
-    SimilarityOptions { block_sizes: vec![size], rope, sample: None, seed: 0, taus: vec![0.0, 0.5, 0.9] }
+    SimilarityOptions {
+        block_sizes: vec![size],
+        rope,
+        sample: None,
+        seed: 0,
+        taus: vec![0.0, 0.5, 0.9],
+        layers: None,
+        lsh_recall: None,
+        fuse: Vec::new(),
+    }
 }
 
 fn value(rows: &[StatRow], part: &str, class: &str, statistic: &str, at: Option<f64>) -> Option<f64> {
@@ -104,7 +114,8 @@ proptest! {
             let full = keys.len() / WIDTH / size;
             (0..full).map(move |p| Home { request: r as u32, position: p as u32 })
         }).collect();
-        let blocks = distinct_blocks(&caches, &places, size, WIDTH, None);
+        let read = |requests: &[u32]| Ok(requests.iter().map(|&r| caches[r as usize].clone()).collect());
+        let blocks = distinct_blocks(&read, &places, size, WIDTH, None).unwrap();
         // No cosine of so few small whole numbers is as close as rounding to one of these.
         let taus = [-0.47, 0.13, 0.61, 0.93];
         let sums = count_pairs(&blocks, &taus, caches.len()).unwrap();

@@ -63,11 +63,13 @@ pub struct BlockPool {
     slots: Vec<Slot>,
     free: Vec<u32>,
     bytes: usize,
+    /// Whether coded pages let go of numbers that can be read from their bytes.
+    packs: bool,
 }
 
 impl BlockPool {
     pub fn new(shape: BlockShape, storage: Storage) -> Self {
-        BlockPool { shape, storage, slots: Vec::new(), free: Vec::new(), bytes: 0 }
+        BlockPool { shape, storage, slots: Vec::new(), free: Vec::new(), bytes: 0, packs: false }
     }
 
     pub fn shape(&self) -> BlockShape {
@@ -137,7 +139,16 @@ impl BlockPool {
         reader: Option<Arc<dyn ReadPage>>,
     ) {
         debug_assert_eq!(keys.len(), self.page(id).len());
-        self.put(id, Page::coded(keys, values, payload, reader));
+        let mut page = Page::coded(keys, values, payload, reader);
+        if self.packs && page.is_packable() {
+            page.pack();
+        }
+        self.put(id, page);
+    }
+
+    /// From now on, pages that are coded hold their bytes alone where these can be read in place: less memory, slower reading.
+    pub fn pack_coded(&mut self) {
+        self.packs = true;
     }
 
     /// Lets go of a page's numbers if they can be read from its bytes.

@@ -10,7 +10,7 @@ use crate::dump::{Manifest, open_model};
 use crate::error::{Error, Result};
 use crate::interrupt;
 use crate::progress::{Progress, Unit};
-use crate::sweep::{Packing, Stage, SweepOptions};
+use crate::sweep::{Packing, Source, Stage, SweepOptions};
 use rand::SeedableRng;
 use rand::seq::SliceRandom;
 use rand_chacha::ChaCha8Rng;
@@ -89,7 +89,8 @@ pub fn calibrate(options: &CalibrateOptions) -> Result<Vec<(Thresholds, Vec<Laye
     let block_size = packing.block_size;
     let model = open_model(&options.sweep.dump, options.sweep.model.as_deref(), &manifest)?;
     let layers = model.decoder.config().layers;
-    let mut stage = Stage::new(&model, &options.sweep, &manifest, &questions, packing, None)?;
+    let source = Source { model: &model, options: &options.sweep, manifest: &manifest };
+    let stage = Stage::new(source, &questions, packing)?;
     let touched: Vec<usize> = options.choices.touched(layers).collect();
     let floors = match options.floor {
         Some(quantile) => Some(floors(stage.batches(), &touched, quantile, &options.choices, options.seed)?),
@@ -136,7 +137,7 @@ pub fn calibrate(options: &CalibrateOptions) -> Result<Vec<(Thresholds, Vec<Laye
                 ));
             }
             Target::Kl(most) => {
-                let (chosen, kl) = within_kl(&mut stage, &all, most, |chosen| codec(thresholds_of(chosen)))?;
+                let (chosen, kl) = within_kl(&stage, &all, most, |chosen| codec(thresholds_of(chosen)))?;
                 (chosen, Some(kl))
             }
         };
@@ -292,7 +293,7 @@ fn thinned<T>(list: Vec<T>, most: usize) -> Vec<T> {
 
 /// The choices with the fewest bits whose joint KL stays within `most`, and that KL.
 fn within_kl(
-    stage: &mut Stage,
+    stage: &Stage,
     all: &[Vec<Candidate>],
     most: f64,
     codec: impl Fn(&[Candidate]) -> Result<Fusion>,

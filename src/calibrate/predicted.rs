@@ -44,6 +44,9 @@ pub fn calibrate_from_model(options: &CalibrateOptions) -> Result<Vec<(Threshold
         sample: None,
         seed: options.seed,
         taus: TAUS.to_vec(),
+        layers: None,
+        lsh_recall: None,
+        fuse: Vec::new(),
     };
     let rows = similarities(&options.sweep.dump, &manifest, &questions, &measured)?;
     let laws = LayerLaw::of_rows(&rows, block_size);

@@ -15,6 +15,7 @@ mod inspect;
 mod methods;
 mod model;
 mod plan;
+pub use plan::Plan;
 mod plot;
 mod report;
 mod run;
@@ -153,27 +154,6 @@ fn say(text: impl AsRef<str>) -> Result<()> {
 /// Prints rows as JSON lines (`--json`).
 fn say_rows<T: serde::Serialize>(rows: &[T]) -> Result<()> {
     rows.iter().try_for_each(|row| say(serde_json::to_string(row)?))
-}
-
-/// Reads a number of bytes: 4096, 512MiB, 1.5GB.
-fn bytes(text: &str) -> std::result::Result<usize, String> {
-    const UNITS: [(&str, f64); 7] = [
-        ("KiB", 1024.0),
-        ("MiB", 1048576.0),
-        ("GiB", 1073741824.0),
-        ("kB", 1e3),
-        ("MB", 1e6),
-        ("GB", 1e9),
-        ("", 1.0),
-    ];
-    let known = UNITS.iter().find_map(|(unit, factor)| {
-        let number: f64 = text.strip_suffix(unit)?.trim().parse().ok()?;
-        Some(number * factor)
-    });
-    match known.filter(|n| *n >= 1.0 && n.is_finite()) {
-        Some(n) => Ok(n as usize),
-        None => Err("write 4096, 512MiB or 1.5GB".to_owned()),
-    }
 }
 
 /// A usage error of clap's in one line.

@@ -3,6 +3,7 @@
 use super::engine::{EngineArgs, at_least_one};
 use super::say;
 use crate::codec::Chain;
+use crate::memory::Bytes;
 use crate::model::registry::DEFAULT_MODEL;
 use crate::serve::http::{ServerOptions, run as serve};
 use anyhow::{Result, anyhow};
@@ -31,8 +32,8 @@ pub struct Args {
     #[arg(long, default_value_t = 8000)]
     port: u16,
     /// Bytes of keys and values
-    #[arg(long, value_name = "BYTES", value_parser = super::bytes, default_value = "1GiB")]
-    kv_cache_memory_bytes: usize,
+    #[arg(long, value_name = "BYTES", default_value = "1GiB")]
+    kv_cache_memory_bytes: Bytes,
     #[command(flatten)]
     engine: EngineArgs,
     /// Requests that are open at once, those that wait included; more get status 503
@@ -48,7 +49,7 @@ pub fn run(args: Args) -> Result<()> {
     let options = ServerOptions {
         model: args.model,
         chain: chains.swap_remove(0),
-        limits: args.engine.limits(args.kv_cache_memory_bytes)?,
+        limits: args.engine.limits(args.kv_cache_memory_bytes.0)?,
         address: SocketAddr::new(args.host, args.port),
         open: at_least_one("--max-open", args.max_open)?,
     };

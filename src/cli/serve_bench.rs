@@ -5,6 +5,7 @@ use super::engine::{EngineArgs, at_least_one};
 use super::say;
 use super::table::table;
 use crate::codec::Chain;
+use crate::memory::Bytes;
 use crate::model::registry::DEFAULT_MODEL;
 use crate::serve::{BenchOptions, Goal, SERVE_SUMMARY_CSV, ServeRow, bench, summary};
 use anyhow::{Result, anyhow};
@@ -38,10 +39,10 @@ pub struct Args {
     #[arg(long, value_name = "N")]
     max_concurrency: Option<usize>,
     /// Bytes of keys and values, e.g. 256MiB [default: what 8 uncompressed requests take]
-    #[arg(long, value_name = "BYTES", value_parser = super::bytes, conflicts_with = "budget_requests")]
-    kv_cache_memory_bytes: Option<usize>,
+    #[arg(long, value_name = "BYTES", conflicts_with = "budget_requests")]
+    kv_cache_memory_bytes: Option<Bytes>,
     /// Instead: what so many uncompressed requests of this load take
-    #[arg(long, value_name = "N", default_value_t = 8.0)]
+    #[arg(long, value_name = "N", default_value_t = 8.0, value_parser = above_zero)]
     budget_requests: f64,
     #[command(flatten)]
     engine: EngineArgs,
@@ -90,7 +91,7 @@ impl Args {
             model: self.model,
             draw: self.draw.draw(),
             chains,
-            limits: self.engine.limits(self.kv_cache_memory_bytes.unwrap_or(0))?,
+            limits: self.engine.limits(self.kv_cache_memory_bytes.map_or(0, |bytes| bytes.0))?,
             budget_requests: self.kv_cache_memory_bytes.is_none().then_some(self.budget_requests),
             rates: self.request_rate,
             burstiness: self.burstiness,
@@ -165,4 +166,10 @@ fn shown(rows: &[ServeRow]) -> String {
         ]
     };
     table(&header, &rows.iter().map(line).collect::<Vec<_>>())
+}
+
+/// Reads a number that is more than nothing.
+fn above_zero(text: &str) -> std::result::Result<f64, String> {
+    let number = text.parse::<f64>().ok().filter(|n| *n > 0.0 && n.is_finite());
+    number.ok_or_else(|| "must be a number above 0".to_owned())
 }

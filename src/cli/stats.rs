@@ -2,6 +2,7 @@
 
 use super::table::table;
 use super::{say, say_rows};
+use crate::codec::Chain;
 use crate::codec::fusion::RopeMode;
 use crate::dump::Half;
 use crate::plot::plot_stats;
@@ -9,6 +10,7 @@ use crate::stats::{STATS_CSV, StatsOptions, measure};
 use crate::stats::{SimilarityOptions, StatRow};
 use crate::sweep::parse_taus;
 use anyhow::{Result, bail};
+use std::collections::BTreeSet;
 use std::path::PathBuf;
 
 /// Measure how alike the blocks of a dump are: laws of cosine similarity by layer and class of pairs, their tails, and
@@ -38,6 +40,15 @@ pub struct Args {
     /// Thresholds to count exceedances at: numbers or high:low:step
     #[arg(long, default_value = TAUS)]
     tau: String,
+    /// Look at these layers only, as 3,12
+    #[arg(long, value_delimiter = ',', value_name = "LAYERS")]
+    layers: Option<Vec<usize>>,
+    /// Count how many of the pairs above a threshold pairing=lsh finds: so many blocks, drawn by seed, compared with all others
+    #[arg(long, value_name = "BLOCKS")]
+    lsh_recall: Option<usize>,
+    /// Fuse each layer by itself in these ways, as bff:tau=0.9,pairing=lsh: what is left of its blocks, at which error
+    #[arg(long, value_name = "CHAINS")]
+    fuse: Option<String>,
     /// Decides which blocks are sampled
     #[arg(long, default_value_t = 0)]
     seed: u64,
@@ -73,6 +84,9 @@ impl Args {
                 sample: self.sample,
                 seed: self.seed,
                 taus,
+                layers: self.layers,
+                lsh_recall: self.lsh_recall,
+                fuse: self.fuse.as_deref().map_or(Ok(Vec::new()), Chain::parse)?,
             },
             command: typed,
         })
@@ -104,7 +118,7 @@ fn report(rows: &[StatRow], size: usize) -> String {
         let row = rows.iter().find(|r| of_layer(r) && r.is(part, class, statistic, at));
         row.map(|r| r.value)
     };
-    let layers = rows.iter().map(|r| r.layer).max().map_or(0, |l| l + 1);
+    let layers: BTreeSet<usize> = rows.iter().filter(|r| r.block_size == size).map(|r| r.layer).collect();
     let shown = |x: Option<f64>, digits: usize| x.map_or("-".to_owned(), |x| format!("{x:.digits$}"));
     let count = |x: Option<f64>| x.map_or("-".to_owned(), |x| x.to_string());
     let line = |layer: usize| {
@@ -140,5 +154,5 @@ fn report(rows: &[StatRow], size: usize) -> String {
         "rho1",
         "V above",
     ];
-    format!("blocks of {size} tokens\n{}", table(&header, &(0..layers).map(line).collect::<Vec<_>>()))
+    format!("blocks of {size} tokens\n{}", table(&header, &layers.into_iter().map(line).collect::<Vec<_>>()))
 }

@@ -8,6 +8,7 @@ use super::spec::{ChainText, bad, parse};
 use super::{CacheBatch, Codec, Coverage, Memo, Role};
 use crate::error::{Error, Result};
 use serde_json::{Map, Value};
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -118,6 +119,16 @@ impl Chain {
     /// The chain in normal form: stages with what differs from their defaults.
     pub fn name(&self) -> String {
         self.stages.iter().map(Stage::to_string).collect::<Vec<_>>().join("+")
+    }
+
+    /// All options of all stages, defaults filled in, as `stage.option`.
+    pub fn options(&self) -> BTreeMap<String, Value> {
+        let of = |stage: &Stage| {
+            let name = stage.name;
+            let set = stage.effective.iter().filter(|(_, value)| !value.is_null());
+            set.map(|(option, value)| (format!("{name}.{option}"), value.clone())).collect::<Vec<_>>()
+        };
+        self.stages.iter().flat_map(of).collect()
     }
 
     pub fn stages(&self) -> &[Stage] {

@@ -2,10 +2,11 @@
 
 use super::CacheBatch;
 use rayon::prelude::*;
+use serde::{Deserialize, Serialize};
 use std::ops::{AddAssign, Range};
 
 /// Squared errors and energies over all tokens and layers.
-#[derive(Debug, Clone, Copy, Default, PartialEq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
 pub struct Distortion {
     pub key_error: f64,
     pub key_energy: f64,

@@ -8,6 +8,7 @@ pub mod fusion;
 pub mod joint;
 mod ledger;
 mod lowrank;
+mod minicache;
 mod prefix;
 pub mod quantize;
 mod random;

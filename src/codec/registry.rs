@@ -7,6 +7,7 @@ use super::external::External;
 use super::fusion::{Bff, Cff};
 use super::joint::Joint;
 use super::lowrank::LowRank;
+use super::minicache::MiniCache;
 use super::prefix::Prefix;
 use super::quantize::{CacheGen, Fp8, Int8, Kitty, Kivi, KvQuant, KvarN, Rotated};
 use super::random::Random;
@@ -128,7 +129,7 @@ enum Problem {
 }
 
 /// The methods, in the order in which `kvfuse methods` lists them.
-pub static METHODS: [Entry; 21] = [
+pub static METHODS: [Entry; 22] = [
     entry::<Unfused>(),
     entry::<Prefix>(),
     entry::<Bff>(),
@@ -148,6 +149,7 @@ pub static METHODS: [Entry; 21] = [
     entry::<CacheGen>(),
     entry::<Rotated>(),
     entry::<LowRank>(),
+    entry::<MiniCache>(),
     entry::<Joint>(),
     entry::<External>(),
 ];

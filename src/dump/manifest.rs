@@ -5,6 +5,8 @@ use crate::error::{Error, Result};
 use crate::files;
 use crate::model::{ModelConfig, NUMERICS};
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 pub const MANIFEST: &str = "manifest.json";
@@ -34,7 +36,19 @@ pub struct Manifest {
     /// Prompts are wrapped in the model's chat template.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub chat: bool,
+    /// The chain that encoded the caches, where they were decoded from a file; `bits` are then its ledger's, dealt by tokens.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub encoded: Option<EncodedBy>,
     pub requests: Vec<RequestEntry>,
+}
+
+/// What caches were encoded by.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct EncodedBy {
+    /// The chain in normal form.
+    pub method: String,
+    /// `stage.option` -> value, defaults filled in.
+    pub options: BTreeMap<String, Value>,
 }
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -65,7 +79,7 @@ pub struct RequestEntry {
     pub sha256: String,
     /// Tokens of the prompt.
     pub tokens: usize,
-    /// Bits that the cache took where it was rebuilt by another program (docs/external.md); absent of a dump.
+    /// Bits that the cache took where it was rebuilt by another program (docs/external.md) or encoded; absent of a dump.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub bits: Option<u64>,
     #[serde(flatten)]

@@ -11,6 +11,6 @@ pub use crate::task::Half;
 pub(crate) use inspect::open_request;
 pub use inspect::{Summary, inspect};
 pub use maker::open_model;
-pub use manifest::{DataEntry, MANIFEST, Manifest, ModelEntry, RequestEntry};
+pub use manifest::{DataEntry, EncodedBy, MANIFEST, Manifest, ModelEntry, RequestEntry};
 pub use prefill::{DumpOptions, Sort, dump, shared_prefix};
 pub use shard::{DumpDtype, Shard, write_shard};

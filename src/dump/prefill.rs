@@ -127,6 +127,7 @@ pub fn dump(folder: &Path, options: &DumpOptions) -> Result<Manifest> {
         stop: set.stop.filter(|_| !options.chat),
         answer_tokens: set.answer_tokens,
         chat: options.chat,
+        encoded: None,
         requests: entries
             .map(|(i, (request, tokens))| RequestEntry {
                 bits: None,

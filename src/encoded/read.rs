@@ -24,6 +24,11 @@ pub struct Encoded {
     tokens: Vec<Vec<u32>>,
 }
 
+/// Whether checksums differ. To a fuzzer none do: it would hardly get past them.
+fn differ<T: PartialEq + ?Sized>(a: &T, b: &T) -> bool {
+    !cfg!(fuzzing) && a != b
+}
+
 /// One request's table as it is written: which tokens it kept, and its entries.
 type Listed = (Option<Arc<Kept>>, Vec<(u32, Option<Scale>)>);
 
@@ -102,7 +107,7 @@ impl Encoded {
                     .collect::<Result<_>>()?;
                 sum.update(&reader.bytes[from..reader.at]);
             }
-            if sum.finalize() != reader.word()? {
+            if differ(&sum.finalize(), &reader.word()?) {
                 return Err(reader.damaged("is damaged: the checksum of a block table differs"));
             }
             for (cache, (kept, entries)) in batch.caches.iter_mut().zip(&table) {
@@ -153,7 +158,7 @@ fn header(reader: &mut Reader) -> Result<Header> {
     let (low, high) = (reader.word()?, reader.word()?);
     let json = reader.take((u64::from(high) << 32 | u64::from(low)) as usize)?;
     let own = Sha256::digest(&reader.bytes[..reader.at]);
-    if reader.take(32)? != &own[..] {
+    if differ(reader.take(32)?, &own[..]) {
         return Err(reader.damaged("is damaged: the checksum of the header differs"));
     }
     let header: Header = serde_json::from_slice(json)
@@ -204,7 +209,7 @@ fn page(
     let mut sum = crc32fast::Hasher::new();
     sum.update(&reader.bytes[from..from + 8]);
     sum.update(bytes);
-    if sum.finalize() != expected {
+    if differ(&sum.finalize(), &expected) {
         return Err(reader.damaged("is damaged: the checksum of a page differs"));
     }
     let page = PageShape { tokens, kv_heads: shape.kv_heads, head_dim: shape.head_dim, layer: 0, layers: 1 };

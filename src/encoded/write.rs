@@ -4,7 +4,7 @@ use super::{FUSED, Header, LAYER_FRAME, MAGIC, PAGE_FRAME, SCALED, STRIPPED, loa
 use crate::block::{BlockId, BlockPool, Kept};
 use crate::codec::evict::{observe, show_attention};
 use crate::codec::{CacheBatch, Chain, Codec, Ledger, Memo, Role};
-use crate::dump::{Manifest, open_model};
+use crate::dump::{EncodedBy, Manifest, open_model};
 use crate::error::{Error, Result};
 use crate::files;
 use crate::model::Ropes;
@@ -86,7 +86,12 @@ pub fn encode(options: &EncodeOptions) -> Result<Size> {
         manifest: Manifest { command: Vec::new(), ..manifest },
         tokens,
     };
-    header.manifest.requests.iter_mut().for_each(|r| r.sha256.clear());
+    header.manifest.encoded = Some(EncodedBy { method: chain.name(), options: chain.options() });
+    let shares = by_tokens(ledger.total_bits(), &header.tokens);
+    for (request, bits) in header.manifest.requests.iter_mut().zip(shares) {
+        request.sha256.clear();
+        request.bits = Some(bits);
+    }
     header.set_coverage(&coverage);
 
     let json = serde_json::to_vec(&header).map_err(|e| Error::file(out, e.to_string()))?;
@@ -115,6 +120,20 @@ pub fn encode(options: &EncodeOptions) -> Result<Size> {
         file_bytes: bytes.len() as u64,
         cr_audited: ledger.cr_audited(),
     })
+}
+
+/// Bits dealt to requests by their tokens, to the last one.
+fn by_tokens(bits: u64, requests: &[Vec<u32>]) -> Vec<u64> {
+    let all: usize = requests.iter().map(Vec::len).sum();
+    let (mut tokens, mut dealt) = (0, 0);
+    let mut share = |request: &Vec<u32>| {
+        tokens += request.len();
+        let until = (u128::from(bits) * tokens as u128 / all.max(1) as u128) as u64;
+        let own = until - dealt;
+        dealt = until;
+        own
+    };
+    requests.iter().map(&mut share).collect()
 }
 
 struct Written {

@@ -5,11 +5,12 @@ use super::job::{Job, Limits};
 use super::metrics::{Goal, fields};
 use super::policy::Policy;
 use super::quality::{Witness, divergences};
-use super::run::{Arrival, Moment, Outcome, rss_bytes, serve};
+use super::run::{Arrival, Moment, Outcome, serve};
 use crate::codec::Chain;
 use crate::error::{Error, Result};
 use crate::files;
 use crate::lock::FolderLock;
+use crate::memory::resident;
 use crate::model::Model;
 use crate::progress::{Progress, Unit};
 use crate::stats::{bootstrap_mean, mean, quantile, rounded};
@@ -129,7 +130,7 @@ pub fn bench(options: &BenchOptions) -> Result<Vec<ServeRow>> {
             for turn in 0..policies.len() {
                 let policy = &policies[(turn + repeat) % policies.len()];
                 give_memory_back();
-                let rss_before = rss_bytes();
+                let rss_before = resident().0;
                 let jobs = load.jobs.iter().zip(&times);
                 let arrivals: Vec<Arrival> =
                     jobs.map(|(job, &seconds)| Arrival { seconds, job: job.clone() }).collect();

@@ -23,4 +23,4 @@ pub use job::{Counts, Event, Finish, Job, Limits};
 pub use metrics::{Goal, Served, fields};
 pub use policy::Policy;
 pub use quality::{Witness, divergences};
-pub use run::{Arrival, Moment, Outcome, rss_bytes, serve};
+pub use run::{Arrival, Moment, Outcome, serve};

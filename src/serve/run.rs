@@ -6,6 +6,7 @@ use super::metrics::Served;
 use super::policy::Policy;
 use crate::error::Result;
 use crate::interrupt;
+use crate::memory::resident;
 use crate::model::Model;
 use std::time::{Duration, Instant};
 
@@ -109,19 +110,11 @@ pub fn serve(
                 waiting: engine.waiting(),
                 pages: engine.pages(),
                 bytes: engine.bytes(),
-                rss_bytes: rss_bytes(),
+                rss_bytes: resident().0,
             });
         }
     }
     out.duration = started.elapsed().as_secs_f64();
     out.counts = engine.counts();
     Ok(out)
-}
-
-/// Memory of this process, if the system tells.
-pub fn rss_bytes() -> usize {
-    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
-    let line = status.lines().find_map(|l| l.strip_prefix("VmRSS:"));
-    let kib = line.and_then(|l| l.trim().trim_end_matches(" kB").trim().parse::<usize>().ok());
-    kib.unwrap_or(0) * 1024
 }

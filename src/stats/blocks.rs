@@ -1,5 +1,7 @@
 //! The distinct blocks of a layer, and what two of them have to do with each other.
 
+use crate::error::Result;
+use crate::interrupt;
 use crate::model::Rope;
 use crate::model::kernels::inner;
 use std::collections::HashMap;
@@ -79,53 +81,65 @@ impl DistinctBlocks {
     }
 }
 
-/// The distinct blocks at some places of one layer. `caches`: keys and values of each request, `[tokens, width]`. With
-/// `strip`, keys are compared without positions; exact duplicates are then still looked for at equal positions only, where
-/// no rounding can part them.
+/// Reads keys and values of some requests, `[tokens, width]` each, in their order.
+pub type ReadCaches<'a> = dyn Fn(&[u32]) -> Result<Vec<(Vec<f32>, Vec<f32>)>> + 'a;
+
+/// Requests whose caches are in memory at a time.
+const READ: usize = 16;
+
+/// The distinct blocks at some places of one layer, which rise by request. With `strip`, keys are compared without positions; exact
+/// duplicates are then still looked for at equal positions only, where no rounding can part them.
 pub fn distinct_blocks(
-    caches: &[(Vec<f32>, Vec<f32>)],
+    caches: &ReadCaches,
     places: &[Home],
     block_size: usize,
     width: usize,
     strip: Option<&Rope>,
-) -> DistinctBlocks {
+) -> Result<DistinctBlocks> {
     let length = block_size * width;
-    let numbers = |home: &Home| {
-        let at = home.position as usize * length;
-        let (keys, values) = &caches[home.request as usize];
-        (&keys[at..at + length], &values[at..at + length])
-    };
     let mut found = DistinctBlocks { width: length, ..DistinctBlocks::default() };
     // The last numbers of a block are cheap to look up and rarely equal by chance.
     let glance = |x: &[f32]| x.last_chunk::<2>().map(|last| last.map(f32::to_bits));
     let mut seen: HashMap<_, Vec<usize>> = HashMap::new();
-    for home in places {
-        let (keys, values) = numbers(home);
-        let position = strip.map(|_| home.position);
-        let alike = seen.entry((position, glance(keys), glance(values))).or_default();
-        match alike.iter().find(|&&b| numbers(&found.homes[b][0]) == (keys, values)) {
-            Some(&block) => found.homes[block].push(*home),
-            None => {
-                alike.push(found.homes.len());
-                found.homes.push(vec![*home]);
+    let by_request: Vec<&[Home]> = places.chunk_by(|a, b| a.request == b.request).collect();
+    for some in by_request.chunks(READ) {
+        interrupt::check()?;
+        let requests: Vec<u32> = some.iter().map(|homes| homes[0].request).collect();
+        for (homes, (keys, values)) in some.iter().zip(caches(&requests)?) {
+            for home in *homes {
+                let at = home.position as usize * length..(home.position as usize + 1) * length;
+                let (keys, values) = (&keys[at.clone()], &values[at]);
+                let position = strip.map(|_| home.position);
+                let alike = seen.entry((position, glance(keys), glance(values))).or_default();
+                let same = |b: &&usize| {
+                    let at = **b * length..(**b + 1) * length;
+                    found.keys[at.clone()] == *keys && found.values[at] == *values
+                };
+                match alike.iter().find(same) {
+                    Some(&block) => found.homes[block].push(*home),
+                    None => {
+                        alike.push(found.homes.len());
+                        found.homes.push(vec![*home]);
+                        found.keys.extend_from_slice(keys);
+                        found.values.extend_from_slice(values);
+                    }
+                }
             }
         }
     }
-    let unit = |numbers: &[f32], into: &mut Vec<f32>| {
+    let unit = |numbers: &mut [f32]| {
         let norm = f64::from(inner(numbers, numbers)).sqrt();
         let factor = if norm > 0.0 { 1.0 / norm } else { 0.0 };
-        into.extend(numbers.iter().map(|&x| (f64::from(x) * factor) as f32));
+        numbers.iter_mut().for_each(|x| *x = (f64::from(*x) * factor) as f32);
         norm
     };
-    let DistinctBlocks { keys: all_keys, values: all_values, key_norms, value_norms, homes, .. } = &mut found;
-    for home in homes.iter().map(|homes| homes[0]) {
-        let (keys, values) = numbers(&home);
-        let mut keys = keys.to_vec();
+    let DistinctBlocks { keys, values, key_norms, value_norms, homes, .. } = &mut found;
+    for (home, keys) in homes.iter().map(|homes| homes[0]).zip(keys.chunks_exact_mut(length)) {
         if let Some(rope) = strip {
-            rope.strip_tokens(&mut keys, width, home.position as usize * block_size);
+            rope.strip_tokens(keys, width, home.position as usize * block_size);
         }
-        key_norms.push(unit(&keys, all_keys));
-        value_norms.push(unit(values, all_values));
+        key_norms.push(unit(keys));
     }
-    found
+    value_norms.extend(values.chunks_exact_mut(length).map(unit));
+    Ok(found)
 }

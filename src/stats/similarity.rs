@@ -5,20 +5,24 @@ use super::fit::{Gaussian, Pareto};
 use super::histogram::Histogram;
 use super::pairs::{Above, PairSums, Share, count_pairs};
 use super::{mean, rounded};
-use crate::block::Part;
-use crate::codec::fusion::RopeMode;
+use crate::block::{BlockShape, BlockTable, Part, RequestCache, Storage};
+use crate::codec::fusion::{Fusion, RopeMode, Signatures};
+use crate::codec::{CacheBatch, Chain, Codec, Ledger, Memo, distortion};
 use crate::dump::{Manifest, Shard, open_request};
 use crate::error::{Error, Result};
 use crate::interrupt;
-use crate::model::Ropes;
+use crate::model::gemm::{View, product};
+use crate::model::{ModelConfig, Rope, Ropes};
 use crate::progress::{Progress, Unit};
 use rand::SeedableRng;
 use rand::seq::index;
 use rand_chacha::ChaCha8Rng;
 use rayon::prelude::*;
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Serialize, Serializer};
 use statrs::distribution::{ContinuousCDF, StudentsT};
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Instant;
 
 /// What to measure.
 #[derive(Debug, Clone, Serialize)]
@@ -31,6 +35,17 @@ pub struct SimilarityOptions {
     pub seed: u64,
     /// Thresholds, rising.
     pub taus: Vec<f64>,
+    /// Layers to look at, if not all.
+    pub layers: Option<Vec<usize>>,
+    /// How many of the pairs above a threshold `pairing=lsh` finds, read off so many blocks and all others.
+    pub lsh_recall: Option<usize>,
+    /// Fusions of one layer alone.
+    #[serde(serialize_with = "names")]
+    pub fuse: Vec<Chain>,
+}
+
+fn names<S: Serializer>(chains: &[Chain], to: S) -> std::result::Result<S::Ok, S::Error> {
+    to.collect_seq(chains.iter().map(Chain::name))
 }
 
 /// One number of stats.csv. Numbers are rounded to six significant digits.
@@ -73,22 +88,28 @@ pub fn similarities(
     requests: &[usize],
     options: &SimilarityOptions,
 ) -> Result<Vec<StatRow>> {
-    let shards: Vec<Shard> =
-        requests.iter().map(|&i| open_request(dump, manifest, i)).collect::<Result<_>>()?;
     let config = &manifest.model.config;
-    let longest = shards.iter().map(|s| s.tokens().len()).max().unwrap_or(0);
+    let shards: Vec<OneShard> =
+        requests.iter().map(|&i| OneShard::of(dump, manifest, i)).collect::<Result<_>>()?;
+    let longest = shards.iter().map(|s| s.tokens.len()).max().unwrap_or(0);
     let ropes = Ropes::new(config, longest.max(1));
     let width = config.kv_heads * config.head_dim;
-    let progress = Progress::new("measuring", config.layers as u64, Unit::Items("layers"));
+    let layers: Vec<usize> = options.layers.clone().unwrap_or_else(|| (0..config.layers).collect());
+    if let Some(layer) = layers.iter().find(|layer| **layer >= config.layers) {
+        let message = format!("--layers {layer}: the model has layers 0 to {}", config.layers - 1);
+        return Err(Error::argument(message));
+    }
+    let progress = Progress::new("measuring", layers.len() as u64, Unit::Items("layers"));
     let mut found: Vec<Vec<StatRow>> = vec![Vec::new(); options.block_sizes.len()];
-    for layer in 0..config.layers {
+    for &layer in &layers {
         interrupt::check()?;
-        let caches: Vec<(Vec<f32>, Vec<f32>)> =
-            shards.par_iter().map(|s| s.layer(layer)).collect::<Result<_>>()?;
+        let caches = |requests: &[u32]| {
+            requests.par_iter().map(|&r| shards[r as usize].layer(layer, config)).collect()
+        };
         for (&size, found) in options.block_sizes.iter().zip(&mut found) {
             let places = places(&shards, size, options);
             let strip = (options.rope == RopeMode::Strip).then_some(ropes.layer(layer));
-            let blocks = distinct_blocks(&caches, &places, size, width, strip);
+            let blocks = distinct_blocks(&caches, &places, size, width, strip)?;
             let sums = count_pairs(&blocks, &options.taus, shards.len())?;
             let mut sheet = Sheet { block_size: size, layer, rope: options.rope, rows: Vec::new() };
             // Those that fill a block.
@@ -106,6 +127,13 @@ pub fn similarities(
             }
             let level = &sums.keys[Class::SamePosition as usize];
             sheet.positions(&blocks, requests, level, &options.taus);
+            if let Some(rows) = options.lsh_recall {
+                sheet.recall(&blocks, rows, options)?;
+            }
+            drop((blocks, sums));
+            for chain in &options.fuse {
+                sheet.fused(&layer_batch(&shards, config, layer, size)?, chain)?;
+            }
             found.append(&mut sheet.rows);
         }
         progress.increment();
@@ -118,10 +146,29 @@ pub fn similarities(
     Ok(found.concat())
 }
 
+/// A request's shard, open only while it is read: what stays mapped would count as memory.
+struct OneShard {
+    path: PathBuf,
+    tokens: Vec<u32>,
+}
+
+impl OneShard {
+    /// Checks that it is the one that the manifest lists.
+    fn of(dump: &Path, manifest: &Manifest, request: usize) -> Result<Self> {
+        let tokens = open_request(dump, manifest, request)?.tokens().to_vec();
+        Ok(OneShard { path: manifest.shard_path(dump, request), tokens })
+    }
+
+    /// Keys and values of one layer, `[tokens, kv_heads, head_dim]` each.
+    fn layer(&self, layer: usize, config: &ModelConfig) -> Result<(Vec<f32>, Vec<f32>)> {
+        Shard::open(&self.path, config)?.layer(layer)
+    }
+}
+
 /// The full blocks of all requests, or a sample of them, in request and token order.
-fn places(shards: &[Shard], size: usize, options: &SimilarityOptions) -> Vec<Home> {
-    let of = |(request, shard): (usize, &Shard)| {
-        let full = (shard.tokens().len() - 1) / size;
+fn places(shards: &[OneShard], size: usize, options: &SimilarityOptions) -> Vec<Home> {
+    let of = |(request, shard): (usize, &OneShard)| {
+        let full = (shard.tokens.len() - 1) / size;
         (0..full).map(move |position| Home { request: request as u32, position: position as u32 })
     };
     let all: Vec<Home> = shards.iter().enumerate().flat_map(of).collect();
@@ -219,8 +266,8 @@ impl Sheet {
     }
 
     /// What the ratio of the whole layer needs beside full blocks.
-    fn tokens(&mut self, shards: &[Shard], size: usize, width: usize) {
-        let cached = || shards.iter().map(|s| s.tokens().len() - 1);
+    fn tokens(&mut self, shards: &[OneShard], size: usize, width: usize) {
+        let cached = || shards.iter().map(|s| s.tokens.len() - 1);
         let partial = cached().filter(|tokens| tokens % size > 0).count();
         for (statistic, count) in
             [("tokens", cached().sum()), ("partial_blocks", partial), ("token_width", width)]
@@ -251,6 +298,78 @@ impl Sheet {
         let rows = all.row_squares + 2.0 * all.powers[0] + ones;
         let centred = squares - 2.0 / n * rows + total * total / (n * n);
         put("effective_dimension_centred", (ones - total / n).powi(2) / centred);
+    }
+
+    /// How many of the pairs of keys above each threshold are candidates of `pairing=lsh`: pairs of some blocks, drawn by seed, with
+    /// all others.
+    fn recall(&mut self, blocks: &DistinctBlocks, rows: usize, options: &SimilarityOptions) -> Result<()> {
+        let (n, width) = (blocks.len(), blocks.width);
+        let signatures = Signatures::new(n, width, &[(self.layer, Part::Key)], |_, tile, out| {
+            out.extend_from_slice(&blocks.keys[tile.start * width..tile.end * width]);
+        })?;
+        let mut rng = ChaCha8Rng::seed_from_u64(options.seed);
+        let mut drawn = index::sample(&mut rng, n, rows.min(n)).into_vec();
+        drawn.sort_unstable();
+        let counted: Vec<Vec<(u64, u64)>> = drawn
+            .par_chunks(RECALL_ROWS)
+            .map(|some| {
+                let numbers: Vec<f32> =
+                    some.iter().flat_map(|&b| &blocks.keys[b * width..][..width]).copied().collect();
+                let mut cosines = vec![0.0; some.len() * n];
+                let all = View::row_major(&blocks.keys, n, width).transposed();
+                product(View::row_major(&numbers, some.len(), width), all, &mut cosines);
+                let mut counts = vec![(0, 0); options.taus.len()];
+                for (&a, cosines) in some.iter().zip(cosines.chunks_exact(n)) {
+                    for (b, &cosine) in cosines.iter().enumerate().filter(|(b, _)| *b != a) {
+                        let level = options.taus.partition_point(|&tau| f64::from(cosine) > tau);
+                        if level > 0 {
+                            let met = u64::from(signatures.meet(a, b));
+                            counts[..level].iter_mut().for_each(|c| *c = (c.0 + 1, c.1 + met));
+                        }
+                    }
+                }
+                counts
+            })
+            .collect();
+        for (t, &tau) in options.taus.iter().enumerate() {
+            let (pairs, met) = counted.iter().fold((0, 0), |(p, m), c| (p + c[t].0, m + c[t].1));
+            if pairs > 0 {
+                self.put("key", Class::All, "lsh_pairs", Some(tau), Some(pairs as f64));
+                self.put("key", Class::All, "lsh_recall", Some(tau), Some(met as f64 / pairs as f64));
+            }
+        }
+        Ok(())
+    }
+
+    /// What a fusion makes of this layer alone; the class is the method.
+    fn fused(&mut self, unfused: &CacheBatch, chain: &Chain) -> Result<()> {
+        let fusion = chain.fusion().ok_or_else(|| {
+            Error::argument(format!("--fuse {}: is no fusion of finished caches, as bff is", chain.name()))
+        })?;
+        let alone = Fusion::of_layer(*fusion.choices(), fusion.rule().clone(), 0)?;
+        let mut batch = unfused.clone();
+        let started = Instant::now();
+        alone.encode(&mut batch, &Memo::default())?;
+        let seconds = started.elapsed().as_secs_f64();
+        let ledger = Ledger::of(&batch, &alone.coverage(1));
+        let error = distortion(unfused, &batch).0;
+        crate::progress::note(&format!(
+            "{} of layer {}: {} blocks, {seconds:.1} s",
+            chain.name(),
+            self.layer,
+            ledger.layers[0].logical_blocks
+        ));
+        let rate = &ledger.layers[0];
+        for (part, statistic, value) in [
+            ("both", "fused_blocks", rate.logical_blocks as f64),
+            ("both", "fused_left", rate.physical_blocks as f64),
+            ("both", "fused_cr", rate.cr()),
+            ("key", "fused_error", error.keys()),
+            ("value", "fused_error", error.values()),
+        ] {
+            self.put_interval(part, &chain.name(), statistic, None, Some(value), None);
+        }
+        Ok(())
     }
 
     /// `all`: sums by class.
@@ -343,6 +462,34 @@ impl Sheet {
             self.put_interval(name, class.name(), "exceedance", Some(tau), Some(q), interval);
         }
     }
+}
+
+/// Blocks that are compared with all others at a time, on each thread.
+const RECALL_ROWS: usize = 64;
+
+/// Caches of one layer in blocks of f16 numbers, all prompt tokens but the last.
+fn layer_batch(
+    shards: &[OneShard],
+    config: &ModelConfig,
+    layer: usize,
+    block_size: usize,
+) -> Result<CacheBatch> {
+    let shape = BlockShape { block_size, kv_heads: config.kv_heads, head_dim: config.head_dim };
+    let longest = shards.iter().map(|s| s.tokens.len()).max().unwrap_or(1);
+    let ropes = Ropes::same(Rope::new(config.layer_rope(layer), longest));
+    let mut batch = CacheBatch::empty(shape, Storage::F16, Arc::new(ropes));
+    for shard in shards {
+        interrupt::check()?;
+        let (keys, values) = shard.layer(layer, config)?;
+        let tokens = shard.tokens.len() - 1;
+        let (numbers, width) = (tokens * shape.token_width(), shape.block_width());
+        let mut table = BlockTable::default();
+        for (k, v) in keys[..numbers].chunks(width).zip(values[..numbers].chunks(width)) {
+            table.push(batch.pool.allocate(k, v));
+        }
+        batch.push(RequestCache { layers: vec![table], tokens }, shard.tokens[..tokens].to_vec(), "");
+    }
+    Ok(batch)
 }
 
 /// Requests among the homes of a block; homes rise by request.

@@ -28,16 +28,9 @@ pub struct Arm {
 impl Arm {
     /// The arm as columns of a table.
     pub fn columns(&self) -> ArmColumns {
-        let mut options = BTreeMap::new();
-        for stage in self.chain.stages() {
-            for (name, value) in &stage.effective {
-                if !value.is_null() {
-                    options.insert(format!("{}.{name}", stage.name), value.clone());
-                }
-            }
-        }
         let Packing { block_size, batch, first_token } = self.packing;
-        ArmColumns { method: self.chain.name(), block_size, batch, first_token, options }
+        let (method, options) = (self.chain.name(), self.chain.options());
+        ArmColumns { method, block_size, batch, first_token, options }
     }
 }
 

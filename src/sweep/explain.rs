@@ -2,11 +2,11 @@
 
 use super::arms::{Arm, Packing};
 use super::evaluate::Base;
+use super::lot::{encode_batch, load};
 use super::rows::RequestScore;
 use super::run::{questions, setting};
 use super::runs::{RunRecord, Runs, run_id};
 use super::settings::Settings;
-use super::stage::{encode_batch, load};
 use crate::codec::registry::is_control;
 use crate::codec::{CacheBatch, Chain, Memo, relative_error};
 use crate::dump::{Manifest, open_model};

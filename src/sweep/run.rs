@@ -1,10 +1,12 @@
 //! `kvfuse sweep`: every arm of the grid over one dump, resumable.
 
-use super::arms::{Arm, ArmColumns};
+use super::arms::{Arm, ArmColumns, Packing};
+use super::lot::{Lot, Piece, Source};
+use super::room;
 use super::rows::{LayerRow, RequestRow, Row, Setting, Timings};
 use super::runs::{RunRecord, Runs, run_id};
 use super::settings::SweepOptions;
-use super::stage::Stage;
+use super::stage::{check_room, record};
 use crate::codec::{Chain, Method, Unfused};
 use crate::dump::{Manifest, open_model};
 use crate::error::{Error, IoAt, Result};
@@ -39,38 +41,107 @@ pub fn sweep(options: &SweepOptions) -> Result<Vec<Row>> {
     if let Some(shard) = options.shard {
         shard.begin(out, &ids, &own)?;
     }
-    let todo = |records: &[Option<RunRecord>]| (0..records.len()).any(|i| own[i] && records[i].is_none());
     let whole = |r: &RunRecord| r.requests.len() == questions.len();
-    let mut records: Vec<Option<RunRecord>> = ids.iter().map(|id| runs.load(id).filter(whole)).collect();
-    let progress = Progress::new("sweeping", own.iter().filter(|o| **o).count() as u64, Unit::Items("arms"));
-    progress.set(records.iter().flatten().count() as u64);
-    if todo(&records) {
+    let records: Vec<Option<RunRecord>> = ids.iter().map(|id| runs.load(id).filter(whole)).collect();
+    let begin = |records: &[Option<RunRecord>]| begin(out, options, &manifest, &questions, &setting, records);
+    let mut work = Work { out, runs, setting: &setting, grid: &grid, ids: &ids, records };
+    let todo: Vec<(Packing, Vec<usize>)> = options
+        .packings()
+        .into_iter()
+        .map(|packing| (packing, (0..grid.len()).filter(|&i| own[i] && grid[i].packing == packing).collect()))
+        .filter(|(_, here): &(_, Vec<usize>)| here.iter().any(|&i| work.records[i].is_none()))
+        .collect();
+    if todo.is_empty() {
+        begin(&work.records)?;
+    } else {
         let model = open_model(&options.dump, options.model.as_deref(), &manifest)?;
-        for packing in options.packings() {
-            let here: Vec<usize> =
-                (0..grid.len()).filter(|&i| own[i] && grid[i].packing == packing).collect();
-            if here.iter().all(|&i| records[i].is_some()) {
-                continue;
-            }
-            let baseline = records[here[0]].as_ref();
-            let mut stage = Stage::new(&model, options, &manifest, &questions, packing, baseline)?;
-            // Only now is it certain that this sweep can run; until then an older one's files stay as they are.
-            begin(out, options, &manifest, &questions, &setting, &records)?;
-            for i in here {
-                if records[i].is_none() {
-                    let record = stage.run(&ids[i], &setting, &grid[i])?;
-                    runs.store(&record)?;
-                    records[i] = Some(record);
+        check_room(&model, options, &manifest, &questions)?;
+        let source = Source { model: &model, options, manifest: &manifest };
+        if let Some(most) = options.memory {
+            room::check(source, &questions, &grid, most)?;
+        }
+        let lots =
+            |(packing, here): &(Packing, Vec<usize>)| here.len() * questions.len().div_ceil(packing.batch);
+        let progress =
+            Progress::new("sweeping", todo.iter().map(lots).sum::<usize>() as u64, Unit::Items("batches"));
+        for (packing, here) in todo {
+            work.packing(source, &questions, packing, &here, &progress, &begin)?;
+        }
+        progress.finish();
+    }
+    Ok(work.records.into_iter().flatten().map(|r| r.row).collect())
+}
+
+/// A sweep as far as it has come.
+struct Work<'a> {
+    out: &'a Path,
+    runs: Runs,
+    setting: &'a Setting,
+    grid: &'a [Arm],
+    /// Of the grid's arms.
+    ids: &'a [String],
+    records: Vec<Option<RunRecord>>,
+}
+
+impl Work<'_> {
+    /// Runs the arms `here` of one packing, lot after lot, so that one lot is in memory at a time. `begin` is called when the first
+    /// could be loaded: until it is certain that this sweep can run, an older one's files stay as they are.
+    fn packing(
+        &mut self,
+        source: Source,
+        questions: &[usize],
+        packing: Packing,
+        here: &[usize],
+        progress: &Progress,
+        begin: &dyn Fn(&[Option<RunRecord>]) -> Result<()>,
+    ) -> Result<()> {
+        let lots = questions.len().div_ceil(packing.batch);
+        let mut pieces: Vec<Vec<Piece>> = vec![Vec::new(); here.len()];
+        let mut begun = false;
+        for (n, requests) in questions.chunks(packing.batch).enumerate() {
+            let mut lot: Option<Lot> = None;
+            for (k, &i) in here.iter().enumerate() {
+                if self.records[i].is_some() {
                     progress.increment();
-                    write_tables(out, &records)?;
+                    continue;
+                }
+                let piece = match self.runs.load_piece(&self.ids[i], n, requests.len()) {
+                    Some(piece) => piece,
+                    None => {
+                        // The unfused arm comes first; all others are compared with it.
+                        let plain = match &self.records[here[0]] {
+                            Some(record) => Some(&record.requests[n * packing.batch..][..requests.len()]),
+                            None => pieces[0].get(n).map(|piece| &piece.requests[..]),
+                        };
+                        let lot = match &lot {
+                            Some(lot) => lot,
+                            None => lot.insert(Lot::new(source, requests, packing, plain)?),
+                        };
+                        lot.measure(&self.ids[i], &self.grid[i].chain, plain)?
+                    }
+                };
+                if !begun {
+                    begin(&self.records)?;
+                    begun = true;
+                }
+                if n + 1 < lots {
+                    self.runs.store_piece(&piece, n)?;
+                }
+                pieces[k].push(piece);
+                progress.increment();
+                if n + 1 == lots {
+                    let baseline = self.records[here[0]].as_ref().map(|r| &r.requests[..]);
+                    let record =
+                        record(self.setting, &self.grid[i], std::mem::take(&mut pieces[k]), baseline);
+                    self.runs.store(&record)?;
+                    self.runs.drop_pieces(&self.ids[i], lots);
+                    self.records[i] = Some(record);
+                    write_tables(self.out, &self.records)?;
                 }
             }
         }
-    } else {
-        begin(out, options, &manifest, &questions, &setting, &records)?;
+        Ok(())
     }
-    progress.finish();
-    Ok(records.into_iter().flatten().map(|r| r.row).collect())
 }
 
 /// The requests to sweep: those about texts that no calibration of this sweep has seen.

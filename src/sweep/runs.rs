@@ -1,6 +1,7 @@
 //! Finished arms on disk: `runs/<id>.json` beside sweep.csv. A second run of the same command reads them back.
 
 use super::arms::Arm;
+use super::lot::Piece;
 use super::rows::{LayerScore, RequestScore, Row, Setting, Timings};
 use crate::error::{IoAt, Result};
 use crate::files;
@@ -43,6 +44,28 @@ impl Runs {
     pub fn load(&self, run: &str) -> Option<RunRecord> {
         let text = fs::read_to_string(self.path(run)).ok()?;
         serde_json::from_str(&text).ok().filter(|r: &RunRecord| r.row.run == run)
+    }
+
+    fn piece_path(&self, run: &str, lot: usize) -> PathBuf {
+        self.folder.join(format!("{run}.lot-{lot}.json"))
+    }
+
+    /// What a run has made of one of its lots, of so many requests, if it is there and readable.
+    pub fn load_piece(&self, run: &str, lot: usize, requests: usize) -> Option<Piece> {
+        let text = fs::read_to_string(self.piece_path(run, lot)).ok()?;
+        let piece: Piece = serde_json::from_str(&text).ok()?;
+        (piece.run == run && piece.requests.len() == requests).then_some(piece)
+    }
+
+    pub fn store_piece(&self, piece: &Piece, lot: usize) -> Result<()> {
+        files::write_json(&self.piece_path(&piece.run, lot), piece)
+    }
+
+    /// Removes the pieces of a run of so many lots, whose record holds them all. One that stays is never looked at again.
+    pub fn drop_pieces(&self, run: &str, lots: usize) {
+        for lot in 0..lots {
+            let _ = fs::remove_file(self.piece_path(run, lot));
+        }
     }
 
     pub fn store(&self, record: &RunRecord) -> Result<()> {

@@ -2,6 +2,7 @@
 
 use super::arms::{Arm, Packing};
 use super::evaluate::FirstToken;
+use super::lot::Source;
 use super::run::setting;
 use super::settings::{Settings, SweepOptions};
 use super::stage::Stage;
@@ -85,12 +86,14 @@ pub fn search(options: &SearchOptions) -> Result<Vec<Tried>> {
         max_new_tokens: None,
         resamples: 0,
         seed: 0,
+        memory: None,
         given: Settings::default(),
         command: Vec::new(),
     };
     let packing =
         Packing { block_size: options.block_size, batch: options.batch, first_token: options.first_token };
-    let mut stage = Stage::new(&model, &sweep, &manifest, &requests, packing, None)?;
+    let mut stage =
+        Stage::new(Source { model: &model, options: &sweep, manifest: &manifest }, &requests, packing)?;
     let setting = setting(&sweep, &manifest, &requests)?;
     if let Goal::Score(_) = options.goal {
         // Scores are paired with those of the arm that is run first.

@@ -8,6 +8,7 @@ use crate::codec::fusion::Thresholds;
 use crate::dump::{Half, Manifest};
 use crate::error::{Error, Result};
 use crate::files;
+use crate::memory::Bytes;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use std::collections::HashSet;
@@ -51,6 +52,10 @@ pub struct Settings {
     /// Seed of the bootstrap [default: 0]
     #[arg(long)]
     pub seed: Option<u64>,
+    /// Memory to stay within, as 3GiB: a batch that does not fit is refused before anything runs, with one that does. It changes no
+    /// number [default: no limit]
+    #[arg(long, value_name = "BYTES")]
+    pub memory: Option<Bytes>,
     /// Model to decode with, if it lies elsewhere than when dumped
     #[arg(long)]
     pub model: Option<String>,
@@ -74,6 +79,7 @@ pub struct SweepOptions {
     pub max_new_tokens: Option<usize>,
     pub resamples: usize,
     pub seed: u64,
+    pub memory: Option<Bytes>,
     /// The settings as they were given, for the manifest.
     pub given: Settings,
     /// Arguments to record in the manifest.
@@ -123,6 +129,7 @@ impl Settings {
             max_new_tokens: self.max_new_tokens,
             resamples: self.resamples.unwrap_or(2000),
             seed: self.seed.unwrap_or(0),
+            memory: self.memory,
             dump,
             given,
             command,

@@ -129,7 +129,8 @@ fn draw_one(recipe: &Recipe, thresholds: &[f64], draws: &Draws, draw: u64) -> Re
     let width = recipe.width();
     let home = |i: usize| Home { request: (i / draws.blocks) as u32, position: (i % draws.blocks) as u32 };
     let places: Vec<Home> = (0..draws.requests * draws.blocks).map(home).collect();
-    let blocks = distinct_blocks(&caches, &places, 1, width, None);
+    let read = |requests: &[u32]| Ok(requests.iter().map(|&r| caches[r as usize].clone()).collect());
+    let blocks = distinct_blocks(&read, &places, 1, width, None)?;
     let mut order: Vec<usize> = (0..thresholds.len()).collect();
     order.sort_by(|&a, &b| thresholds[a].total_cmp(&thresholds[b]));
     let rising: Vec<f64> = order.iter().map(|&t| thresholds[t]).collect();

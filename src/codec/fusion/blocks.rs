@@ -176,7 +176,7 @@ impl Blocks {
 
     /// Whether a table of so many bytes may be kept.
     fn reserve(&self, bytes: usize) -> bool {
-        let add = |kept: usize| kept.checked_add(bytes).filter(|&k| k <= KEPT_BYTES);
+        let add = |kept: usize| kept.checked_add(bytes).filter(|&k| k <= MOST_KEPT.load(Relaxed));
         let granted = KEPT.fetch_update(Relaxed, Relaxed, add).is_ok();
         if granted {
             self.kept_bytes.fetch_add(bytes, Relaxed);
@@ -191,8 +191,15 @@ impl Drop for Blocks {
     }
 }
 
-/// Tables of inner products that would take all that are kept beyond this (3 GiB) are computed anew by every arm.
-const KEPT_BYTES: usize = 3 << 30;
+/// Tables of inner products that would take all that are kept beyond this (3 GiB unless told otherwise) are computed anew by
+/// every arm.
+static MOST_KEPT: AtomicUsize = AtomicUsize::new(3 << 30);
+
+/// Keeps tables of inner products up to so many bytes, of all batches together.
+pub fn keep_tables(bytes: usize) {
+    MOST_KEPT.store(bytes, Relaxed);
+}
+
 /// Bytes of all tables that are kept.
 static KEPT: AtomicUsize = AtomicUsize::new(0);
 

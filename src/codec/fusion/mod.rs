@@ -16,10 +16,12 @@ mod settle;
 mod thresholds;
 mod tree;
 
+pub use blocks::keep_tables;
 pub use blocks::{Blocks, Place};
 pub use choices::{Choices, Pairing, Positions, Representative, RopeMode, ScaleRule, Similarity};
 pub use chunks::ChunkFusion;
 pub use gram::gram;
+pub use lsh::Signatures;
 pub use methods::{Bff, Cff};
 pub use rule::{Gate, Rule};
 pub use thresholds::{LayerThresholds, Thresholds};
@@ -129,7 +131,7 @@ impl Fusion {
             }
             Pairing::Best => cluster::best(geometry, &units, &gate, cluster::edges(geometry, &units, &gate)),
             Pairing::Components => cluster::components(&units, &cluster::edges(geometry, &units, &gate)),
-            Pairing::Lsh => cluster::best(geometry, &units, &gate, lsh::edges(geometry, &units, &gate)),
+            Pairing::Lsh => cluster::best(geometry, &units, &gate, lsh::edges(geometry, &units, &gate)?),
         };
         let settling = Settling { geometry, units: &units, choices, gate, budget: self.rule.budget() };
         Ok(clusters.into_iter().flat_map(|c| settling.settle(c)).collect())

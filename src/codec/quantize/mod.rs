@@ -175,18 +175,25 @@ impl<Q: Quantizer + 'static> Codec for Quantized<Q> {
         }
         let coded: Vec<(BlockId, PageShape)> =
             pages(batch).into_iter().filter(|(id, _)| !raw.contains(id)).collect();
-        let pool = &batch.pool;
-        let written: Vec<(Vec<f32>, Vec<f32>, Payload)> =
-            coded.par_iter().map(|&(id, shape)| self.page(&pool.keys(id), &pool.values(id), shape)).collect();
-        for ((id, shape), (keys, values, payload)) in coded.into_iter().zip(written) {
-            let quick = self.0.read_head(Part::Key, shape, 0, &payload.bytes, &mut Vec::new());
-            let reader = Reader { quantizer: Arc::clone(&self.0), shape };
-            let reader = quick.then_some(reader).map(|r| Arc::new(r) as Arc<dyn ReadPage>);
-            batch.pool.recode(id, keys, values, payload, reader);
+        for some in coded.chunks(WRITTEN) {
+            let pool = &batch.pool;
+            let written: Vec<(Vec<f32>, Vec<f32>, Payload)> = some
+                .par_iter()
+                .map(|&(id, shape)| self.page(&pool.keys(id), &pool.values(id), shape))
+                .collect();
+            for (&(id, shape), (keys, values, payload)) in some.iter().zip(written) {
+                let quick = self.0.read_head(Part::Key, shape, 0, &payload.bytes, &mut Vec::new());
+                let reader = Reader { quantizer: Arc::clone(&self.0), shape };
+                let reader = quick.then_some(reader).map(|r| Arc::new(r) as Arc<dyn ReadPage>);
+                batch.pool.recode(id, keys, values, payload, reader);
+            }
         }
         Ok(())
     }
 }
+
+/// Pages whose numbers are held before they go into the pool, which may pack them.
+const WRITTEN: usize = 4096;
 
 /// All pages that tables list, each once, with the layer of the first table that does.
 fn pages(batch: &CacheBatch) -> Vec<(BlockId, PageShape)> {

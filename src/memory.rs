@@ -1,0 +1,90 @@
+//! Sizes of memory: as they are typed, and as the system counts this process's.
+
+use serde::{Deserialize, Serialize};
+use std::fmt;
+use std::str::FromStr;
+
+/// A number of bytes: `4096`, `512MiB`, `1.5GB`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct Bytes(pub usize);
+
+const UNITS: [(&str, f64); 7] = [
+    ("KiB", 1024.0),
+    ("MiB", 1048576.0),
+    ("GiB", 1073741824.0),
+    ("kB", 1e3),
+    ("MB", 1e6),
+    ("GB", 1e9),
+    ("", 1.0),
+];
+
+impl FromStr for Bytes {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let known = UNITS.iter().find_map(|(unit, factor)| {
+            let number: f64 = text.strip_suffix(unit)?.trim().parse().ok()?;
+            Some(number * factor)
+        });
+        match known.filter(|n| *n >= 1.0 && n.is_finite()) {
+            Some(n) => Ok(Bytes(n as usize)),
+            None => Err("write 4096, 512MiB or 1.5GB".to_owned()),
+        }
+    }
+}
+
+impl TryFrom<String> for Bytes {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        text.parse()
+    }
+}
+
+impl From<Bytes> for String {
+    fn from(bytes: Bytes) -> String {
+        bytes.0.to_string()
+    }
+}
+
+impl fmt::Display for Bytes {
+    /// In units that people read, rounded up to two digits behind the point: what is printed is enough.
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        let (unit, size) = if self.0 >= 1 << 30 { ("GiB", 30) } else { ("MiB", 20) };
+        let hundredths = (self.0 as f64 / f64::from(1u32 << size) * 100.0).ceil();
+        write!(f, "{}{unit}", hundredths / 100.0)
+    }
+}
+
+/// Memory of this process, if the system tells.
+pub fn resident() -> Bytes {
+    status("VmRSS:")
+}
+
+/// The most memory that this process has had, if the system tells.
+pub fn peak() -> Bytes {
+    status("VmHWM:")
+}
+
+fn status(name: &str) -> Bytes {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let line = status.lines().find_map(|l| l.strip_prefix(name));
+    let kib = line.and_then(|l| l.trim().trim_end_matches(" kB").trim().parse::<usize>().ok());
+    Bytes(kib.unwrap_or(0) * 1024)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_printed_can_be_typed_and_is_enough() {
+        for bytes in [1, 4096, 3 << 20, 1_500_000_000, 3 << 30] {
+            let again: Bytes = Bytes(bytes).to_string().parse().unwrap();
+            assert!(again.0 >= bytes && again.0 - bytes <= bytes / 90 + (1 << 20), "{bytes} {again:?}");
+        }
+        assert_eq!("1.5GB".parse(), Ok(Bytes(1_500_000_000)));
+        assert!("much".parse::<Bytes>().is_err());
+    }
+}
