@@ -227,8 +227,10 @@ impl BlockPool {
     }
 
     /// Appends keys of one head of a block channel by channel (`[head_dim, tokens]`), where that is how they are stored.
+    ///
+    /// Never in a pool that packs: scores that are summed channel by channel round otherwise, and packing must not change a sweep.
     pub fn read_by_channel(&self, id: BlockId, head: usize, out: &mut Vec<f32>) -> bool {
-        self.page(id).read_by_channel(head, out)
+        !self.packs && self.page(id).read_by_channel(head, out)
     }
 
     /// Whether two blocks hold the same numbers.

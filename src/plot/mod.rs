@@ -71,7 +71,10 @@ pub fn plot_sweep(out: &Path) -> Result<Vec<PathBuf>> {
             let name = format!("cr_vs_{}", dial.replace('-', "_"));
             written.extend(canvas::save(&Rate { table: &table, dial }, out, &name, "")?);
         }
-        written.extend(canvas::save(&heatmap::LayerMap { table: &table }, out, "layer_cr", "")?);
+        // Tables of other programs have no ratios of layers.
+        if table.fusion.iter().flatten().all(|p| !p.layer_cr.is_empty()) {
+            written.extend(canvas::save(&heatmap::LayerMap { table: &table }, out, "layer_cr", "")?);
+        }
     }
     Ok(written)
 }

@@ -1,9 +1,10 @@
 #!/bin/sh
 # Public clients against `kvfuse serve` on loopback, and serve-bench on the same prompts beside them: the openai package and guidellm, 200 streaming
-# requests each, then three times the load that the server can take. Usage: tests/clients/run.sh PYTHON [KVFUSE] (openai and guidellm installed)
+# requests each, then three times the load that the server can take. Usage: tests/clients/run.sh PYTHON [KVFUSE [PROMPTS]] (openai and guidellm installed)
 set -eu
 python=$1
 kvfuse=$(realpath "${2:-target/release/kvfuse}")
+prompts=$([ -n "${3:-}" ] && realpath "$3" || true)
 here=$(realpath "$(dirname "$0")")
 work=$(mktemp -d)
 server=
@@ -15,12 +16,18 @@ budget=128MiB
 tokens=32
 at_once=8
 
-"$kvfuse" -q dump --data builtin:qa --limit 200 -o qa > /dev/null
-"$python" -c '
+# 200 few-shot prompts of the built-in data (which has 196: four come twice); a file of them may be given instead.
+if [ -n "$prompts" ]; then
+    cp "$prompts" prompts.jsonl
+else
+    "$kvfuse" -q dump --data builtin:qa --limit 200 -o qa > /dev/null
+    "$python" -c '
 import json
-for request in json.load(open("qa/manifest.json"))["requests"]:
+all = json.load(open("qa/manifest.json"))["requests"]
+for request in (all + all)[:200]:
     print(json.dumps({"prompt": request["prompt"], "answers": ["x"], "output_tokens_count": 32, "prompt_tokens_count": request["tokens"]}))
 ' > prompts.jsonl
+fi
 echo "== serve-bench"
 "$kvfuse" -q serve-bench --data prompts:prompts.jsonl --requests 200 --method prefix --kv-cache-memory-bytes $budget --output-len $tokens --ignore-eos \
     --max-concurrency $at_once --quality-requests 0 -o bench > /dev/null
@@ -42,9 +49,9 @@ stop
 
 echo "== guidellm"
 start
-HF_HUB_OFFLINE=1 "$python" -m guidellm benchmark run --target $url --profile concurrent --rate $at_once --max-requests 200 --data prompts.jsonl \
-    --request-format /v1/completions --backend-kwargs '{"validate_backend": false}' --processor gpt2 --output-path guidellm.json > guidellm.log 2>&1 || tail -20 guidellm.log
-"$python" "$here/guidellm_figures.py" guidellm.json || true
+HF_HUB_OFFLINE=1 "$python" -m guidellm run --backend kind=openai_http,target=$url,request_format=/v1/completions --profile kind=concurrent,streams=$at_once \
+    --constraint kind=max_requests,count=200 --data kind=json_file,path=prompts.jsonl --output kind=json,path=guidellm.json --disable-console > guidellm.log 2>&1 || tail -20 guidellm.log
+"$python" "$here/guidellm_figures.py" guidellm.json
 stop
 
 echo "== overload: three times as many as it can take, a third of them hang up"

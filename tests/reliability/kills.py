@@ -102,7 +102,7 @@ def main():
     shards = [[*sweep, "-o", "shards", "--shard", f"{i}/3"] for i in range(3)]
     disturbed("shards and merge", "shards", tables, [*shards, ["merge", "shards"]], share, rng)
     assert files("swept", tables).items() <= files("shards", tables).items(), "shards give other tables than one process"
-    bench = ["serve-bench", "--model", model, *data, "--method", "none,prefix", "--budget-requests", "8", "--max-tokens", "16", "-o", "served"]
+    bench = ["serve-bench", "--model", model, *data, "--method", "none,prefix", "--budget-requests", "8", "--output-len", "16", "-o", "served"]
     started = time.time()
     kvfuse(*bench)
     seconds, hits = time.time() - started, 0

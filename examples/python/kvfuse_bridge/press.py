@@ -15,7 +15,7 @@ def run(args):
     import kvpress
 
     source = score.Source(args)
-    arms = [score.plain(args, source)]
+    arms = score.controls(args, source)
     for name in args.press:
         made = getattr(kvpress, name, None)
         if made is None:

@@ -105,7 +105,8 @@ class Source:
         stored, entries, total = prefix_ratio(self.tokens, args.block_size)
         self.elements = self.width * total
         self.table_bits = ENTRY_BITS * entries * self.layers
-        self.cr_prefix = 16 * self.elements / (16 * self.width * stored + self.table_bits)
+        self.prefix_bits = 16 * self.width * stored + self.table_bits
+        self.cr_prefix = 16 * self.elements / self.prefix_bits
 
     def decoded(self, folder):
         """Caches of a dump, all prompt tokens but the last, one request at a time."""
@@ -143,18 +144,19 @@ def write(args, source, arms):
     """Measures arms (method, options, bits, caches), the unencoded one first, and writes sweep.csv and requests.csv."""
     sweep, requests, options, none = [], [], set(), None
     for method, own_options, bits, cache in arms:
-        rows = source.measure(cache, args.max_new_tokens)
+        rows = source.measure(cache, args.max_new_tokens) if cache else none
         none = none or rows
         run_id = hashlib.sha256(f"{method} {args.dump} {args.model}".encode()).hexdigest()[:12]
         means = [float(r["kl"].mean()) for r in rows]
         tokens = np.concatenate([r["kl"] for r in rows])
         row = {"run": run_id, "model": source.manifest["model"]["name"], "data": source.manifest["data"]["name"], "method": method,
                "block_size": args.block_size, "batch": len(rows), "first_token": "fused"}
-        row |= own_options
+        # As a sweep writes them.
+        row |= {name: str(value).lower() if isinstance(value, bool) else value for name, value in own_options.items()}
         options |= own_options.keys()
         cr = 16 * source.elements / bits
         row |= {"seed": args.seed, "requests": len(rows), "elements": source.elements, "bits_per_element": bits / source.elements,
-                "cr_audited": cr, "cr_prefix": source.cr_prefix, "cr_beyond_prefix": cr / source.cr_prefix}
+                "cr_audited": cr, "cr_paper": "", "layer_cr": "", "cr_prefix": source.cr_prefix, "cr_beyond_prefix": cr / source.cr_prefix}
         for name, x in (("kl", means), ("top1", [r["top1"] for r in rows]), ("nll", [r["nll"] for r in rows]),
                         ("f1", [r["f1"] for r in rows]), ("f1_diff", [r["f1"] - n["f1"] for r, n in zip(rows, none)])):
             row[name], row[f"{name}_low"], row[f"{name}_high"] = interval(x, args.resamples, args.seed)
@@ -179,19 +181,21 @@ def write(args, source, arms):
             writer.writerows(table)
 
 
-def plain(args, source):
-    """The unencoded arm."""
-    return "none", {}, 16 * source.elements + source.table_bits, source.decoded(args.dump)
+def controls(args, source):
+    """The unencoded arm, and exact prefix sharing, which answers like it."""
+    return [
+        ("none", {}, 16 * source.elements + source.table_bits, source.decoded(args.dump)),
+        ("prefix", {"prefix.within-tenant": "false"}, source.prefix_bits, None),
+    ]
 
 
 def run(args):
     source = Source(args)
-    arms, controls = [], []
+    arms = controls(args, source)
     for folder in args.decoded:
         manifest = files.read_manifest(folder)
         if not manifest.get("encoded") or any(r.get("bits") is None for r in manifest["requests"]):
             raise SystemExit(f"error: {folder}: does not say what it was encoded by; write it with kvfuse decode")
         by = manifest["encoded"]
-        arm = (by["method"], by["options"], sum(r["bits"] for r in manifest["requests"]), source.decoded(folder))
-        (controls if arm[0] == "prefix" else arms).append(arm)
-    write(args, source, [plain(args, source), *controls, *arms])
+        arms.append((by["method"], by["options"], sum(r["bits"] for r in manifest["requests"]), source.decoded(folder)))
+    write(args, source, arms)

@@ -75,19 +75,19 @@ def test_decoded_caches_are_scored_into_tables_that_compare_reads(tiny, tmp_path
     folder, prompts = tiny
     bridge(monkeypatch, "dump", "--model", folder, "--prompts", prompts, "-o", tmp_path / "dump")
     decoded = []
-    for name, method in (("p", "prefix"), ("k4", "prefix+kivi:bits=4"), ("k2", "prefix+kivi:bits=2")):
+    for name, method in (("p", "prefix:within-tenant=true"), ("k4", "prefix+kivi:bits=4"), ("k2", "prefix+kivi:bits=2")):
         kvfuse("encode", tmp_path / "dump", "--method", method, "-o", tmp_path / f"{name}.kv")
         kvfuse("decode", tmp_path / f"{name}.kv", "-o", tmp_path / name)
         decoded.append(tmp_path / name)
     bridge(monkeypatch, "score", "--model", folder, tmp_path / "dump", *decoded, "-o", tmp_path / "scored", "--max-new-tokens", 8)
     rows = list(csv.DictReader(open(tmp_path / "scored/sweep.csv")))
-    assert [r["method"] for r in rows] == ["none", "prefix", "prefix+kivi", "prefix+kivi:bits=2"]
-    assert [r["kivi.bits"] for r in rows] == ["", "", "4", "2"]
+    assert [r["method"] for r in rows] == ["none", "prefix", "prefix:within-tenant=true", "prefix+kivi", "prefix+kivi:bits=2"]
+    assert [r["kivi.bits"] for r in rows] == ["", "", "", "4", "2"]
     kl = [float(r["kl"]) for r in rows]
-    assert kl[0] == kl[1] == 0.0 < kl[2] < kl[3]
+    assert kl[0] == kl[1] == kl[2] == 0.0 < kl[3] < kl[4]
     cr = [float(r["cr_audited"]) for r in rows]
-    assert 0.99 < cr[0] < cr[1] < cr[2] < cr[3]
-    assert abs(cr[1] / float(rows[1]["cr_prefix"]) - 1) < 1e-6, "the ledger and the bridge count prefix sharing alike"
+    assert 0.99 < cr[0] < cr[1] < cr[3] < cr[4]
+    assert abs(cr[2] / cr[1] - 1) < 1e-6, "the ledger and the bridge count prefix sharing alike"
     assert "kivi" in kvfuse("compare", tmp_path / "scored")
     kvfuse("plot", tmp_path / "scored")
 

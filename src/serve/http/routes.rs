@@ -14,6 +14,7 @@ use axum::http::{StatusCode, header};
 use axum::response::sse::{self, KeepAlive, Sse};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
+use axum::serve::ListenerExt;
 use axum::{Json, Router};
 use serde_json::{Value, json};
 use std::convert::Infallible;
@@ -94,6 +95,10 @@ pub fn run(options: &ServerOptions, ready: impl FnOnce(SocketAddr)) -> Result<()
         // A worker that has failed needs no telling.
         let _ = commands.send(Command::Stop);
     };
+    // A token's event is sent when it is made, not when the one before was acknowledged.
+    let listener = listener.tap_io(|connection| {
+        let _ = connection.set_nodelay(true);
+    });
     let served =
         runtime.block_on(async { axum::serve(listener, router(server)).with_graceful_shutdown(over).await });
     let worked = worker.join().unwrap_or_else(|_| Err(Error::argument("the engine stopped")));
