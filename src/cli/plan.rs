@@ -107,7 +107,7 @@ impl Plan {
         self.step(command).is_some()
     }
 
-    /// Whether [simulate] is of the Gaussian bound: then it has chains.
+    /// Whether the table `simulate` is of the Gaussian bound: then it has chains.
     pub fn bounds(&self) -> bool {
         self.step("simulate").is_some_and(|s| s.settings.iter().any(|t| t.key == "method"))
     }
