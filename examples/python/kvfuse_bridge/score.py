@@ -167,7 +167,12 @@ def write(args, source, arms):
             requests.append({"run": run_id, "method": method, "id": r["id"], "f1": r["f1"], "f1_none": n["f1"], "score": r["f1"],
                              "score_none": n["f1"], "kl": kl, "nll": r["nll"], "answer": r["answer"], "answer_none": n["answer"]})
         print(f"{method}: CR {cr:.3g}, KL {row['kl']:.4f} [{row['kl_low']:.4f}, {row['kl_high']:.4f}], F1 {row['f1']:.3f}", flush=True)
-    out = Path(args.out)
+        save(args.out, sweep, requests, options)
+
+
+def save(out, sweep, requests, options):
+    """Writes the tables of the arms there are, each whole or not at all."""
+    out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     for name, table in (("sweep.csv", sweep), ("requests.csv", requests)):
         columns = list(dict.fromkeys(key for row in table for key in row if key not in options))
@@ -175,10 +180,12 @@ def write(args, source, arms):
             # Columns of options stand with the method's, as a sweep has them.
             at = columns.index("first_token") + 1
             columns[at:at] = sorted(options)
-        with open(out / name, "w", newline="") as file:
+        part = out / f"{name}.part"
+        with open(part, "w", newline="") as file:
             writer = csv.DictWriter(file, columns, restval="", lineterminator="\n")
             writer.writeheader()
             writer.writerows(table)
+        part.replace(out / name)
 
 
 def controls(args, source):
