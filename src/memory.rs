@@ -59,17 +59,8 @@ impl fmt::Display for Bytes {
 
 /// Memory of this process, if the system tells.
 pub fn resident() -> Bytes {
-    status("VmRSS:")
-}
-
-/// The most memory that this process has had, if the system tells.
-pub fn peak() -> Bytes {
-    status("VmHWM:")
-}
-
-fn status(name: &str) -> Bytes {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
-    let line = status.lines().find_map(|l| l.strip_prefix(name));
+    let line = status.lines().find_map(|l| l.strip_prefix("VmRSS:"));
     let kib = line.and_then(|l| l.trim().trim_end_matches(" kB").trim().parse::<usize>().ok());
     Bytes(kib.unwrap_or(0) * 1024)
 }

@@ -1,8 +1,18 @@
-//! Reading f16 numbers fast: every time a page is attended to, one head of it is turned into f32.
+//! f16 numbers: as bytes, and read fast: every time a page is attended to, one head of it is turned into f32.
 
 use half::f16;
 use half::slice::HalfFloatSliceExt;
 use multiversion::multiversion;
+
+/// Numbers as little-endian f16.
+pub fn to_bytes(numbers: &[f32]) -> Vec<u8> {
+    numbers.iter().flat_map(|x| f16::from_f32(*x).to_le_bytes()).collect()
+}
+
+/// Numbers of little-endian f16.
+pub fn from_bytes(bytes: &[u8]) -> Vec<f32> {
+    bytes.as_chunks::<2>().0.iter().map(|half| f16::from_le_bytes(*half).to_f32()).collect()
+}
 
 /// Finite halves of one head, `[tokens, head_dim]` from column `at` of rows of `width`, in f32.
 pub fn read_head(rows: &[f16], width: usize, at: usize, head_dim: usize, out: &mut [f32]) {

@@ -58,6 +58,16 @@ pub struct BlockTable {
 }
 
 impl BlockTable {
+    /// Cuts keys and values (`[tokens, kv_heads, head_dim]` each) into blocks of a pool.
+    pub fn of(pool: &mut BlockPool, keys: &[f32], values: &[f32]) -> Self {
+        let width = pool.shape().block_width();
+        let mut table = BlockTable::default();
+        for (k, v) in keys.chunks(width).zip(values.chunks(width)) {
+            table.push(pool.allocate(k, v));
+        }
+        table
+    }
+
     /// Slots of tokens before a position.
     pub fn slots_before(&self, position: usize) -> usize {
         match &self.kept {

@@ -42,7 +42,7 @@ pub struct Args {
     #[arg(long, value_name = "BYTES", conflicts_with = "budget_requests")]
     kv_cache_memory_bytes: Option<Bytes>,
     /// Instead: what so many uncompressed requests of this load take
-    #[arg(long, value_name = "N", default_value_t = 8.0, value_parser = above_zero)]
+    #[arg(long, value_name = "N", default_value_t = 8.0)]
     budget_requests: f64,
     #[command(flatten)]
     engine: EngineArgs,
@@ -83,6 +83,9 @@ impl Args {
         }
         if !(self.burstiness > 0.0 && self.burstiness.is_finite()) {
             return Err(anyhow!("--burstiness {}: must be above 0", self.burstiness));
+        }
+        if !(self.budget_requests > 0.0 && self.budget_requests.is_finite()) {
+            return Err(anyhow!("--budget-requests {}: must be above 0", self.budget_requests));
         }
         if let Some(p) = self.metric_percentiles.iter().find(|p| !(0.0..=100.0).contains(*p)) {
             return Err(anyhow!("--metric-percentiles {p}: percentiles are from 0 to 100"));
@@ -166,10 +169,4 @@ fn shown(rows: &[ServeRow]) -> String {
         ]
     };
     table(&header, &rows.iter().map(line).collect::<Vec<_>>())
-}
-
-/// Reads a number that is more than nothing.
-fn above_zero(text: &str) -> std::result::Result<f64, String> {
-    let number = text.parse::<f64>().ok().filter(|n| *n > 0.0 && n.is_finite());
-    number.ok_or_else(|| "must be a number above 0".to_owned())
 }

@@ -2,12 +2,10 @@
 
 use super::registry::{Method, Scale, Search, number};
 use super::{CacheBatch, Codec, Coverage, Memo, Role};
-use crate::block::{BlockId, Payload};
+use crate::block::{BlockId, Payload, halves};
 use crate::error::{Error, Result};
 use crate::model::gemm::{View, product};
 use faer::{Mat, Side};
-use half::f16;
-use half::slice::HalfFloatSliceExt;
 use rayon::prelude::*;
 use serde::Serialize;
 use std::ops::{Bound, Range};
@@ -128,14 +126,13 @@ impl LowRank {
             }
             let rank = self.rank(stack.tokens, side);
             let directions = directions(&x, stack.tokens, side, rank)?;
-            let mut rounded = vec![0.0f32; directions.len()];
-            let halves: Vec<f16> = directions.iter().map(|d| f16::from_f32(*d)).collect();
-            halves.convert_to_f32_slice(&mut rounded);
+            let stored = halves::to_bytes(&directions);
+            let rounded = halves::from_bytes(&stored);
             let mut places = vec![0.0f32; stack.tokens * rank];
             let by = View::row_major(&rounded, side, rank);
             product(View::row_major(&x, stack.tokens, side), by, &mut places);
-            bytes.extend(halves.iter().flat_map(|h| h.to_le_bytes()));
-            bytes.extend(places.iter().flat_map(|p| f16::from_f32(*p).to_le_bytes()));
+            bytes.extend(stored);
+            bytes.extend(halves::to_bytes(&places));
         }
         Ok(bytes)
     }
@@ -151,11 +148,10 @@ impl LowRank {
         let size = batch.pool.shape().block_size;
         let side = stack.layers.len() * width;
         let rank = self.rank(stack.tokens, side);
-        let halves = bytes.as_chunks::<2>().0;
-        if halves.len() != 2 * rank * (side + stack.tokens) {
+        let numbers = halves::from_bytes(bytes);
+        if numbers.len() != 2 * rank * (side + stack.tokens) {
             return Err(Error::argument("has a stack of pages of another shape"));
         }
-        let numbers: Vec<f32> = halves.iter().map(|h| f16::from_le_bytes(*h).to_f32()).collect();
         let rebuilt: Vec<Vec<f32>> = numbers
             .chunks_exact(rank * (side + stack.tokens))
             .map(|part| {

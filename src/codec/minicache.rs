@@ -3,12 +3,11 @@
 
 use super::registry::{Method, Scale, Search, number};
 use super::{CacheBatch, Codec, Coverage, Memo, Role};
-use crate::block::{BlockId, Part, Payload};
+use crate::block::{BlockId, Part, Payload, halves};
 use crate::error::{Error, Result};
-use half::f16;
 use rayon::prelude::*;
 use serde::Serialize;
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::ops::Bound;
 use std::sync::Arc;
 
@@ -109,7 +108,7 @@ fn pairs(batch: &CacheBatch, layer: usize, wanted: impl Fn(&CacheBatch, BlockId)
         let sides = cache.layers[layer].entries.iter().zip(&cache.layers[layer + 1].entries);
         all.extend(sides.map(|(a, b)| (a.block, b.block)).filter(|&pair| seen.insert(pair)));
     }
-    let mut times = std::collections::HashMap::new();
+    let mut times = HashMap::new();
     for &(a, b) in &all {
         *times.entry(a).or_insert(0) += 1;
         *times.entry(b).or_insert(0) += 1;
@@ -157,25 +156,22 @@ fn between(x: &[f32], y: &[f32]) -> Vec<f32> {
 fn bytes(batch: &CacheBatch, (a, b): Pair, farthest: [f32; 2]) -> Vec<u8> {
     let width = batch.pool.shape().token_width();
     let mut bytes = Vec::new();
-    let put = |bytes: &mut Vec<u8>, numbers: &[f32]| {
-        bytes.extend(numbers.iter().flat_map(|x| f16::from_f32(*x).to_le_bytes()));
-    };
     for part in Part::BOTH {
         let (x, y) = (batch.pool.numbers(a, part), batch.pool.numbers(b, part));
-        let tokens: Vec<(&[f32], &[f32])> = x.chunks_exact(width).zip(y.chunks_exact(width)).collect();
-        let merged = |(x, y): (&[f32], &[f32])| angle(x, y) <= farthest[part as usize];
-        let mut flags = vec![0u8; tokens.len().div_ceil(8)];
-        for (i, token) in tokens.iter().enumerate() {
-            flags[i / 8] |= u8::from(merged(*token)) << (i % 8);
+        let tokens = || x.chunks_exact(width).zip(y.chunks_exact(width));
+        let merged: Vec<bool> = tokens().map(|(x, y)| angle(x, y) <= farthest[part as usize]).collect();
+        let mut flags = vec![0u8; merged.len().div_ceil(8)];
+        for (i, &merged) in merged.iter().enumerate() {
+            flags[i / 8] |= u8::from(merged) << (i % 8);
         }
         bytes.extend(flags);
-        for (x, y) in tokens {
-            if merged((x, y)) {
-                put(&mut bytes, &[norm(x), norm(y)]);
-                put(&mut bytes, &between(x, y));
+        for ((x, y), merged) in tokens().zip(merged) {
+            if merged {
+                bytes.extend(halves::to_bytes(&[norm(x), norm(y)]));
+                bytes.extend(halves::to_bytes(&between(x, y)));
             } else {
-                put(&mut bytes, x);
-                put(&mut bytes, y);
+                bytes.extend(halves::to_bytes(x));
+                bytes.extend(halves::to_bytes(y));
             }
         }
     }
@@ -192,13 +188,13 @@ fn read(batch: &mut CacheBatch, (a, b): Pair, bytes: Vec<u8>) -> Result<()> {
         let flags = take(&mut rest, tokens.div_ceil(8))?;
         for i in 0..tokens {
             if flags[i / 8] >> (i % 8) & 1 == 1 {
-                let norms = halves(take(&mut rest, 4)?);
-                let direction = halves(take(&mut rest, 2 * width)?);
+                let norms = halves::from_bytes(take(&mut rest, 4)?);
+                let direction = halves::from_bytes(take(&mut rest, 2 * width)?);
                 x[part].extend(direction.iter().map(|d| d * norms[0]));
                 y[part].extend(direction.iter().map(|d| d * norms[1]));
             } else {
-                x[part].extend(halves(take(&mut rest, 2 * width)?));
-                y[part].extend(halves(take(&mut rest, 2 * width)?));
+                x[part].extend(halves::from_bytes(take(&mut rest, 2 * width)?));
+                y[part].extend(halves::from_bytes(take(&mut rest, 2 * width)?));
             }
         }
     }
@@ -228,10 +224,6 @@ fn take<'a>(rest: &mut &'a [u8], count: usize) -> Result<&'a [u8]> {
 
 fn foreign() -> Error {
     Error::argument("has a pair of pages of another shape")
-}
-
-fn halves(bytes: &[u8]) -> Vec<f32> {
-    bytes.as_chunks::<2>().0.iter().map(|h| f16::from_le_bytes(*h).to_f32()).collect()
 }
 
 #[cfg(test)]

@@ -21,7 +21,7 @@ pub use distortion::{
     Distortion, Drift, distortion, distortion_by_layer, distortion_in, relative, relative_error,
 };
 pub use ledger::{LayerRate, Ledger};
-pub use prefix::Prefix;
+pub use prefix::{Prefix, repeated};
 pub use quantize::PageShape;
 pub use random::Random;
 pub use registry::Method;

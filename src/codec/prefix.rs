@@ -49,23 +49,34 @@ impl Codec for Prefix {
 }
 
 impl Prefix {
-    /// All blocks that an earlier request has, in request and token order.
+    /// All blocks that an earlier request has.
     fn shared(&self, batch: &CacheBatch) -> Vec<Shared> {
-        let CacheBatch { pool, caches, tokens, tenants, .. } = batch;
-        let size = pool.shape().block_size;
-        let mut shared = Vec::new();
-        // A chain of tokens up to a block's end -> the request that first had it.
-        let mut first: HashMap<(&str, &[u32]), usize> = HashMap::new();
-        for request in 0..caches.len() {
-            let tenant = if self.within_tenant { &tenants[request][..] } else { "" };
-            for block in 0..tokens[request].len() / size {
-                let chain = &tokens[request][..(block + 1) * size];
-                let owner = *first.entry((tenant, chain)).or_insert(request);
-                if owner != request {
-                    shared.push(Shared { request, block, owner: (owner, block) });
-                }
-            }
-        }
-        shared
+        let request = |(tenant, tokens)| (if self.within_tenant { tenant } else { "" }, tokens);
+        let tenants = batch.tenants.iter().map(String::as_str);
+        let requests = tenants.zip(batch.tokens.iter().map(Vec::as_slice)).map(request);
+        repeated(requests, batch.pool.shape().block_size)
     }
+}
+
+/// Full blocks of requests (tenant and tokens) whose tokens, and all tokens before them, an earlier request of the tenant has, in request
+/// and token order.
+pub fn repeated<'a>(requests: impl Iterator<Item = (&'a str, &'a [u32])>, block_size: usize) -> Vec<Shared> {
+    let mut shared = Vec::new();
+    // The chain of blocks before one, and the block -> the chain with it; and who first had each chain.
+    let mut chains: HashMap<(Option<usize>, &str, &[u32]), usize> = HashMap::new();
+    let mut owners: Vec<usize> = Vec::new();
+    for (request, (tenant, tokens)) in requests.enumerate() {
+        let mut before = None;
+        for (block, own) in tokens.chunks_exact(block_size).enumerate() {
+            let chain = *chains.entry((before, tenant, own)).or_insert_with(|| {
+                owners.push(request);
+                owners.len() - 1
+            });
+            if owners[chain] != request {
+                shared.push(Shared { request, block, owner: (owners[chain], block) });
+            }
+            before = Some(chain);
+        }
+    }
+    shared
 }

@@ -7,7 +7,7 @@ use std::ops::Range;
 
 /// A block of a request whose numbers are those of an earlier block.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Shared {
+pub struct Shared {
     pub request: usize,
     pub block: usize,
     /// The earliest block that has them: request and block.

@@ -1,5 +1,6 @@
 //! One request's keys and values in one safetensors file.
 
+use crate::block::halves;
 use crate::error::{Error, Result};
 use crate::files;
 use crate::model::{ModelConfig, to_f32};
@@ -40,7 +41,7 @@ impl DumpDtype {
     fn bytes(self, numbers: &[f32]) -> Vec<u8> {
         match self {
             DumpDtype::F32 => numbers.iter().flat_map(|x| x.to_le_bytes()).collect(),
-            DumpDtype::F16 => numbers.iter().flat_map(|&x| f16::from_f32(x).to_le_bytes()).collect(),
+            DumpDtype::F16 => halves::to_bytes(numbers),
             DumpDtype::Bf16 => numbers.iter().flat_map(|&x| bf16::from_f32(x).to_le_bytes()).collect(),
         }
     }

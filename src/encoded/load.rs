@@ -29,31 +29,44 @@ pub fn load_caches(
     for &i in requests {
         let shard = open_request(dump, manifest, i)?;
         let tokens = shard.tokens().to_vec();
-        let cached = tokens.len() - left_out;
-        let numbers = cached * shape.token_width();
         let layers: Vec<(Vec<f32>, Vec<f32>)> =
             (0..shard.layers()).into_par_iter().map(|n| shard.layer(n)).collect::<Result<_>>()?;
-        let mut cache = RequestCache { layers: Vec::new(), tokens: cached };
-        for (keys, values) in &layers {
-            let mut table = BlockTable::default();
-            let width = shape.block_width();
-            for (k, v) in keys[..numbers].chunks(width).zip(values[..numbers].chunks(width)) {
-                table.push(batch.pool.allocate(k, v));
-            }
-            cache.layers.push(table);
-        }
-        batch.push(cache, tokens[..cached].to_vec(), &manifest.requests[i].request.tenant);
-        if let Some((layer, number)) = too_large(&layers, batch.pool.most()) {
-            let problem = format!(
-                "request {}, layer {layer}: a key or value of {number} does not fit into the cache's f16 numbers (at most {})",
-                manifest.requests[i].request.id,
-                batch.pool.most()
-            );
-            return Err(Error::file(manifest.shard_path(dump, i), problem));
-        }
+        let cached = &tokens[..tokens.len() - left_out];
+        push_request(&mut batch, (dump, manifest, i), cached, 0, &layers)?;
         prompts.push(tokens);
     }
     Ok((batch, prompts))
+}
+
+/// Puts one request's keys and values of some consecutive layers (`[tokens, kv_heads, head_dim]` each, of which the first `cached` are
+/// taken) into a batch.
+///
+/// # Errors
+/// Numbers beyond what the pool can hold, with request and layer.
+pub fn push_request(
+    batch: &mut CacheBatch,
+    (dump, manifest, request): (&Path, &Manifest, usize),
+    cached: &[u32],
+    first_layer: usize,
+    layers: &[(Vec<f32>, Vec<f32>)],
+) -> Result<()> {
+    let entry = &manifest.requests[request].request;
+    if let Some((layer, number)) = too_large(layers, batch.pool.most()) {
+        let problem = format!(
+            "request {}, layer {}: a key or value of {number} does not fit into the cache's f16 numbers (at most {})",
+            entry.id,
+            first_layer + layer,
+            batch.pool.most()
+        );
+        return Err(Error::file(manifest.shard_path(dump, request), problem));
+    }
+    let numbers = cached.len() * batch.pool.shape().token_width();
+    let tables = layers
+        .iter()
+        .map(|(keys, values)| BlockTable::of(&mut batch.pool, &keys[..numbers], &values[..numbers]));
+    let cache = RequestCache { layers: tables.collect(), tokens: cached.len() };
+    batch.push(cache, cached.to_vec(), &entry.tenant);
+    Ok(())
 }
 
 /// The first layer with a number beyond what the pool can hold, and the number.

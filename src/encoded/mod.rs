@@ -4,7 +4,7 @@ mod load;
 mod read;
 mod write;
 
-pub use load::load_caches;
+pub use load::{load_caches, push_request};
 pub use read::{Encoded, decode};
 pub use write::{EncodeOptions, Size, encode};
 

@@ -1,7 +1,9 @@
 //! `kvfuse decode`: an encoded file back to a dump.
 
 use super::{FUSED, Header, MAGIC, SCALED, STRIPPED};
-use crate::block::{BlockId, BlockShape, BlockTable, Entry, Kept, Payload, RequestCache, Scale, Storage};
+use crate::block::{
+    BlockId, BlockShape, BlockTable, Entry, Kept, Payload, RequestCache, Scale, Storage, halves,
+};
 use crate::codec::{CacheBatch, Chain, Codec, PageShape};
 use crate::dump::{DumpDtype, Manifest, write_shard};
 use crate::error::{Error, Result};
@@ -9,7 +11,6 @@ use crate::files;
 use crate::interrupt;
 use crate::lock::FolderLock;
 use crate::model::Ropes;
-use half::f16;
 use rayon::prelude::*;
 use sha2::{Digest, Sha256};
 use std::path::Path;
@@ -226,8 +227,7 @@ fn page(
         batch.pool.recode(id, zeros.clone(), zeros, payload, None);
         return Ok(id);
     }
-    let numbers: Vec<f32> =
-        bytes.as_chunks::<2>().0.iter().map(|b| f16::from_le_bytes(*b).to_f32()).collect();
+    let numbers = halves::from_bytes(bytes);
     let (keys, values) = numbers.split_at(numbers.len() / 2);
     if keys.len() != page.numbers() || values.len() != keys.len() {
         return Err(unusable());

@@ -1,14 +1,13 @@
 //! `kvfuse encode`: the caches of a dump through a chain, as one file.
 
 use super::{FUSED, Header, LAYER_FRAME, MAGIC, PAGE_FRAME, SCALED, STRIPPED, load_caches};
-use crate::block::{BlockId, BlockPool, Kept};
+use crate::block::{BlockId, BlockPool, Kept, halves};
 use crate::codec::evict::{observe, show_attention};
 use crate::codec::{CacheBatch, Chain, Codec, Ledger, Memo, Role};
 use crate::dump::{EncodedBy, Manifest, open_model};
 use crate::error::{Error, Result};
 use crate::files;
 use crate::model::Ropes;
-use half::f16;
 use sha2::{Digest, Sha256};
 use std::collections::HashMap;
 use std::path::PathBuf;
@@ -197,13 +196,10 @@ fn kept_list(kept: Option<&Kept>) -> Vec<u8> {
 
 /// A page with its frame; returns the bits of its own bytes.
 fn write_page(pool: &BlockPool, page: BlockId, bytes: &mut Vec<u8>) -> u64 {
-    let halves = |numbers: &[f32]| -> Vec<u8> {
-        numbers.iter().flat_map(|x| f16::from_f32(*x).to_le_bytes()).collect()
-    };
     let payload = pool.payload(page);
     let own = match payload {
         Some(payload) => payload.bytes.clone(),
-        None => [halves(&pool.keys(page)), halves(&pool.values(page))].concat(),
+        None => [halves::to_bytes(&pool.keys(page)), halves::to_bytes(&pool.values(page))].concat(),
     };
     let mut frame = Vec::with_capacity(PAGE_FRAME);
     frame.extend((pool.tokens(page) as u16).to_le_bytes());

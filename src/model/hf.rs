@@ -5,6 +5,7 @@ use super::generation::Generation;
 use super::hf_config;
 use super::numbers::Numbers;
 use super::weights::TensorSource;
+use crate::block::halves;
 use crate::error::{Error, IoAt, Result};
 use crate::files;
 use half::{bf16, f16};
@@ -212,7 +213,7 @@ pub fn to_f32(dtype: Dtype, bytes: &[u8]) -> Option<Vec<f32>> {
     let (pairs, _) = bytes.as_chunks::<2>();
     match dtype {
         Dtype::F32 => Some(bytes.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect()),
-        Dtype::F16 => Some(pairs.iter().map(|b| f16::from_le_bytes(*b).to_f32()).collect()),
+        Dtype::F16 => Some(halves::from_bytes(bytes)),
         Dtype::BF16 => Some(pairs.iter().map(|b| bf16::from_le_bytes(*b).to_f32()).collect()),
         _ => None,
     }

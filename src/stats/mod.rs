@@ -1,5 +1,6 @@
 //! Statistics: intervals over requests, and how alike the blocks of a cache are (docs/statistics.md).
 
+mod alone;
 mod blocks;
 mod bootstrap;
 mod fit;
@@ -8,6 +9,7 @@ mod histogram;
 mod measure;
 mod pairs;
 mod quantile;
+mod recall;
 mod similarity;
 
 pub use blocks::{Class, DistinctBlocks, Home, distinct_blocks};

@@ -1,18 +1,19 @@
 //! `kvfuse stats`: how alike the blocks of a dump are, layer by layer, as rows of one long table (docs/statistics.md).
 
+use super::alone::{Shards, fused_alone};
 use super::blocks::{Class, DistinctBlocks, Home, distinct_blocks};
 use super::fit::{Gaussian, Pareto};
 use super::histogram::Histogram;
 use super::pairs::{Above, PairSums, Share, count_pairs};
+use super::recall::{Recall, lsh_recall};
 use super::{mean, rounded};
-use crate::block::{BlockShape, BlockTable, Part, RequestCache, Storage};
-use crate::codec::fusion::{Fusion, RopeMode, Signatures};
-use crate::codec::{CacheBatch, Chain, Codec, Ledger, Memo, distortion};
-use crate::dump::{Manifest, Shard, open_request};
+use crate::block::Part;
+use crate::codec::fusion::RopeMode;
+use crate::codec::{Chain, Distortion, LayerRate};
+use crate::dump::Manifest;
 use crate::error::{Error, Result};
 use crate::interrupt;
-use crate::model::gemm::{View, product};
-use crate::model::{ModelConfig, Rope, Ropes};
+use crate::model::Ropes;
 use crate::progress::{Progress, Unit};
 use rand::SeedableRng;
 use rand::seq::index;
@@ -20,9 +21,7 @@ use rand_chacha::ChaCha8Rng;
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize, Serializer};
 use statrs::distribution::{ContinuousCDF, StudentsT};
-use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use std::time::Instant;
+use std::path::Path;
 
 /// What to measure.
 #[derive(Debug, Clone, Serialize)]
@@ -89,9 +88,8 @@ pub fn similarities(
     options: &SimilarityOptions,
 ) -> Result<Vec<StatRow>> {
     let config = &manifest.model.config;
-    let shards: Vec<OneShard> =
-        requests.iter().map(|&i| OneShard::of(dump, manifest, i)).collect::<Result<_>>()?;
-    let longest = shards.iter().map(|s| s.tokens.len()).max().unwrap_or(0);
+    let shards = Shards::open(dump, manifest, requests)?;
+    let longest = shards.tokens.iter().map(Vec::len).max().unwrap_or(0);
     let ropes = Ropes::new(config, longest.max(1));
     let width = config.kv_heads * config.head_dim;
     let layers: Vec<usize> = options.layers.clone().unwrap_or_else(|| (0..config.layers).collect());
@@ -103,20 +101,19 @@ pub fn similarities(
     let mut found: Vec<Vec<StatRow>> = vec![Vec::new(); options.block_sizes.len()];
     for &layer in &layers {
         interrupt::check()?;
-        let caches = |requests: &[u32]| {
-            requests.par_iter().map(|&r| shards[r as usize].layer(layer, config)).collect()
-        };
+        let caches =
+            |requests: &[u32]| requests.par_iter().map(|&r| shards.layer(r as usize, layer)).collect();
         for (&size, found) in options.block_sizes.iter().zip(&mut found) {
-            let places = places(&shards, size, options);
+            let places = places(&shards.tokens, size, options);
             let strip = (options.rope == RopeMode::Strip).then_some(ropes.layer(layer));
             let blocks = distinct_blocks(&caches, &places, size, width, strip)?;
-            let sums = count_pairs(&blocks, &options.taus, shards.len())?;
+            let sums = count_pairs(&blocks, &options.taus, shards.tokens.len())?;
             let mut sheet = Sheet { block_size: size, layer, rope: options.rope, rows: Vec::new() };
             // Those that fill a block.
             let requests = holders(&places);
             sheet.blocks(&blocks, &places, requests);
             if options.sample.is_none() {
-                sheet.tokens(&shards, size, width);
+                sheet.tokens(&shards.tokens, size, width);
             }
             for (part, sums) in [(Part::Key, &sums.keys), (Part::Value, &sums.values)] {
                 let norms = if part == Part::Key { &blocks.key_norms } else { &blocks.value_norms };
@@ -127,12 +124,16 @@ pub fn similarities(
             }
             let level = &sums.keys[Class::SamePosition as usize];
             sheet.positions(&blocks, requests, level, &options.taus);
-            if let Some(rows) = options.lsh_recall {
-                sheet.recall(&blocks, rows, options)?;
+            if let Some(count) = options.lsh_recall {
+                let rows = drawn(blocks.len(), count, options.seed);
+                sheet.recall(&lsh_recall(&blocks, layer, &rows, &options.taus)?);
             }
             drop((blocks, sums));
-            for chain in &options.fuse {
-                sheet.fused(&layer_batch(&shards, config, layer, size)?, chain)?;
+            if !options.fuse.is_empty() {
+                let unfused = shards.batch(layer, size)?;
+                for chain in &options.fuse {
+                    sheet.fused(&chain.name(), fused_alone(&unfused, layer, chain)?);
+                }
             }
             found.append(&mut sheet.rows);
         }
@@ -146,41 +147,25 @@ pub fn similarities(
     Ok(found.concat())
 }
 
-/// A request's shard, open only while it is read: what stays mapped would count as memory.
-struct OneShard {
-    path: PathBuf,
-    tokens: Vec<u32>,
-}
-
-impl OneShard {
-    /// Checks that it is the one that the manifest lists.
-    fn of(dump: &Path, manifest: &Manifest, request: usize) -> Result<Self> {
-        let tokens = open_request(dump, manifest, request)?.tokens().to_vec();
-        Ok(OneShard { path: manifest.shard_path(dump, request), tokens })
-    }
-
-    /// Keys and values of one layer, `[tokens, kv_heads, head_dim]` each.
-    fn layer(&self, layer: usize, config: &ModelConfig) -> Result<(Vec<f32>, Vec<f32>)> {
-        Shard::open(&self.path, config)?.layer(layer)
-    }
-}
-
 /// The full blocks of all requests, or a sample of them, in request and token order.
-fn places(shards: &[OneShard], size: usize, options: &SimilarityOptions) -> Vec<Home> {
-    let of = |(request, shard): (usize, &OneShard)| {
-        let full = (shard.tokens.len() - 1) / size;
+fn places(prompts: &[Vec<u32>], size: usize, options: &SimilarityOptions) -> Vec<Home> {
+    let of = |(request, tokens): (usize, &Vec<u32>)| {
+        let full = (tokens.len() - 1) / size;
         (0..full).map(move |position| Home { request: request as u32, position: position as u32 })
     };
-    let all: Vec<Home> = shards.iter().enumerate().flat_map(of).collect();
+    let all: Vec<Home> = prompts.iter().enumerate().flat_map(of).collect();
     match options.sample {
-        Some(n) if n < all.len() => {
-            let mut rng = ChaCha8Rng::seed_from_u64(options.seed);
-            let mut drawn = index::sample(&mut rng, all.len(), n).into_vec();
-            drawn.sort_unstable();
-            drawn.into_iter().map(|i| all[i]).collect()
-        }
+        Some(n) if n < all.len() => drawn(all.len(), n, options.seed).into_iter().map(|i| all[i]).collect(),
         _ => all,
     }
+}
+
+/// So many numbers below `count`, or all if there are fewer, drawn by seed, rising.
+fn drawn(count: usize, wanted: usize, seed: u64) -> Vec<usize> {
+    let mut rng = ChaCha8Rng::seed_from_u64(seed);
+    let mut drawn = index::sample(&mut rng, count, wanted.min(count)).into_vec();
+    drawn.sort_unstable();
+    drawn
 }
 
 /// Rows of one layer and block size.
@@ -266,8 +251,8 @@ impl Sheet {
     }
 
     /// What the ratio of the whole layer needs beside full blocks.
-    fn tokens(&mut self, shards: &[OneShard], size: usize, width: usize) {
-        let cached = || shards.iter().map(|s| s.tokens.len() - 1);
+    fn tokens(&mut self, prompts: &[Vec<u32>], size: usize, width: usize) {
+        let cached = || prompts.iter().map(|tokens| tokens.len() - 1);
         let partial = cached().filter(|tokens| tokens % size > 0).count();
         for (statistic, count) in
             [("tokens", cached().sum()), ("partial_blocks", partial), ("token_width", width)]
@@ -300,66 +285,16 @@ impl Sheet {
         put("effective_dimension_centred", (ones - total / n).powi(2) / centred);
     }
 
-    /// How many of the pairs of keys above each threshold are candidates of `pairing=lsh`: pairs of some blocks, drawn by seed, with
-    /// all others.
-    fn recall(&mut self, blocks: &DistinctBlocks, rows: usize, options: &SimilarityOptions) -> Result<()> {
-        let (n, width) = (blocks.len(), blocks.width);
-        let signatures = Signatures::new(n, width, &[(self.layer, Part::Key)], |_, tile, out| {
-            out.extend_from_slice(&blocks.keys[tile.start * width..tile.end * width]);
-        })?;
-        let mut rng = ChaCha8Rng::seed_from_u64(options.seed);
-        let mut drawn = index::sample(&mut rng, n, rows.min(n)).into_vec();
-        drawn.sort_unstable();
-        let counted: Vec<Vec<(u64, u64)>> = drawn
-            .par_chunks(RECALL_ROWS)
-            .map(|some| {
-                let numbers: Vec<f32> =
-                    some.iter().flat_map(|&b| &blocks.keys[b * width..][..width]).copied().collect();
-                let mut cosines = vec![0.0; some.len() * n];
-                let all = View::row_major(&blocks.keys, n, width).transposed();
-                product(View::row_major(&numbers, some.len(), width), all, &mut cosines);
-                let mut counts = vec![(0, 0); options.taus.len()];
-                for (&a, cosines) in some.iter().zip(cosines.chunks_exact(n)) {
-                    for (b, &cosine) in cosines.iter().enumerate().filter(|(b, _)| *b != a) {
-                        let level = options.taus.partition_point(|&tau| f64::from(cosine) > tau);
-                        if level > 0 {
-                            let met = u64::from(signatures.meet(a, b));
-                            counts[..level].iter_mut().for_each(|c| *c = (c.0 + 1, c.1 + met));
-                        }
-                    }
-                }
-                counts
-            })
-            .collect();
-        for (t, &tau) in options.taus.iter().enumerate() {
-            let (pairs, met) = counted.iter().fold((0, 0), |(p, m), c| (p + c[t].0, m + c[t].1));
-            if pairs > 0 {
-                self.put("key", Class::All, "lsh_pairs", Some(tau), Some(pairs as f64));
-                self.put("key", Class::All, "lsh_recall", Some(tau), Some(met as f64 / pairs as f64));
-            }
+    /// How many of the pairs above each threshold `pairing=lsh` finds.
+    fn recall(&mut self, found: &[Recall]) {
+        for r in found.iter().filter(|r| r.pairs > 0) {
+            self.put("key", Class::All, "lsh_pairs", Some(r.tau), Some(r.pairs as f64));
+            self.put("key", Class::All, "lsh_recall", Some(r.tau), Some(r.met as f64 / r.pairs as f64));
         }
-        Ok(())
     }
 
     /// What a fusion makes of this layer alone; the class is the method.
-    fn fused(&mut self, unfused: &CacheBatch, chain: &Chain) -> Result<()> {
-        let fusion = chain.fusion().ok_or_else(|| {
-            Error::argument(format!("--fuse {}: is no fusion of finished caches, as bff is", chain.name()))
-        })?;
-        let alone = Fusion::of_layer(*fusion.choices(), fusion.rule().clone(), 0)?;
-        let mut batch = unfused.clone();
-        let started = Instant::now();
-        alone.encode(&mut batch, &Memo::default())?;
-        let seconds = started.elapsed().as_secs_f64();
-        let ledger = Ledger::of(&batch, &alone.coverage(1));
-        let error = distortion(unfused, &batch).0;
-        crate::progress::note(&format!(
-            "{} of layer {}: {} blocks, {seconds:.1} s",
-            chain.name(),
-            self.layer,
-            ledger.layers[0].logical_blocks
-        ));
-        let rate = &ledger.layers[0];
+    fn fused(&mut self, method: &str, (rate, error): (LayerRate, Distortion)) {
         for (part, statistic, value) in [
             ("both", "fused_blocks", rate.logical_blocks as f64),
             ("both", "fused_left", rate.physical_blocks as f64),
@@ -367,9 +302,8 @@ impl Sheet {
             ("key", "fused_error", error.keys()),
             ("value", "fused_error", error.values()),
         ] {
-            self.put_interval(part, &chain.name(), statistic, None, Some(value), None);
+            self.put_interval(part, method, statistic, None, Some(value), None);
         }
-        Ok(())
     }
 
     /// `all`: sums by class.
@@ -462,34 +396,6 @@ impl Sheet {
             self.put_interval(name, class.name(), "exceedance", Some(tau), Some(q), interval);
         }
     }
-}
-
-/// Blocks that are compared with all others at a time, on each thread.
-const RECALL_ROWS: usize = 64;
-
-/// Caches of one layer in blocks of f16 numbers, all prompt tokens but the last.
-fn layer_batch(
-    shards: &[OneShard],
-    config: &ModelConfig,
-    layer: usize,
-    block_size: usize,
-) -> Result<CacheBatch> {
-    let shape = BlockShape { block_size, kv_heads: config.kv_heads, head_dim: config.head_dim };
-    let longest = shards.iter().map(|s| s.tokens.len()).max().unwrap_or(1);
-    let ropes = Ropes::same(Rope::new(config.layer_rope(layer), longest));
-    let mut batch = CacheBatch::empty(shape, Storage::F16, Arc::new(ropes));
-    for shard in shards {
-        interrupt::check()?;
-        let (keys, values) = shard.layer(layer, config)?;
-        let tokens = shard.tokens.len() - 1;
-        let (numbers, width) = (tokens * shape.token_width(), shape.block_width());
-        let mut table = BlockTable::default();
-        for (k, v) in keys[..numbers].chunks(width).zip(values[..numbers].chunks(width)) {
-            table.push(batch.pool.allocate(k, v));
-        }
-        batch.push(RequestCache { layers: vec![table], tokens }, shard.tokens[..tokens].to_vec(), "");
-    }
-    Ok(batch)
 }
 
 /// Requests among the homes of a block; homes rise by request.

@@ -4,11 +4,10 @@ use super::arms::Arm;
 use super::lot::{MOST_TARGETS, Source, targets};
 use crate::block::BlockShape;
 use crate::codec::fusion::{Pairing, keep_tables};
-use crate::codec::{Chain, Role};
+use crate::codec::{Role, repeated};
 use crate::dump::Shard;
 use crate::error::{Error, Result};
 use crate::memory::{Bytes, resident};
-use std::collections::HashSet;
 
 /// Of a page beside its numbers, as a share of them: its own fields, its place in pool and table, the allocator's.
 const OVERHEAD: f64 = 0.06;
@@ -28,8 +27,8 @@ struct Size {
     reference: usize,
     /// What loading or scoring holds besides.
     passing: usize,
-    /// Blocks that may fuse with each other.
-    blocks: usize,
+    /// Inner products of all blocks of a layer, keys' and values', and one layer's numbers that they are made of.
+    tables: usize,
 }
 
 /// Checks that lots of these requests fit, and gives what is left to tables of similarities.
@@ -39,13 +38,15 @@ struct Size {
 pub fn check(source: Source, questions: &[usize], grid: &[Arm], most: Bytes) -> Result<()> {
     let model = resident().0;
     let costs = Costs::of(source, questions)?;
-    let need = |batch: usize, block_size: usize, arms: &[&Arm]| -> usize {
+    let need = |batch: usize, block_size: usize, arms: &[Held]| -> usize {
         let lots = costs.requests.chunks(batch).map(|lot| costs.lot(lot, block_size));
-        lots.map(|lot| model + MARGIN + lot.needs(arms, &costs, block_size)).max().unwrap_or(0)
+        let needs = |lot: Size| model + MARGIN + lot.needs(arms);
+        lots.map(needs).max().unwrap_or(0)
     };
     let mut left = usize::MAX;
     for packing in source.options.packings() {
-        let arms: Vec<&Arm> = grid.iter().filter(|arm| arm.packing == packing).collect();
+        let here = grid.iter().filter(|arm| arm.packing == packing);
+        let arms: Vec<Held> = here.map(|arm| Held::of(arm, costs.shape)).collect();
         let needed = need(packing.batch, packing.block_size, &arms);
         if needed > most.0 {
             let fitting = |batch: &usize| need(*batch, packing.block_size, &arms) <= most.0;
@@ -108,67 +109,75 @@ impl Costs {
         })
     }
 
-    /// Whether the last stage's pages are bytes alone.
-    fn packs(&self, chain: &Chain, block_size: usize) -> bool {
-        let shape = BlockShape { block_size, ..self.shape };
-        chain.stages().last().is_some_and(|s| s.codec.reads_in_place(shape))
-    }
-
     fn lot(&self, requests: &[Request], block_size: usize) -> Size {
         let page =
             |numbers: usize| (numbers as f64 * size_of::<half::f16>() as f64 * (1.0 + OVERHEAD)) as usize;
         let longest = requests.iter().map(|r| r.tokens.len()).max().unwrap_or(0);
         let tokens: usize = requests.iter().map(|r| r.tokens.len()).sum();
         let rows: usize = requests.iter().map(|r| r.rows).sum();
-        let mut prefixes: HashSet<&[u32]> = HashSet::new();
-        let mut kept = 0;
-        for request in requests {
-            let full = request.tokens.len() / block_size;
-            let new = (1..=full).filter(|n| prefixes.insert(&request.tokens[..n * block_size])).count();
-            kept += new * block_size + request.tokens.len() % block_size;
-        }
+        let full: usize = requests.iter().map(|r| r.tokens.len() / block_size).sum();
+        let shared = repeated(requests.iter().map(|r| ("", &r.tokens[..])), block_size).len();
+        let blocks = full - shared;
+        let layer = blocks * block_size * self.token_numbers / self.layers;
         let (logits, attention) = self.row_numbers;
         // A request's f32 numbers and its mapped file; or logits and attention outputs of an arm.
         let loading = longest * self.token_numbers * 6;
         let scoring = 2 * LOGIT_ROWS * logits * 4 + rows * attention * 4;
         Size {
             caches: page(tokens * self.token_numbers),
-            distinct: page(kept * self.token_numbers),
+            distinct: page((tokens - shared * block_size) * self.token_numbers),
             reference: rows * (logits + attention) * 4,
             passing: loading.max(scoring),
-            blocks: prefixes.len(),
+            tables: 2 * blocks * blocks * size_of::<f32>() + layer * size_of::<f32>(),
+        }
+    }
+}
+
+/// What an arm holds besides the unfused caches, whose pages it shares as far as it leaves them alone.
+struct Held {
+    role: Role,
+    /// Blocks are shared before the last stage, or by it.
+    shares: bool,
+    /// Every block of a layer is compared with every other.
+    compares_all: bool,
+    /// Coded pages are bytes alone.
+    packs: bool,
+    /// Prefills caches of its own.
+    prefills: bool,
+}
+
+impl Held {
+    fn of(arm: &Arm, shape: BlockShape) -> Self {
+        let shape = BlockShape { block_size: arm.packing.block_size, ..shape };
+        let stages = arm.chain.stages();
+        let pairing = arm.chain.fusion().map(|f| f.choices().pairing);
+        Held {
+            role: arm.chain.role(),
+            shares: stages.iter().any(|s| s.role == Role::Share || s.role == Role::Fuse),
+            compares_all: pairing.is_some_and(|p| p != Pairing::Lsh),
+            packs: stages.last().is_some_and(|s| s.codec.reads_in_place(shape)),
+            prefills: arm.chain.chunks().is_some(),
         }
     }
 }
 
 impl Size {
     /// The most that any arm needs beside the model.
-    fn needs(&self, arms: &[&Arm], costs: &Costs, block_size: usize) -> usize {
-        let arm = arms.iter().map(|arm| self.arm(&arm.chain, costs, block_size)).max().unwrap_or(0);
+    fn needs(&self, arms: &[Held]) -> usize {
+        let arm = arms.iter().map(|arm| self.arm(arm)).max().unwrap_or(0);
         self.caches + self.reference + arm + self.passing
     }
 
-    /// What an arm holds besides the unfused caches: it shares pages that it leaves alone.
-    fn arm(&self, chain: &Chain, costs: &Costs, block_size: usize) -> usize {
-        let shares = chain.stages().iter().any(|s| s.role == Role::Share || s.role == Role::Fuse);
-        let pages = if shares { self.distinct } else { self.caches };
-        let tables = match chain.fusion().map(|f| f.choices().pairing) {
-            Some(Pairing::Lsh) | None => 0,
-            // Inner products of keys and of values, and one layer's numbers that they are made of.
-            Some(_) => {
-                let layer = self.blocks * block_size * costs.token_numbers / costs.layers;
-                2 * self.blocks * self.blocks * size_of::<f32>() + layer * size_of::<f32>()
-            }
-        };
-        let pages = match chain.role() {
+    fn arm(&self, arm: &Held) -> usize {
+        let coded = if arm.shares { self.distinct } else { self.caches };
+        let pages = match arm.role {
             Role::Nothing | Role::Share => 0,
             // Means of at least two blocks each.
             Role::Fuse => self.distinct / 2,
             Role::Evict | Role::Whole => self.caches,
             // Bytes alone where they are read in place; else numbers as they were decoded too, in 32 bits.
-            Role::Code => pages / 2 + if costs.packs(chain, block_size) { 0 } else { 2 * pages },
+            Role::Code => coded / 2 + if arm.packs { 0 } else { 2 * coded },
         };
-        let chunks = if chain.chunks().is_some() { self.caches } else { 0 };
-        pages + tables + chunks
+        pages + if arm.compares_all { self.tables } else { 0 } + if arm.prefills { self.caches } else { 0 }
     }
 }

@@ -126,21 +126,27 @@ impl Work<'_> {
                 }
                 if n + 1 < lots {
                     self.runs.store_piece(&piece, n)?;
+                    pieces[k].push(piece);
+                } else {
+                    let mut all = std::mem::take(&mut pieces[k]);
+                    all.push(piece);
+                    self.finish(i, all, here[0])?;
                 }
-                pieces[k].push(piece);
                 progress.increment();
-                if n + 1 == lots {
-                    let baseline = self.records[here[0]].as_ref().map(|r| &r.requests[..]);
-                    let record =
-                        record(self.setting, &self.grid[i], std::mem::take(&mut pieces[k]), baseline);
-                    self.runs.store(&record)?;
-                    self.runs.drop_pieces(&self.ids[i], lots);
-                    self.records[i] = Some(record);
-                    write_tables(self.out, &self.records)?;
-                }
             }
         }
         Ok(())
+    }
+
+    /// Makes the record of an arm from the pieces of all lots. `plain`: the unfused arm of its packing.
+    fn finish(&mut self, i: usize, pieces: Vec<Piece>, plain: usize) -> Result<()> {
+        let lots = pieces.len();
+        let baseline = self.records[plain].as_ref().map(|r| &r.requests[..]);
+        let record = record(self.setting, &self.grid[i], pieces, baseline);
+        self.runs.store(&record)?;
+        self.runs.drop_pieces(&self.ids[i], lots);
+        self.records[i] = Some(record);
+        write_tables(self.out, &self.records)
     }
 }
 

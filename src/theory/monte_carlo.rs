@@ -170,10 +170,7 @@ fn batch_of(caches: &[(Vec<f32>, Vec<f32>)], width: usize) -> CacheBatch {
     let rope = Ropes::same(Rope::new(&RopeConfig::plain(10_000.0, width), 1));
     let mut batch = CacheBatch::empty(shape, Storage::F32, Arc::new(rope));
     for (keys, values) in caches {
-        let mut table = BlockTable::default();
-        for (k, v) in keys.chunks(width).zip(values.chunks(width)) {
-            table.push(batch.pool.allocate(k, v));
-        }
+        let table = BlockTable::of(&mut batch.pool, keys, values);
         let tokens = keys.len() / width;
         batch.push(RequestCache { layers: vec![table], tokens }, vec![0; tokens], "");
     }

@@ -25,11 +25,11 @@ def layers_of(cache):
     return found
 
 
-def cache_of(layers, tokens, device, dtype):
-    """A transformers cache of the first tokens of `layers`."""
+def cache_of(layers, model):
+    """A transformers cache that holds `layers`, for a model to go on from."""
     cache = DynamicCache()
     for n, (keys, values) in enumerate(layers):
-        part = [x[:tokens].to(device, dtype).transpose(0, 1)[None] for x in (keys, values)]
+        part = [x.to(model.device, model.dtype).transpose(0, 1)[None] for x in (keys, values)]
         cache.update(*part, n)
     return cache
 

@@ -5,9 +5,6 @@ block table of 16 tokens; keys hold their positions (RoPE), so none are stored. 
 question apart from them, as every method of a sweep does.
 """
 
-import torch
-from transformers import DynamicCache
-
 from . import models, score
 
 
@@ -26,23 +23,15 @@ def run(args):
 
 
 def pressed(source, name, press, ratio, block_size):
-    """An arm (method, options, bits, caches) of a press: the caches are made once and kept."""
+    """An arm (method, options, bits, layers of a request) of a press: its caches are made once and kept."""
     kept = []
     bits = 0
     for tokens in source.tokens:
-        cache = DynamicCache()
-        ids = torch.tensor([tokens[:-1]], device=source.model.device)
-        with torch.no_grad(), press(source.model):
-            source.model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        layers = models.layers_of(cache)
+        with press(source.model):
+            layers = models.prefill(source.model, tokens[:-1])
         for keys, values in layers:
             bits += 16 * (keys.numel() + values.numel()) + 32 * -(-len(keys) // block_size)
         # The last prompt token is part of what is charged, as it is of every arm.
         bits += 16 * source.width
         kept.append(layers)
-
-    def cache(number):
-        layers = kept[number]
-        return models.cache_of(layers, len(layers[0][0]), source.model.device, source.model.dtype)
-
-    return f"{name}:ratio={ratio}", {f"{name}.ratio": ratio}, bits, cache
+    return f"{name}:ratio={ratio}", {f"{name}.ratio": ratio}, bits, kept.__getitem__

@@ -74,17 +74,18 @@ def interval(x, resamples, seed):
 
 
 def prefix_ratio(shards, block_size):
-    """Ratio of exact prefix sharing: blocks that begin alike up to their end are stored once; 32 bits a table entry."""
-    stored, entries, total, seen = 0, 0, 0, set()
+    """Tokens that exact prefix sharing stores, block-table entries, and all tokens: blocks that begin alike up to their end are stored once."""
+    stored, entries, total, chains = 0, 0, 0, {}
     for tokens in shards:
+        before = None
         for at in range(0, len(tokens), block_size):
-            end = min(at + block_size, len(tokens))
+            own = tuple(tokens[at:at + block_size])
             entries += 1
-            total += end - at
-            key = tuple(tokens[:end])
-            if end - at < block_size or key not in seen:
-                stored += end - at
-            seen.add(key)
+            total += len(own)
+            new = len(chains)
+            before = chains.setdefault((before, own), new)
+            if len(own) < block_size or before == new:
+                stored += len(own)
     return stored, entries, total
 
 
@@ -109,26 +110,27 @@ class Source:
         self.cr_prefix = 16 * self.elements / self.prefix_bits
 
     def decoded(self, folder):
-        """Caches of a dump, all prompt tokens but the last, one request at a time."""
+        """Layers of a dump, all prompt tokens but the last, one request at a time."""
         manifest = files.read_manifest(folder)
 
-        def cache(number):
+        def layers(number):
             tokens, layers = files.read_shard(folder, manifest["requests"][number])
             if tokens != self.tokens[number]:
                 raise SystemExit(f"error: {folder}: request {number} has other tokens than the dump it is compared with")
-            return models.cache_of(layers, len(tokens) - 1, self.model.device, self.model.dtype)
+            return [(keys[:-1], values[:-1]) for keys, values in layers]
 
-        return cache
+        return layers
 
-    def measure(self, cache, most):
+    def measure(self, layers, most):
         """Per request: KL of every target token, top-1 agreement, answer's text and F1. The first arm is the reference."""
         rows = []
         for number, request in enumerate(self.requests):
             wanted, last, position = self.targets[number], self.tokens[number][-1], len(self.tokens[number]) - 1
-            own = models.logits(self.model, cache(number), [last, *wanted[:-1]], position).log_softmax(-1)
+            held = layers(number)
+            own = models.logits(self.model, models.cache_of(held, self.model), [last, *wanted[:-1]], position).log_softmax(-1)
             p = self.reference.setdefault(number, own)
             kl = (p.exp() * (p - own)).sum(-1).clamp(min=0)
-            answer = greedy(self.model, self.tokenizer, cache(number), last, position, self.stop, most)
+            answer = greedy(self.model, self.tokenizer, models.cache_of(held, self.model), last, position, self.stop, most)
             rows.append({
                 "id": request["id"],
                 "kl": kl.cpu().numpy(),
@@ -141,10 +143,10 @@ class Source:
 
 
 def write(args, source, arms):
-    """Measures arms (method, options, bits, caches), the unencoded one first, and writes sweep.csv and requests.csv."""
+    """Measures arms (method, options, bits, layers of a request), the unencoded one first, and writes sweep.csv and requests.csv."""
     sweep, requests, options, none = [], [], set(), None
-    for method, own_options, bits, cache in arms:
-        rows = source.measure(cache, args.max_new_tokens) if cache else none
+    for method, own_options, bits, layers in arms:
+        rows = source.measure(layers, args.max_new_tokens) if layers else none
         none = none or rows
         run_id = hashlib.sha256(f"{method} {args.dump} {args.model}".encode()).hexdigest()[:12]
         means = [float(r["kl"].mean()) for r in rows]

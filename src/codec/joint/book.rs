@@ -2,13 +2,12 @@
 
 use super::entropy::{CENTROIDS, CONTEXTS, SYMBOLS, Tables, WIDTHS};
 use super::reference::CLASSES;
-use crate::block::BlockShape;
+use crate::block::{BlockShape, halves};
 use crate::error::{Error, Result};
 use crate::files;
 use crate::model::gemm::{View, product};
 use faer::linalg::solvers::DenseSolveCore;
 use faer::{Mat, Side};
-use half::f16;
 use rayon::prelude::*;
 use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
@@ -113,10 +112,6 @@ pub struct TableParts {
     pub centroids: Vec<f32>,
 }
 
-fn f16_bytes(numbers: &[f32]) -> Vec<u8> {
-    numbers.iter().flat_map(|x| f16::from_f32(*x).to_le_bytes()).collect()
-}
-
 fn f32_bytes(numbers: &[f32]) -> Vec<u8> {
     numbers.iter().flat_map(|x| x.to_le_bytes()).collect()
 }
@@ -154,10 +149,10 @@ pub fn write(path: &Path, origin: &Origin, layers: &[LayerBook], tables: &TableP
         let scale = root.iter().fold(1e-30f32, |m, x| m.max(x.abs()));
         let scaled: Vec<f32> = root.iter().map(|x| x / scale).collect();
         let d = origin.head_dim;
-        add("root", Dtype::F16, vec![2 * origin.kv_heads, d, d], f16_bytes(&scaled));
+        add("root", Dtype::F16, vec![2 * origin.kv_heads, d, d], halves::to_bytes(&scaled));
         add("root_factor", Dtype::F32, vec![1], f32_bytes(&[scale]));
         if origin.head_dim > WIDE {
-            add("turn", Dtype::F16, vec![width, r], f16_bytes(&layer.turn));
+            add("turn", Dtype::F16, vec![width, r], halves::to_bytes(&layer.turn));
         } else {
             let (bytes, factors) = bytes_by_column(&layer.turn, r);
             add("turn", Dtype::I8, vec![width, r], bytes);
@@ -165,7 +160,7 @@ pub fn write(path: &Path, origin: &Origin, layers: &[LayerBook], tables: &TableP
         }
         let sigma = layer.sigma.iter().flat_map(|s| s.to_le_bytes()).collect();
         add("sigma", Dtype::I16, vec![CLASSES, r], sigma);
-        add("gain", Dtype::F16, vec![CLASSES, r], f16_bytes(&layer.gain));
+        add("gain", Dtype::F16, vec![CLASSES, r], halves::to_bytes(&layer.gain));
     }
     let probabilities = tables.probabilities.iter().flat_map(|p| p.to_le_bytes()).collect();
     tensors.push(("tables.probabilities".into(), Dtype::U16, vec![WIDTHS, CONTEXTS, SYMBOLS], probabilities));
@@ -221,9 +216,7 @@ impl Reader<'_> {
     }
 
     fn f16(&self, name: &str, shape: &[usize]) -> Result<Vec<f32>> {
-        let bytes = self.bytes(name, Dtype::F16, shape)?;
-        let halves = bytes.as_chunks::<2>().0.iter();
-        self.finite(name, halves.map(|b| f16::from_le_bytes(*b).to_f32()).collect())
+        self.finite(name, halves::from_bytes(self.bytes(name, Dtype::F16, shape)?))
     }
 
     /// A matrix of signed bytes, each column with a factor.
