@@ -164,8 +164,8 @@ impl ModelConfig {
         self.layers * (attention + 3 * self.hidden * self.intermediate)
     }
 
-    /// Refuses sizes no decoder can have.
-    pub fn checked(self, path: &Path) -> Result<Self> {
+    /// Refuses sizes no decoder can have; `path` is the file that says them.
+    pub fn check(&self, path: &Path) -> Result<()> {
         check_sizes(
             path,
             &[
@@ -188,14 +188,14 @@ impl ModelConfig {
             return Err(Error::file(path, problem));
         }
         let whole = self.heads.is_multiple_of(self.kv_heads) && self.head_dim.is_multiple_of(2);
-        if !whole || self.rope.dims != self.head_dim {
+        let ropes = [Some(&self.rope), self.sliding.as_ref().and_then(|s| s.rope.as_ref())];
+        if !whole || ropes.iter().flatten().any(|r| r.dims != self.head_dim) {
             let problem = format!(
                 "{} heads over {} key/value heads of size {} with {} rotated are not a decoder of these architectures",
                 self.heads, self.kv_heads, self.head_dim, self.rope.dims
             );
             return Err(Error::file(path, problem));
         }
-        let ropes = [Some(&self.rope), self.sliding.as_ref().and_then(|s| s.rope.as_ref())];
         let usable = |r: &RopeConfig| {
             let fits = r.divisors.is_empty() || r.divisors.len() == r.dims / 2;
             positive(r.base) && fits && r.divisors.iter().all(|d| positive(*d))
@@ -209,7 +209,7 @@ impl ModelConfig {
                 "a sliding window of 0 tokens sees nothing; fetch the model again",
             ));
         }
-        Ok(self)
+        Ok(())
     }
 }
 

@@ -1,6 +1,6 @@
 //! GGUF files: metadata, tokenizer vocabulary and (de-quantised) tensors, read with candle.
 
-use super::coded::{Coded, GROUP};
+use super::coded::Coded;
 use super::config::{
     ARCHITECTURES, GEMMA3_LOCAL_BASE, GEMMA3_PATTERN, ModelConfig, RopeConfig, Sliding, all_but_each,
     check_sizes, unknown_architecture, unknown_scaling,
@@ -12,14 +12,13 @@ use crate::files;
 use candle_core::Device;
 use candle_core::quantized::gguf_file::{Content, Value};
 use memchr::memmem;
-use memmap2::Mmap;
 use std::collections::BTreeSet;
+use std::fs::File;
 use std::io::Cursor;
 use std::path::{Path, PathBuf};
 
 pub struct Gguf {
     path: PathBuf,
-    map: Mmap,
     content: Content,
     config: ModelConfig,
 }
@@ -72,7 +71,7 @@ impl Gguf {
             return Err(Error::file(path, problem));
         }
         let config = config(path, &map, &content)?;
-        Ok(Gguf { path: path.to_owned(), map, content, config })
+        Ok(Gguf { path: path.to_owned(), content, config })
     }
 
     pub fn config(&self) -> &ModelConfig {
@@ -210,10 +209,11 @@ impl TensorSource for Gguf {
         let stored = stored.filter(|n| self.content.tensor_infos.contains_key(n));
         let stored = stored.ok_or_else(missing)?;
         let read = || -> candle_core::Result<(Vec<usize>, Numbers)> {
-            let tensor = self.content.tensor(&mut Cursor::new(&self.map[..]), &stored, &Device::Cpu)?;
+            // Read, not mapped: what was mapped would stay in memory beside the panels that are made of it.
+            let tensor = self.content.tensor(&mut File::open(&self.path)?, &stored, &Device::Cpu)?;
             let shape = tensor.shape().dims().to_vec();
-            let whole = shape.last().is_some_and(|width| width.is_multiple_of(GROUP));
-            match Coded::read(tensor.dtype(), &tensor.data()?).filter(|_| whole) {
+            let whole = |c: &Coded| shape.last().is_some_and(|width| width.is_multiple_of(c.group));
+            match Coded::read(tensor.dtype(), &tensor.data()?).filter(whole) {
                 Some(coded) => Ok((shape, Numbers::Coded(coded))),
                 None => {
                     let numbers = tensor.dequantize(&Device::Cpu)?.flatten_all()?.to_vec1()?;
@@ -234,7 +234,7 @@ impl TensorSource for Gguf {
         };
         let order = rotate_half_rows(shape[0], heads);
         let data = match data {
-            Numbers::Coded(coded) => Numbers::Coded(coded.with_rows(c.hidden, order.iter().copied())),
+            Numbers::Coded(coded) => Numbers::Coded(coded.with_rows(c.hidden, &order)),
             other => {
                 let rows = other.into_f32();
                 let row = |r: &usize| &rows[r * c.hidden..][..c.hidden];
@@ -331,7 +331,7 @@ fn config(path: &Path, map: &[u8], content: &Content) -> Result<ModelConfig> {
         // llama.cpp does not read a window of the others, and has switched that of phi3 off.
         _ => None,
     };
-    ModelConfig {
+    let config = ModelConfig {
         architecture: architecture.to_owned(),
         layers,
         hidden,
@@ -349,8 +349,9 @@ fn config(path: &Path, map: &[u8], content: &Content) -> Result<ModelConfig> {
         sliding,
         // The one Gemma 3 whose queries are scaled otherwise is the 27B, of 62 layers; GGUF files do not say so.
         query_scalar: (architecture == "gemma3" && layers == 62).then(|| hidden as f64 / heads as f64),
-    }
-    .checked(path)
+    };
+    config.check(path)?;
+    Ok(config)
 }
 
 /// The windows of a Gemma 3, as llama.cpp reads them.

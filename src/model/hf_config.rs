@@ -211,7 +211,7 @@ pub fn read(path: &Path) -> Result<ModelConfig> {
         let local = base(own).or(raw.rope_local_base_freq);
         RopeConfig::plain(local.unwrap_or(GEMMA3_LOCAL_BASE), head_dim)
     });
-    ModelConfig {
+    let config = ModelConfig {
         layers: raw.num_hidden_layers,
         hidden: raw.hidden_size,
         heads: raw.num_attention_heads,
@@ -227,8 +227,9 @@ pub fn read(path: &Path) -> Result<ModelConfig> {
             .then(|| raw.query_pre_attn_scalar.unwrap_or(GEMMA3_QUERY_SCALAR))
             .filter(|s| *s != head_dim as f64),
         architecture,
-    }
-    .checked(path)
+    };
+    config.check(path)?;
+    Ok(config)
 }
 
 /// The layers that slide, if any do.

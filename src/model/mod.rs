@@ -9,6 +9,7 @@ mod decoder;
 mod fetch;
 pub mod gemm;
 mod generation;
+mod ggml;
 mod gguf;
 mod hf;
 mod hf_config;

@@ -1,6 +1,6 @@
 //! Numbers of a tensor in the precision they are stored in.
 
-use super::coded::{Coded, GROUP};
+use super::coded::Coded;
 use half::{bf16, f16};
 
 /// Numbers in the precision they are stored in.
@@ -19,9 +19,9 @@ impl Numbers {
             Numbers::F16(x) => x.iter().position(|x| !x.is_finite()).map(|i| (i, x[i].to_f32())),
             Numbers::Bf16(x) => x.iter().position(|x| !x.is_finite()).map(|i| (i, x[i].to_f32())),
             Numbers::Coded(x) => {
-                let unusable = |(scale, offset): (&f32, &f32)| !scale.is_finite() || !offset.is_finite();
-                let group = x.scales.iter().zip(&x.offsets).position(unusable)?;
-                Some((group * GROUP, x.scales[group] + x.offsets[group]))
+                let sum = |group: usize| x.scales[group] + x.offset(group);
+                let group = (0..x.scales.len()).find(|&group| !sum(group).is_finite())?;
+                Some((group * x.group, sum(group)))
             }
         }
     }

@@ -1,6 +1,6 @@
 //! Weights panel by panel, in the precision of the file, and how a panel is read in f32.
 
-use super::coded::{Coded, GROUP};
+use super::coded::Coded;
 use super::numbers::Numbers;
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
@@ -22,8 +22,11 @@ pub struct CodedPanels {
     outputs: usize,
     inputs: usize,
     codes: Codes,
-    /// Of each panel, group of inputs and output: `[panels, inputs / GROUP, PANEL]`.
+    /// Inputs that share a scale.
+    group: usize,
+    /// Of each panel, group of inputs and output: `[panels, inputs / group, PANEL]`.
     scales: Vec<f32>,
+    /// Like the scales; empty if they are all zero.
     offsets: Vec<f32>,
 }
 
@@ -120,19 +123,25 @@ impl CodedPanels {
     fn stack(parts: &[&Coded], inputs: usize) -> Self {
         let outputs: usize = parts.iter().map(|p| p.len() / inputs).sum();
         let padded = outputs.next_multiple_of(PANEL);
-        let groups = inputs / GROUP;
+        // Parts of one matrix may be of several types: scales go by the smallest group, offsets are there if one has them.
+        let group = parts.iter().map(|p| p.group).min().unwrap_or(inputs);
+        let groups = inputs / group;
+        let has_offsets = parts.iter().any(|p| !p.offsets.is_empty());
         // A panel's numbers by place in it.
         let at = |row: usize, i: usize, per_output: usize| {
             row / PANEL * PANEL * per_output + i * PANEL + row % PANEL
         };
         let mut scales = vec![0.0; padded * groups];
-        let mut offsets = vec![0.0; padded * groups];
+        let mut offsets = vec![0.0; if has_offsets { padded * groups } else { 0 }];
         let mut codes = vec![0i8; padded * inputs];
         let rows = parts.iter().flat_map(|p| (0..p.len() / inputs).map(move |r| (*p, r)));
         for (row, (part, own)) in rows.enumerate() {
             for g in 0..groups {
-                scales[at(row, g, groups)] = part.scales[own * groups + g];
-                offsets[at(row, g, groups)] = part.offsets[own * groups + g];
+                let its = own * (inputs / part.group) + g * group / part.group;
+                scales[at(row, g, groups)] = part.scales[its];
+                if has_offsets {
+                    offsets[at(row, g, groups)] = part.offset(its);
+                }
             }
             for i in 0..inputs {
                 codes[at(row, i, inputs)] = part.codes[own * inputs + i];
@@ -151,20 +160,27 @@ impl CodedPanels {
                 Codes::Nibbles { bytes: codes.chunks_exact(PANEL).flat_map(pack).collect(), least }
             }
         };
-        CodedPanels { outputs, inputs, codes, scales, offsets }
+        CodedPanels { outputs, inputs, codes, group, scales, offsets }
     }
 
     /// A panel in f32, `[inputs, PANEL]`.
     fn read(&self, panel: usize, out: &mut [f32]) {
-        let groups = self.inputs / GROUP * PANEL;
+        let groups = self.inputs / self.group * PANEL;
         let factors = panel * groups..(panel + 1) * groups;
-        let (scales, offsets) = (&self.scales[factors.clone()], &self.offsets[factors]);
         let codes = panel * self.inputs * PANEL..(panel + 1) * self.inputs * PANEL;
+        let scales = &self.scales[factors.clone()];
+        let offsets = if self.offsets.is_empty() { &[][..] } else { &self.offsets[factors] };
         match &self.codes {
             Codes::Nibbles { bytes, least } => {
-                unpack_nibbles(&bytes[codes.start / 2..codes.end / 2], *least, scales, offsets, out);
+                unpack_nibbles(
+                    &bytes[codes.start / 2..codes.end / 2],
+                    *least,
+                    self.group,
+                    (scales, offsets),
+                    out,
+                );
             }
-            Codes::Bytes(all) => unpack_bytes(&all[codes], scales, offsets, out),
+            Codes::Bytes(all) => unpack_bytes(&all[codes], self.group, (scales, offsets), out),
         }
     }
 
@@ -179,19 +195,29 @@ impl CodedPanels {
                 (if o < half { byte & 15 } else { byte >> 4 }) as i8 + least
             }
         };
-        let factor = (panel * (self.inputs / GROUP) + input / GROUP) * PANEL + o;
-        f32::from(code) * self.scales[factor] + self.offsets[factor]
+        let factor = (panel * (self.inputs / self.group) + input / self.group) * PANEL + o;
+        f32::from(code) * self.scales[factor] + self.offsets.get(factor).unwrap_or(&0.0)
     }
 }
 
-/// Groups of inputs: for each output a scale and an offset, then a row of codes for each input.
+/// Offsets of a group that has none.
+const NO_OFFSETS: [f32; PANEL] = [0.0; PANEL];
+
+/// Groups of inputs: for each output a scale and an offset (none: all zero), then a row of codes for each input.
 #[multiversion(targets("x86_64+avx512f+avx512vl+avx512dq+avx512bw+avx2+fma", "x86_64+avx2+fma"))]
-fn unpack_nibbles(codes: &[u8], least: i8, scales: &[f32], offsets: &[f32], out: &mut [f32]) {
+fn unpack_nibbles(
+    codes: &[u8],
+    least: i8,
+    group: usize,
+    (scales, offsets): (&[f32], &[f32]),
+    out: &mut [f32],
+) {
     const HALF: usize = PANEL / 2;
     let least = i32::from(least);
-    let factors = scales.as_chunks::<PANEL>().0.iter().zip(offsets.as_chunks::<PANEL>().0);
-    let rows = codes.as_chunks::<HALF>().0.chunks_exact(GROUP);
-    let outs = out.as_chunks_mut::<PANEL>().0.chunks_exact_mut(GROUP);
+    let offsets = offsets.as_chunks::<PANEL>().0.iter().chain(std::iter::repeat(&NO_OFFSETS));
+    let factors = scales.as_chunks::<PANEL>().0.iter().zip(offsets);
+    let rows = codes.as_chunks::<HALF>().0.chunks_exact(group);
+    let outs = out.as_chunks_mut::<PANEL>().0.chunks_exact_mut(group);
     for ((scale, offset), (rows, outs)) in factors.zip(rows.zip(outs)) {
         for (row, out) in rows.iter().zip(outs) {
             for o in 0..HALF {
@@ -204,11 +230,13 @@ fn unpack_nibbles(codes: &[u8], least: i8, scales: &[f32], offsets: &[f32], out:
     }
 }
 
+/// Like [`unpack_nibbles`], a byte a code.
 #[multiversion(targets("x86_64+avx512f+avx512vl+avx512dq+avx512bw+avx2+fma", "x86_64+avx2+fma"))]
-fn unpack_bytes(codes: &[i8], scales: &[f32], offsets: &[f32], out: &mut [f32]) {
-    let factors = scales.as_chunks::<PANEL>().0.iter().zip(offsets.as_chunks::<PANEL>().0);
-    let rows = codes.as_chunks::<PANEL>().0.chunks_exact(GROUP);
-    let outs = out.as_chunks_mut::<PANEL>().0.chunks_exact_mut(GROUP);
+fn unpack_bytes(codes: &[i8], group: usize, (scales, offsets): (&[f32], &[f32]), out: &mut [f32]) {
+    let offsets = offsets.as_chunks::<PANEL>().0.iter().chain(std::iter::repeat(&NO_OFFSETS));
+    let factors = scales.as_chunks::<PANEL>().0.iter().zip(offsets);
+    let rows = codes.as_chunks::<PANEL>().0.chunks_exact(group);
+    let outs = out.as_chunks_mut::<PANEL>().0.chunks_exact_mut(group);
     for ((scale, offset), (rows, outs)) in factors.zip(rows.zip(outs)) {
         for (row, out) in rows.iter().zip(outs) {
             for o in 0..PANEL {
@@ -239,22 +267,50 @@ mod tests {
     use candle_core::{Device, Tensor};
     use proptest::prelude::*;
 
+    const KINDS: [GgmlDType; 10] = [
+        GgmlDType::Q4_0,
+        GgmlDType::Q4_1,
+        GgmlDType::Q5_0,
+        GgmlDType::Q5_1,
+        GgmlDType::Q8_0,
+        GgmlDType::Q2K,
+        GgmlDType::Q3K,
+        GgmlDType::Q4K,
+        GgmlDType::Q5K,
+        GgmlDType::Q6K,
+    ];
+
+    /// A matrix stored in a type, and its numbers as candle reads them.
+    fn stored(kind: GgmlDType, (outputs, inputs): (usize, usize), seed: u32) -> (Coded, Vec<f32>) {
+        let number =
+            |i: u32| ((i.wrapping_mul(2_654_435_761).wrapping_add(seed) >> 8) % 2001) as f32 / 500.0 - 2.0;
+        let numbers: Vec<f32> = (0..(outputs * inputs) as u32).map(number).collect();
+        let tensor = Tensor::from_vec(numbers, (outputs, inputs), &Device::Cpu).unwrap();
+        let stored = QTensor::quantize(&tensor, kind).unwrap();
+        let exact = stored.dequantize(&Device::Cpu).unwrap().flatten_all().unwrap().to_vec1().unwrap();
+        (Coded::read(kind, &stored.data().unwrap()).unwrap(), exact)
+    }
+
     proptest! {
-        #![proptest_config(ProptestConfig::with_cases(30))]
-        /// Every block type is read as candle reads it, but for the sign of zero, as rows, as panels and one by one.
+        #![proptest_config(ProptestConfig::with_cases(40))]
+        /// Every block type is read as candle reads it, but for the sign of zero, as rows, as panels and one by one, by itself and
+        /// with a part of another type below it.
         #[test]
-        fn codes_are_read_as_candle_reads_them(outputs in 1usize..200, groups in 1usize..4, kind in 0usize..5, seed in 0u32..99) {
-            let kinds = [GgmlDType::Q4_0, GgmlDType::Q4_1, GgmlDType::Q5_0, GgmlDType::Q5_1, GgmlDType::Q8_0];
-            let inputs = groups * GROUP;
-            let number = |i: u32| ((i.wrapping_mul(2_654_435_761).wrapping_add(seed) >> 8) % 2001) as f32 / 500.0 - 2.0;
-            let numbers: Vec<f32> = (0..(outputs * inputs) as u32).map(number).collect();
-            let tensor = Tensor::from_vec(numbers, (outputs, inputs), &Device::Cpu).unwrap();
-            let stored = QTensor::quantize(&tensor, kinds[kind]).unwrap();
-            let exact: Vec<f32> =
-                stored.dequantize(&Device::Cpu).unwrap().flatten_all().unwrap().to_vec1().unwrap();
-            let coded = Coded::read(kinds[kind], &stored.data().unwrap()).unwrap();
+        fn codes_are_read_as_candle_reads_them(
+            tops in 1usize..150, blocks in 1usize..3, kind in 0usize..10, second in 0usize..20, seed in 0u32..99
+        ) {
+            let inputs = blocks * 256;
+            let (coded, mut exact) = stored(KINDS[kind], (tops, inputs), seed);
             prop_assert_eq!(&coded.to_f32(), &exact);
-            let panels = Panels::stack(vec![Numbers::Coded(coded)], inputs);
+            let mut parts = vec![Numbers::Coded(coded)];
+            let mut outputs = tops;
+            if let Some(&kind) = KINDS.get(second) {
+                let (below, its) = stored(kind, (33, inputs), seed + 1);
+                parts.push(Numbers::Coded(below));
+                exact.extend(its);
+                outputs += 33;
+            }
+            let panels = Panels::stack(parts, inputs);
             prop_assert!(matches!(panels, Panels::Coded(_)));
             let mut scratch = Vec::new();
             for first in (0..outputs).step_by(PANEL) {
