@@ -206,6 +206,11 @@ fn the_command_writes_its_tables_and_refuses_what_is_not_served() {
     good.push(text(&out));
     let table = succeed(&good);
     assert!(table.contains("prefix+kivi") && table.contains("tok/s"), "{table}");
+    // Times are never the same twice: what is there was not measured again, and another arm is measured beside it.
+    let rows = || std::fs::read_to_string(out.join("serve_requests.csv")).unwrap();
+    let first = rows();
+    succeed(&good);
+    assert_eq!(rows(), first);
     for (name, rows) in [("serve.csv", 6), ("serve_summary.csv", 3)] {
         let csv = std::fs::read_to_string(out.join(name)).unwrap();
         assert_eq!(csv.lines().count(), rows + 1, "{name}");

@@ -115,7 +115,8 @@ impl Args {
 pub fn run(args: Args, typed: Vec<String>) -> Result<()> {
     let json = args.json;
     let options = args.options(typed)?;
-    let rows = summary(&bench(&options)?);
+    let runs = bench(&options)?;
+    let rows = summary(&runs.iter().collect::<Vec<_>>());
     if json {
         return super::say_rows(&rows);
     }

@@ -5,6 +5,7 @@ use super::job::{Job, Limits};
 use super::metrics::{Goal, fields};
 use super::policy::Policy;
 use super::quality::{Witness, divergences};
+use super::record::{RequestRow, Run, ServeRow, write_tables};
 use super::run::{Arrival, Moment, Outcome, serve};
 use crate::codec::Chain;
 use crate::error::{Error, Result};
@@ -12,23 +13,13 @@ use crate::files;
 use crate::lock::FolderLock;
 use crate::memory::resident;
 use crate::model::Model;
+use crate::model::kernels::instructions;
 use crate::progress::{Progress, Unit};
-use crate::stats::{bootstrap_mean, mean, quantile, rounded};
+use crate::stats::{bootstrap_mean, mean, rounded};
 use crate::sweep::answer_text;
-use crate::tables::write_csv;
 use crate::task::{self, PromptSet};
-use serde::Serialize;
 use serde_json::{Map, Value};
 use std::path::PathBuf;
-
-/// A run of an arm a row.
-pub const SERVE_CSV: &str = "serve.csv";
-/// An arm a row: medians over its runs.
-pub const SERVE_SUMMARY_CSV: &str = "serve_summary.csv";
-/// A request of a run a row.
-pub const SERVE_REQUESTS_CSV: &str = "serve_requests.csv";
-/// How the engine stood, a moment a row.
-pub const SERVE_TIMELINE_CSV: &str = "serve_timeline.csv";
 
 /// What to serve.
 #[derive(Debug, Clone)]
@@ -55,51 +46,6 @@ pub struct BenchOptions {
     pub command: Vec<String>,
 }
 
-/// One run of one arm.
-#[derive(Debug, Clone, Serialize)]
-pub struct ServeRow {
-    pub method: String,
-    pub repeat: usize,
-    /// `inf`, or a number.
-    pub request_rate: String,
-    pub burstiness: f64,
-    /// None for no limit.
-    pub max_concurrency: Option<usize>,
-    pub budget_bytes: usize,
-    #[serde(flatten)]
-    pub fields: Map<String, Value>,
-}
-
-#[derive(Serialize)]
-struct TimelineRow<'a> {
-    method: &'a str,
-    repeat: usize,
-    request_rate: &'a str,
-    seconds: f64,
-    running: usize,
-    waiting: usize,
-    pages: usize,
-    pool_bytes: usize,
-    rss_bytes: usize,
-}
-
-#[derive(Serialize)]
-struct RequestRow {
-    method: String,
-    repeat: usize,
-    request_rate: String,
-    id: String,
-    tenant: String,
-    input_tokens: usize,
-    output_tokens: usize,
-    arrival_seconds: f64,
-    first_token_seconds: Option<f64>,
-    end_seconds: f64,
-    failed: bool,
-    score: Option<f64>,
-    answer: String,
-}
-
 /// The requests, encoded.
 struct Load {
     set: PromptSet,
@@ -116,50 +62,89 @@ pub fn bench(options: &BenchOptions) -> Result<Vec<ServeRow>> {
     let limits = limits(&model, options, &load.jobs)?;
     let _lock = FolderLock::take(&options.out)?;
     files::writable_folder(&options.out)?;
-    let runs = options.repeats * options.rates.len() * policies.len();
-    let progress = Progress::new("serving", runs as u64, Unit::Items("runs"));
-    let mut rows: Vec<ServeRow> = Vec::new();
-    let mut moments: Vec<(usize, Moment)> = Vec::new();
-    let mut requests: Vec<RequestRow> = Vec::new();
+    let asked = manifest(options, &model, limits, &load.set)?;
+    let progress = Progress::new(
+        "serving",
+        (options.repeats * options.rates.len() * policies.len()) as u64,
+        Unit::Items("runs"),
+    );
+    let mut runs: Vec<Run> = Vec::new();
     for repeat in 0..options.repeats {
         for &rate in &options.rates {
-            // All arms of a repeat meet the same arrivals.
-            let arrivals = Arrivals { rate, burstiness: options.burstiness };
-            let times = arrivals.times(load.jobs.len(), options.draw.seed + repeat as u64);
             // Each begins another repeat, so that none always runs in the other's wake.
             for turn in 0..policies.len() {
-                let policy = &policies[(turn + repeat) % policies.len()];
-                give_memory_back();
-                let rss_before = resident().0;
-                let jobs = load.jobs.iter().zip(&times);
-                let arrivals: Vec<Arrival> =
-                    jobs.map(|(job, &seconds)| Arrival { seconds, job: job.clone() }).collect();
-                let outcome = serve(&model, limits, policy.clone(), &arrivals, options.concurrency)?;
-                let mut fields =
-                    fields(&outcome.served, outcome.duration, options.goal, &options.percentiles);
-                engine_fields(&mut fields, &outcome, rss_before);
-                let own = request_rows(&model, &load, &outcome, (&policy.name, repeat, rate))?;
-                let scores: Vec<f64> = own.iter().filter_map(|r| r.score).collect();
-                quality_fields(&mut fields, &model, options, &load, &outcome, &scores)?;
-                requests.extend(own);
-                moments.extend(outcome.moments.iter().map(|m| (rows.len(), *m)));
-                rows.push(ServeRow {
-                    method: policy.name.clone(),
-                    repeat,
-                    request_rate: rate.to_string(),
-                    burstiness: options.burstiness,
-                    max_concurrency: Some(options.concurrency).filter(|n| *n < usize::MAX),
-                    budget_bytes: limits.budget_bytes,
-                    fields,
-                });
+                let arm = (turn + repeat) % policies.len();
+                let key = key(&asked, &options.chains[arm], repeat, rate);
+                let run = match Run::load(&options.out, &key) {
+                    Some(run) => run,
+                    None => {
+                        let server = Server { options, model: &model, load: &load, limits };
+                        let run = server.run(&key, &policies[arm], repeat, rate)?;
+                        run.store(&options.out)?;
+                        run
+                    }
+                };
+                runs.push(run);
                 progress.increment();
-                write(options, &rows, &requests, &moments)?;
+                write_tables(&options.out, &runs)?;
             }
         }
     }
     progress.finish();
-    write_manifest(options, &model, limits)?;
-    Ok(rows)
+    files::write_json(&options.out.join("manifest.json"), &asked)?;
+    Ok(runs.into_iter().map(|run| run.row).collect())
+}
+
+/// Names a run by all that was asked of it.
+fn key(asked: &Value, chain: &Chain, repeat: usize, rate: f64) -> String {
+    let trained: Vec<&str> =
+        chain.stages().iter().filter_map(|s| s.codec.trained_file()).map(|(_, sum)| sum).collect();
+    let mut asked = asked.clone();
+    // However it was typed, and beside whatever other arms.
+    if let Some(fields) = asked.as_object_mut() {
+        fields.remove("command");
+    }
+    let key = serde_json::json!([asked, chain.name(), trained, repeat, rate.to_string()]);
+    files::sha256_bytes(key.to_string().as_bytes())
+}
+
+/// What all runs of a bench have in common.
+struct Server<'a> {
+    options: &'a BenchOptions,
+    model: &'a Model,
+    load: &'a Load,
+    limits: Limits,
+}
+
+impl Server<'_> {
+    /// Serves all requests once.
+    fn run(&self, key: &str, policy: &Policy, repeat: usize, rate: f64) -> Result<Run> {
+        let Server { options, model, load, limits } = *self;
+        // All arms of a repeat meet the same arrivals.
+        let arrivals = Arrivals { rate, burstiness: options.burstiness };
+        let times = arrivals.times(load.jobs.len(), options.draw.seed + repeat as u64);
+        give_memory_back();
+        let rss_before = resident().0;
+        let jobs = load.jobs.iter().zip(&times);
+        let arrivals: Vec<Arrival> =
+            jobs.map(|(job, &seconds)| Arrival { seconds, job: job.clone() }).collect();
+        let outcome = serve(model, limits, policy.clone(), &arrivals, options.concurrency)?;
+        let mut fields = fields(&outcome.served, outcome.duration, options.goal, &options.percentiles);
+        engine_fields(&mut fields, &outcome, rss_before);
+        let requests = request_rows(model, load, &outcome, (&policy.name, repeat, rate))?;
+        let scores: Vec<f64> = requests.iter().filter_map(|r| r.score).collect();
+        quality_fields(&mut fields, model, options, load, &outcome, &scores)?;
+        let row = ServeRow {
+            method: policy.name.clone(),
+            repeat,
+            request_rate: rate.to_string(),
+            burstiness: options.burstiness,
+            max_concurrency: Some(options.concurrency).filter(|n| *n < usize::MAX),
+            budget_bytes: limits.budget_bytes,
+            fields,
+        };
+        Ok(Run::new(key, row, requests, outcome.moments))
+    }
 }
 
 fn load(model: &Model, options: &BenchOptions) -> Result<Load> {
@@ -299,74 +284,27 @@ fn quality_fields(
     Ok(())
 }
 
-/// An arm's runs at one load as one row: medians, and the least and the most of throughput.
-pub fn summary(rows: &[ServeRow]) -> Vec<ServeRow> {
-    let mut arms: Vec<(String, String)> = Vec::new();
-    for row in rows {
-        let key = (row.method.clone(), row.request_rate.clone());
-        if !arms.contains(&key) {
-            arms.push(key);
-        }
-    }
-    let one = |(method, rate): (String, String)| {
-        let own: Vec<&ServeRow> =
-            rows.iter().filter(|r| r.method == method && r.request_rate == rate).collect();
-        let mut fields = Map::new();
-        for name in own[0].fields.keys() {
-            let numbers: Vec<f64> = own.iter().filter_map(|r| r.fields.get(name)?.as_f64()).collect();
-            let median = quantile(&numbers, 0.5);
-            fields.insert(name.clone(), median.map_or(Value::Null, Value::from));
-            if name == "output_throughput" {
-                for (end, q) in [("low", 0.0), ("high", 1.0)] {
-                    let value = quantile(&numbers, q).map_or(Value::Null, Value::from);
-                    fields.insert(format!("{name}_{end}"), value);
-                }
-            }
-        }
-        ServeRow { method, repeat: own.len(), fields, ..own[0].clone() }
-    };
-    arms.into_iter().map(one).collect()
-}
-
-fn write(
-    options: &BenchOptions,
-    rows: &[ServeRow],
-    requests: &[RequestRow],
-    moments: &[(usize, Moment)],
-) -> Result<()> {
-    write_csv(&options.out.join(SERVE_CSV), rows)?;
-    write_csv(&options.out.join(SERVE_SUMMARY_CSV), &summary(rows))?;
-    write_csv(&options.out.join(SERVE_REQUESTS_CSV), requests)?;
-    let timeline: Vec<TimelineRow> = moments
-        .iter()
-        .map(|(row, m)| TimelineRow {
-            method: &rows[*row].method,
-            repeat: rows[*row].repeat,
-            request_rate: &rows[*row].request_rate,
-            seconds: rounded(m.seconds),
-            running: m.running,
-            waiting: m.waiting,
-            pages: m.pages,
-            pool_bytes: m.bytes,
-            rss_bytes: m.rss_bytes,
-        })
-        .collect();
-    write_csv(&options.out.join(SERVE_TIMELINE_CSV), &timeline)
-}
-
-fn write_manifest(options: &BenchOptions, model: &Model, limits: Limits) -> Result<()> {
-    let value = serde_json::json!({
+/// All that was asked: the manifest, and what names a run.
+fn manifest(options: &BenchOptions, model: &Model, limits: Limits, set: &PromptSet) -> Result<Value> {
+    let unusable = |e: serde_json::Error| Error::argument(e.to_string());
+    Ok(serde_json::json!({
         "kvfuse_version": env!("CARGO_PKG_VERSION"),
+        "kernels": [instructions()],
         "command": options.command,
         "model": options.model,
         "model_sha256": model.sha256,
-        "data": options.draw.spec,
-        "requests": options.draw.limit.unwrap_or(options.draw.requests),
-        "budget_bytes": limits.budget_bytes,
-        "block_size": limits.block_size,
+        "data": serde_json::to_value(&options.draw).map_err(unusable)?,
+        "data_sha256": set.sha256,
+        "limits": limits,
+        "burstiness": options.burstiness,
+        "max_concurrency": Some(options.concurrency).filter(|n| *n < usize::MAX),
+        "output_tokens": options.output_tokens,
+        "ignore_eos": options.ignore_end,
+        "goodput": options.goal,
+        "percentiles": options.percentiles,
+        "quality": [options.quality_requests, options.quality_tokens],
         "threads": rayon::current_num_threads(),
-    });
-    files::write_json(&options.out.join("manifest.json"), &value)
+    }))
 }
 
 /// Memory that the allocator keeps goes back to the system, so that what a run takes can be seen.

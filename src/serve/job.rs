@@ -1,7 +1,9 @@
 //! What is handed to an engine and what it hands back.
 
+use serde::Serialize;
+
 /// How much an engine may hold and do at once.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 pub struct Limits {
     /// Tokens of a block.
     pub block_size: usize,

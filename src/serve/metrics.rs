@@ -1,6 +1,7 @@
 //! What a run of requests took, in the names of vLLM's `bench serve`.
 
 use crate::stats::{mean, quantile};
+use serde::Serialize;
 use serde_json::{Map, Value};
 
 /// One request as its client saw it, in seconds since the run began.
@@ -32,7 +33,7 @@ impl Served {
 }
 
 /// Latencies below which a request counts as good, in milliseconds.
-#[derive(Debug, Clone, Copy, Default, PartialEq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize)]
 pub struct Goal {
     pub ttft: Option<f64>,
     pub tpot: Option<f64>,

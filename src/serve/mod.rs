@@ -10,17 +10,16 @@ mod metrics;
 mod policy;
 mod prefix;
 mod quality;
+mod record;
 mod run;
 mod tier;
 
 pub use arrivals::Arrivals;
-pub use bench::{
-    BenchOptions, SERVE_CSV, SERVE_REQUESTS_CSV, SERVE_SUMMARY_CSV, SERVE_TIMELINE_CSV, ServeRow, bench,
-    summary,
-};
+pub use bench::{BenchOptions, bench};
 pub use engine::Engine;
 pub use job::{Counts, Event, Finish, Job, Limits};
 pub use metrics::{Goal, Served, fields};
 pub use policy::Policy;
 pub use quality::{Witness, divergences};
+pub use record::{SERVE_CSV, SERVE_REQUESTS_CSV, SERVE_SUMMARY_CSV, SERVE_TIMELINE_CSV, ServeRow, summary};
 pub use run::{Arrival, Moment, Outcome, serve};

@@ -8,6 +8,7 @@ use crate::error::Result;
 use crate::interrupt;
 use crate::memory::resident;
 use crate::model::Model;
+use serde::{Deserialize, Serialize};
 use std::time::{Duration, Instant};
 
 /// A request and when it comes, in seconds.
@@ -18,7 +19,7 @@ pub struct Arrival {
 }
 
 /// How the engine stood at a moment.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct Moment {
     pub seconds: f64,
     pub running: usize,

@@ -104,7 +104,7 @@ const FILES: [&str; 5] = ["squad", "longbench", "ruler", "text", "prompts"];
 const BUILTIN_QA: &str = include_str!("../../data/qa.json");
 
 /// Which prompts to draw.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Serialize)]
 pub struct Draw {
     /// `builtin:qa`, `builtin:longqa`, `synth:niah`, `squad:PATH`, `longbench:PATH`, `ruler:PATH`, `text:PATH` or
     /// `prompts:PATH`.

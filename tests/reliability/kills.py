@@ -2,8 +2,8 @@
 
     python3 tests/reliability/kills.py [KILLS] [KVFUSE]
 
-dump, train, sweep in three lots, shards and merge, encode, on a tiny model (that of the fuzzer's sound files) and 48 prompts; serve-bench,
-which measures time and so never writes the same table twice, is looked at for half-written files.
+dump, train, sweep in three lots, shards and merge, encode, on a tiny model (that of the fuzzer's sound files) and 48 prompts; serve-bench
+measures time and so never writes the same table twice: of it, every run that was finished must stay as it was.
 """
 
 import csv
@@ -102,16 +102,25 @@ def main():
     shards = [[*sweep, "-o", "shards", "--shard", f"{i}/3"] for i in range(3)]
     disturbed("shards and merge", "shards", tables, [*shards, ["merge", "shards"]], share, rng)
     assert files("swept", tables).items() <= files("shards", tables).items(), "shards give other tables than one process"
-    bench = ["serve-bench", "--model", model, *data, "--method", "none,prefix", "--budget-requests", "8", "--output-len", "16", "-o", "served"]
+    bench = ["serve-bench", "--model", model, *data, "--method", "none,prefix", "--budget-requests", "8", "--output-len", "16"]
+    bench += ["--repeats", "4", "-o", "served"]
     started = time.time()
     kvfuse(*bench)
-    seconds, hits = time.time() - started, 0
-    for _ in range(KILLS - 5 * share):
-        hits += not kvfuse(*bench, kill_after=rng.uniform(0.0, seconds))
+    seconds, hits, whole = time.time() - started, 0, 1
+    shutil.rmtree("served")
+    kept = {}
+    while hits < KILLS - 5 * share:
+        ended = kvfuse(*bench, kill_after=rng.uniform(0.0, seconds))
         check_whole("served")
-    kvfuse(*bench)
-    check_whole("served")
-    print(f"serve-bench: {hits} kills, no half-written file")
+        now = files("served/runs", ["*.json"])
+        assert kept.items() <= now.items(), "serve-bench lost a finished run"
+        kept = now
+        hits += not ended
+        if ended:
+            assert len(now) == 8 and len(list(csv.reader(open("served/serve.csv")))) == 9
+            shutil.rmtree("served")
+            kept, whole = {}, whole + 1
+    print(f"serve-bench: {hits} kills in {whole} benches of {seconds:.1f} s, no finished run lost or changed")
     shutil.rmtree(work)
 
 
