@@ -207,6 +207,18 @@ fn a_shard_with_nan() {
     refuse(&["sweep", text(dir.path()), "--method", "bff:tau=0.9"], &["request-00001.safetensors", "NaN"]);
 }
 
+/// Found by fuzzing.
+#[test]
+fn a_manifest_whose_model_has_no_heads() {
+    let dir = scratch();
+    copy_folder(small_dump(), dir.path());
+    let path = dir.path().join("manifest.json");
+    let mut manifest: serde_json::Value = serde_json::from_str(&fs::read_to_string(&path).unwrap()).unwrap();
+    manifest["model"]["config"]["kv_heads"] = 0.into();
+    write(&path, manifest.to_string().as_bytes());
+    refuse(&["sweep", text(dir.path())], &["manifest.json", "key/value heads", "zero"]);
+}
+
 #[test]
 fn a_folder_that_cannot_be_written() {
     let dir = scratch();

@@ -89,6 +89,23 @@ fn a_tokenizers_truncation_and_padding_are_not_the_models() {
     drop(dir);
 }
 
+/// Found by fuzzing: the tokenizers crate panics at both.
+#[test]
+fn a_tokenizer_that_is_no_json_or_contradicts_itself_is_refused() {
+    let (_dir, model) = place();
+    let file = model.join("tokenizer.json");
+    let sound = fs::read_to_string(&file).unwrap();
+    edit(&file, |t| {
+        t["post_processor"] = json!({"type": "TemplateProcessing", "pair": [],
+            "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+            "special_tokens": {"<S>": {"id": "<S>", "ids": [1], "tokens": ["<S>"]}}});
+    });
+    refuse(&["model", "info", text(&model)], &["tokenizer.json", "post_processor", "<s>"]);
+    let (head, tail) = sound.split_once(r#""decoder":"#).unwrap();
+    fs::write(&file, format!(r#"{head}"decoder":{{"type":-{tail}"#)).unwrap();
+    refuse(&["model", "info", text(&model)], &["tokenizer.json", "not a usable"]);
+}
+
 #[test]
 fn ends_are_those_that_the_files_name() {
     let (_dir, model) = place();

@@ -19,6 +19,10 @@ pub struct Manifest {
     pub kvfuse_version: String,
     /// [`NUMERICS`] of the code that made the dump.
     pub numerics: u32,
+    /// Instruction sets of the machines that made the dump ([`instructions`](crate::model::kernels::instructions)); no part of its
+    /// identity, which its shards' checksums are.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub kernels: Vec<String>,
     /// Arguments of the command that made the dump.
     pub command: Vec<String>,
     pub model: ModelEntry,
@@ -125,6 +129,7 @@ impl Manifest {
         if manifest.requests.is_empty() {
             return Err(Error::file(&path, "lists no requests"));
         }
+        manifest.model.config.check(&path)?;
         Ok(manifest)
     }
 
@@ -135,7 +140,7 @@ impl Manifest {
 
     /// Without its command line and its shards' checksums.
     fn bare(&self) -> Manifest {
-        let mut bare = Manifest { command: Vec::new(), ..self.clone() };
+        let mut bare = Manifest { command: Vec::new(), kernels: Vec::new(), ..self.clone() };
         bare.requests.iter_mut().for_each(|r| r.sha256.clear());
         bare
     }
@@ -169,7 +174,7 @@ impl Manifest {
     /// SHA-256 of the manifest without its command line, but with its shards' checksums: the identity of the dump and of the
     /// caches in it.
     pub fn identity(&self) -> Result<String> {
-        checksum(&Manifest { command: Vec::new(), ..self.clone() })
+        checksum(&Manifest { command: Vec::new(), kernels: Vec::new(), ..self.clone() })
     }
 }
 

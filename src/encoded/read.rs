@@ -144,6 +144,9 @@ impl Encoded {
     }
 }
 
+/// Tokens of a block beyond which a header is not believed.
+const LARGEST_BLOCK: usize = 1 << 24;
+
 fn header(reader: &mut Reader) -> Result<Header> {
     let magic = reader.take(MAGIC.len())?;
     if magic[..7] != MAGIC[..7] {
@@ -164,7 +167,8 @@ fn header(reader: &mut Reader) -> Result<Header> {
     }
     let header: Header = serde_json::from_slice(json)
         .map_err(|e| Error::file(reader.path, format!("has an unusable header ({e}); encode it again")))?;
-    let sound = header.block_size > 0
+    header.manifest.model.config.check(reader.path)?;
+    let sound = (1..=LARGEST_BLOCK).contains(&header.block_size)
         && header.table_layers > 0
         && header.tokens.len() == header.manifest.requests.len()
         && header.tokens.iter().all(|t| !t.is_empty());

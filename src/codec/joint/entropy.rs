@@ -173,7 +173,8 @@ impl Tables {
     pub fn new(probabilities: &[u16], means: &[u32], centroids: &[f32]) -> Option<Self> {
         let sized = probabilities.len() == WIDTHS * CONTEXTS * SYMBOLS
             && centroids.len() == WIDTHS * CENTROIDS
-            && centroids.iter().all(|c| c.is_finite());
+            && centroids.iter().all(|c| c.is_finite())
+            && means.iter().all(|mean| *mean <= (ESCAPE as u32) << 8);
         let table = |p: &[u16]| {
             let fits =
                 p.iter().all(|p| *p > 0) && p.iter().map(|p| u32::from(*p)).sum::<u32>() == 1 << PRECISION;
@@ -278,8 +279,8 @@ impl Neighbours {
     }
 
     fn see(&mut self, symbol: u32, mean: u32) {
-        self.seen += (symbol << 8) - self.seen / 16;
-        self.expected += mean - self.expected / 16;
+        self.seen = self.seen - self.seen / 16 + (symbol << 8);
+        self.expected = self.expected - self.expected / 16 + mean;
     }
 }
 

@@ -12,6 +12,14 @@ impl Tokenizer {
         }
         let bad = |e: tokenizers::Error| Error::file(path, format!("not a usable tokenizer.json: {e}"));
         let text = files::read_text(path)?;
+        // The crate panics where the JSON of a decoder is malformed, and where a template names a token that it does not list.
+        let value: Value = serde_json::from_str(&text).map_err(|e| bad(e.into()))?;
+        if let Some(token) = unlisted(&value["post_processor"]) {
+            return Err(Error::file(
+                path,
+                format!("its post_processor does not list the token {token}; fetch it again"),
+            ));
+        }
         let mut inner: tokenizers::Tokenizer = text.parse().map_err(bad)?;
         // What a trainer cut or filled its batches to; transformers takes neither over.
         inner.with_truncation(None).map_err(bad)?;
@@ -43,6 +51,14 @@ impl Tokenizer {
         let chat = chat::template_beside(path, &config)?.map(|source| Chat { source, tokens });
         Ok(Self::finish(path, inner, lead, ends, chat, false))
     }
+}
+
+/// A special token that a template, or one of a sequence of processors, names without saying which ids it has.
+fn unlisted(processor: &Value) -> Option<&str> {
+    let inner = processor["processors"].as_array().into_iter().flatten().find_map(unlisted);
+    let pieces = ["single", "pair"].into_iter().filter_map(|list| processor[list].as_array()).flatten();
+    let mut named = pieces.filter_map(|piece| piece["SpecialToken"]["id"].as_str());
+    inner.or_else(|| named.find(|token| processor["special_tokens"].get(token).is_none()))
 }
 
 /// What the post-processor of a `tokenizer.json` puts in front of a text.
