@@ -56,6 +56,7 @@ fn made_up_dump(folder: &Path, config: &ModelConfig, caches: &[Cache]) -> Manife
     let manifest = Manifest {
         schema: 2,
         numerics: kvfuse::model::NUMERICS,
+        kernels: Vec::new(),
         kvfuse_version: "test".to_owned(),
         command: vec!["test".to_owned()],
         model: ModelEntry { name: "none".to_owned(), sha256: "0".repeat(64), config: config.clone() },

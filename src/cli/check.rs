@@ -4,12 +4,14 @@ use super::say;
 use super::table::table;
 use crate::tables::{Difference, Tolerance, compare_folders};
 use anyhow::{Result, bail};
+use std::collections::BTreeSet;
 use std::path::PathBuf;
 
 /// Hold the tables of one results folder against those of another, column by column.
 ///
 /// Every CSV file of the first folder (and its folders) must be in the second, with the same columns and rows: texts equal,
-/// numbers equal within the tolerances, but for a few outliers. Files that only the second folder has, names of runs and texts
+/// numbers equal within the tolerances, but for a few outliers. The same processor gives the same bytes; another one (manifests
+/// say which kernels, `avx512` or `avx2`) rounds sums otherwise, which is what the tolerances are for. Files that only the second folder has, names of runs and texts
 /// of answers are not looked at.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Example:\n  kvfuse check results/quick /tmp/again/quick")]
@@ -47,6 +49,12 @@ pub fn run(args: Args) -> Result<()> {
         })
         .collect();
     say(table(&["table", "cells", "not equal", "outside", "worst", ""], &rows))?;
+    let kernels: BTreeSet<&(String, String)> = found.iter().filter_map(|d| d.kernels.as_ref()).collect();
+    for (expected, made) in kernels {
+        say(format!(
+            "computed with {expected}, and again with {made}: last digits differ, and near ties with them"
+        ))?;
+    }
     let bad: Vec<&str> = found.iter().filter(|d| !d.bad.is_empty()).map(|d| &d.file[..]).collect();
     if !bad.is_empty() {
         bail!("{} of {} tables differ: {}", bad.len(), found.len(), bad.join(", "));

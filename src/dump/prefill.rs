@@ -5,6 +5,7 @@ use super::shard::{DumpDtype, Shard, write_shard};
 use crate::block::{BlockPool, BlockTable, Part, RequestCache, Storage};
 use crate::error::{Error, Result};
 use crate::lock::FolderLock;
+use crate::model::kernels::instructions;
 use crate::model::{Model, NUMERICS, Segment};
 use crate::progress::{Progress, Unit};
 use crate::task::{Draw, Filler, Request};
@@ -108,6 +109,7 @@ pub fn dump(folder: &Path, options: &DumpOptions) -> Result<Manifest> {
         schema: SCHEMA,
         kvfuse_version: env!("CARGO_PKG_VERSION").to_owned(),
         numerics: NUMERICS,
+        kernels: vec![instructions().to_owned()],
         command: options.command.clone(),
         model: ModelEntry {
             name: options.model.clone(),
@@ -143,6 +145,9 @@ pub fn dump(folder: &Path, options: &DumpOptions) -> Result<Manifest> {
         if !there.same_dump(&manifest) {
             return Err(Error::file(folder, "holds a different dump; choose another -o or delete it"));
         }
+        manifest.kernels.extend(there.kernels);
+        manifest.kernels.sort();
+        manifest.kernels.dedup();
     } else {
         manifest.write(folder)?;
     }

@@ -2,6 +2,21 @@
 
 use multiversion::multiversion;
 
+/// The instruction set that matrix products and these kernels use on this machine. Sums are rounded otherwise under another one,
+/// so results carry it: their last digits are comparable only where it is the same.
+pub fn instructions() -> &'static str {
+    #[cfg(target_arch = "x86_64")]
+    {
+        if is_x86_feature_detected!("avx512f") {
+            return "avx512";
+        }
+        if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
+            return "avx2";
+        }
+    }
+    std::env::consts::ARCH
+}
+
 /// Lanes that partial sums are kept in: one AVX-512 register of f32.
 const LANES: usize = 16;
 

@@ -4,6 +4,7 @@ use crate::dump::{Half, Manifest};
 use crate::error::{Error, Result};
 use crate::files;
 use crate::lock::FolderLock;
+use crate::model::kernels::instructions;
 use crate::stats::{SimilarityOptions, StatRow, similarities};
 use crate::tables::{Columns, write_csv};
 use std::path::{Path, PathBuf};
@@ -32,6 +33,7 @@ pub fn measure(options: &StatsOptions) -> Result<Vec<StatRow>> {
     write_csv(&options.out.join(STATS_CSV), &rows)?;
     let value = serde_json::json!({
         "kvfuse_version": env!("CARGO_PKG_VERSION"),
+        "kernels": [instructions()],
         "command": options.command,
         "options": options.similarity,
         "contexts": manifest.contexts(&requests),

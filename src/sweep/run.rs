@@ -12,11 +12,12 @@ use crate::dump::{Manifest, open_model};
 use crate::error::{Error, IoAt, Result};
 use crate::files;
 use crate::lock::FolderLock;
+use crate::model::kernels::instructions;
 use crate::progress::{Progress, Unit};
 use crate::tables::{LAYERS_CSV, REQUESTS_CSV, SWEEP_CSV, TIMINGS_CSV, write_csv};
 use serde::Serialize;
 use serde_json::Value;
-use std::collections::HashSet;
+use std::collections::{BTreeSet, HashSet};
 use std::path::Path;
 
 /// Runs all arms that are not in `options.out` yet; returns the rows in grid order, as sweep.csv has them.
@@ -246,29 +247,26 @@ fn begin(
             std::fs::remove_file(&table).at(&table)?;
         }
     }
-    write_manifest(out, options, manifest, questions, setting)?;
-    if records.iter().any(Option::is_some) {
-        write_tables(out, records)?;
-    }
-    Ok(())
-}
-
-fn write_manifest(
-    out: &Path,
-    options: &SweepOptions,
-    manifest: &Manifest,
-    questions: &[usize],
-    setting: &Setting,
-) -> Result<()> {
     let value = serde_json::json!({
         "kvfuse_version": env!("CARGO_PKG_VERSION"),
+        "kernels": kernels(records.iter().flatten()),
         "command": options.command,
         "options": options.given,
         "questions": setting.questions,
         "contexts": manifest.contexts(questions),
         "dump": manifest.origin()?,
     });
-    files::write_json(&out.join("manifest.json"), &value)
+    files::write_json(&out.join("manifest.json"), &value)?;
+    if records.iter().any(Option::is_some) {
+        write_tables(out, records)?;
+    }
+    Ok(())
+}
+
+/// What finished arms were computed with, and this process computes with.
+pub(super) fn kernels<'a>(records: impl Iterator<Item = &'a RunRecord>) -> BTreeSet<&'a str> {
+    let known = records.map(|r| &r.kernels[..]).filter(|k| !k.is_empty());
+    known.chain([instructions()]).collect()
 }
 
 /// Rewrites all tables with the rows there are, in grid order.

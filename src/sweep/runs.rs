@@ -14,6 +14,9 @@ use std::path::{Path, PathBuf};
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct RunRecord {
     pub row: Row,
+    /// What it was computed with ([`instructions`](crate::model::kernels::instructions)).
+    #[serde(default)]
+    pub kernels: String,
     pub layers: Vec<LayerScore>,
     pub requests: Vec<RequestScore>,
     pub timings: Timings,

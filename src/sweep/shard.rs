@@ -7,7 +7,7 @@ use crate::files;
 use crate::lock::FolderLock;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -132,7 +132,7 @@ pub fn merge(folders: &[PathBuf], out: &Path) -> Result<usize> {
     let records: Vec<Option<RunRecord>> = ids.iter().map(|id| records.remove(id)).collect();
     records.iter().flatten().try_for_each(|record| into.store(record))?;
     if let Some((folder, _)) = shards.values().next() {
-        manifest(folder, out)?;
+        manifest(folder, out, &records)?;
     }
     write_tables(out, &records)?;
     Ok(ids.len())
@@ -160,7 +160,7 @@ fn shard_folders(folder: &Path) -> Result<Vec<PathBuf>> {
 }
 
 /// The sweep's manifest, with the command that one process would have been given.
-fn manifest(shard: &Path, out: &Path) -> Result<()> {
+fn manifest(shard: &Path, out: &Path, records: &[Option<RunRecord>]) -> Result<()> {
     let path = shard.join("manifest.json");
     let text = files::read_text(&path)?;
     let mut manifest: Value = serde_json::from_str(&text).map_err(|e| Error::file(&path, e.to_string()))?;
@@ -173,6 +173,8 @@ fn manifest(shard: &Path, out: &Path) -> Result<()> {
             !drop
         });
     }
+    let kernels: BTreeSet<&str> = records.iter().flatten().map(|r| &r.kernels[..]).collect();
+    manifest["kernels"] = serde_json::json!(kernels);
     files::write_json(&out.join("manifest.json"), &manifest)
 }
 

@@ -9,6 +9,7 @@ use crate::codec::{CacheBatch, Codec, Distortion, Ledger};
 use crate::dump::Manifest;
 use crate::error::{Error, Result};
 use crate::model::Model;
+use crate::model::kernels::instructions;
 
 /// All lots of a dump in memory: for calibrations and searches, which try codec after codec.
 pub struct Stage<'a> {
@@ -98,7 +99,7 @@ pub(super) fn record(
         cr_prefix: prefix[usize::from(arm.chain.within_tenant())].cr_audited(),
     };
     let row = Row::new(&run, setting, arm, &measured);
-    RunRecord { row, layers: layers.collect(), requests, timings }
+    RunRecord { row, kernels: instructions().to_owned(), layers: layers.collect(), requests, timings }
 }
 
 /// Whether the model's context holds every prompt with its answer.

@@ -37,6 +37,8 @@ pub struct Difference {
     pub outside: usize,
     /// The cell that lies farthest apart: column, line, both values.
     pub worst: Option<String>,
+    /// What the two were computed with, where their manifests say so and it is not the same.
+    pub kernels: Option<(String, String)>,
     /// Columns with more cells outside than may be, or that there are too many in all; empty if the tables agree.
     pub bad: Vec<String>,
 }
@@ -82,6 +84,7 @@ fn compare(expected: &Path, made: &Path, file: &Path, tolerance: &Tolerance) -> 
         different: 0,
         outside: 0,
         worst: None,
+        kernels: kernels(expected).zip(kernels(made)).filter(|(a, b)| a != b),
         bad: Vec::new(),
     };
     let mut farthest = 0.0;
@@ -119,6 +122,14 @@ fn compare(expected: &Path, made: &Path, file: &Path, tolerance: &Tolerance) -> 
     Ok(found)
 }
 
+/// What the manifest beside a table says that it was computed with; none if there is no such manifest.
+fn kernels(table: &Path) -> Option<String> {
+    let text = fs::read_to_string(table.with_file_name("manifest.json")).ok()?;
+    let manifest: serde_json::Value = serde_json::from_str(&text).ok()?;
+    let names: Vec<&str> = manifest["kernels"].as_array()?.iter().filter_map(|name| name.as_str()).collect();
+    (!names.is_empty()).then(|| names.join(" and "))
+}
+
 /// Distance of two cells: above 1 outside of the tolerance, infinite for texts and for a NaN against a number.
 fn apart(x: &str, y: &str, tolerance: &Tolerance) -> f64 {
     match (x.parse::<f64>(), y.parse::<f64>()) {
@@ -143,6 +154,7 @@ mod tests {
             fs::create_dir_all(&folder).unwrap();
             fs::write(folder.join("sweep.csv"), text).unwrap();
             fs::write(folder.join("timings.csv"), folder.display().to_string()).unwrap();
+            fs::write(folder.join("manifest.json"), r#"{"kernels":["avx2"]}"#).unwrap();
         };
         write("a", "run,method,kl,layer_cr\nr1,none,0.5,1;2\nr2,bff,2,1;2\n");
         write("b", "run,method,kl,layer_cr\nr9,none,0.501,1;2\nr8,bff,2.5,1;2\n");
@@ -153,6 +165,10 @@ mod tests {
         assert_eq!((found[0].cells, found[0].different, found[0].outside), (8, 2, 1));
         assert_eq!(found[0].worst.as_deref(), Some("kl, line 3: 2.0 and 2.5"));
         assert_eq!(found[0].bad, ["kl"]);
+        assert_eq!(found[0].kernels, None);
+        fs::write(b.join("x/manifest.json"), r#"{"kernels":["avx2","avx512"]}"#).unwrap();
+        let other = Some(("avx2".to_owned(), "avx2 and avx512".to_owned()));
+        assert_eq!(compare_folders(&a, &b, &tolerance).unwrap()[0].kernels, other);
         let lenient = Tolerance { outliers: 0.2, ..tolerance };
         let bad = |b: &Path, tolerance: &Tolerance| compare_folders(&a, b, tolerance).unwrap()[0].bad.clone();
         assert!(bad(&b, &lenient).is_empty() && bad(&a, &tolerance).is_empty());

@@ -11,6 +11,7 @@ use crate::files;
 use crate::interrupt;
 use crate::lock::FolderLock;
 use crate::model::Ropes;
+use crate::model::kernels::instructions;
 use crate::progress::{Progress, Unit};
 use crate::stats::rounded;
 use crate::tables::{BOUND_CSV, BOUND_LAYERS_CSV, BOUND_MATCHES_CSV, write_csv};
@@ -135,6 +136,7 @@ pub fn bound(options: &BoundOptions) -> Result<Vec<BoundRow>> {
     write_csv(&options.out.join(BOUND_LAYERS_CSV), &layers)?;
     let value = serde_json::json!({
         "kvfuse_version": env!("CARGO_PKG_VERSION"),
+        "kernels": [instructions()],
         "command": options.command,
         "dump": manifest.origin()?,
     });
