@@ -37,6 +37,11 @@ kills KILLS="200":
     cargo build --release
     python3 tests/reliability/kills.py {{KILLS}}
 
+# Peak memory with a model of the shape of Llama-3-8B, which is written for it: just big PYTHON, with the packages gguf and numpy (10 minutes)
+big PYTHON KIND="Q4_0":
+    cargo build --release
+    {{PYTHON}} tests/reliability/big_model.py target/release/kvfuse ~/.cache/kvfuse/models/smollm2-135m.gguf target/big {{KIND}}
+
 # A sweep in four shards on a real Slurm on this machine (needs root and Debian's packages)
 slurm:
     cargo build --release

@@ -45,7 +45,13 @@ fn chains(codec: &Path) -> Vec<Chain> {
             "kitty" => ":residual=4,sinks=4",
             _ => "",
         };
-        let trained = if method.name == "joint" { format!(":codec={}", text(codec)) } else { String::new() };
+        let trained = match method.name {
+            "joint" => format!(":codec={}", text(codec)),
+            "kvtc" => {
+                format!(":bits=2,residual=4,codec={}", text(&codec.with_file_name("joint-kvtc.safetensors")))
+            }
+            _ => String::new(),
+        };
         let own = format!("{}{dial}{residual}{trained}", method.name);
         for before in [
             "",
@@ -63,10 +69,10 @@ fn chains(codec: &Path) -> Vec<Chain> {
     all
 }
 
-/// A joint codec trained on the dump by the binary.
+/// A joint codec trained on the dump by the binary, and a KVTC transform beside it.
 fn trained(dir: &Path, dump: &Path) -> PathBuf {
     let codec = dir.join("joint.safetensors");
-    succeed(&["train", text(dump), "-o", text(&codec), "--rank", "4"]);
+    succeed(&["train", text(dump), "-o", text(&codec), "--rank", "4", "--kvtc"]);
     codec
 }
 

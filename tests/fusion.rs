@@ -260,6 +260,12 @@ fn all_chains() -> Vec<Chain> {
         let dial = if method.dials.contains(&"tau") { ":tau=0.6,spare-layers=1" } else { "" };
         let own = match method.name {
             "joint" => format!("joint:codec={}", joint_codec()),
+            "kvtc" => {
+                format!(
+                    "kvtc:residual=8,codec={}",
+                    joint_codec().replace(".safetensors", "-kvtc.safetensors")
+                )
+            }
             name => format!("{name}{dial}"),
         };
         let fused = "bff:tau=0.6,spare-layers=1,within-tenant=";

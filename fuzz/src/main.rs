@@ -4,7 +4,7 @@
 
 use kvfuse::cli::Plan;
 use kvfuse::codec::joint::book::Book;
-use kvfuse::codec::{Chain, Codec};
+use kvfuse::codec::{Chain, Codec, TrainedFile};
 use kvfuse::dump::{Manifest, Shard};
 use kvfuse::encoded::Encoded;
 use kvfuse::model::Model;

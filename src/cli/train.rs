@@ -30,6 +30,12 @@ pub struct Args {
     /// Besides, codecs without a part, each in a file FILE-without-PART.safetensors: what is each part worth?
     #[arg(long, value_enum, value_delimiter = ',')]
     without: Vec<Part>,
+    /// Besides, a KVTC transform of the same text, in FILE-kvtc.safetensors (`kvfuse methods kvtc`)
+    #[arg(long)]
+    kvtc: bool,
+    /// Directions of the KVTC transform, at most
+    #[arg(long, default_value_t = 4096, value_name = "N")]
+    directions: usize,
     /// Questions whose answers errors are measured on
     #[arg(long, default_value_t = 24)]
     questions: usize,
@@ -75,6 +81,7 @@ pub fn run(args: Args, typed: Vec<String>) -> Result<()> {
         out: args.out.clone(),
         training,
         without: args.without,
+        kvtc: args.kvtc.then_some(args.directions.max(1)),
         questions: args.questions,
         rounds: args.rounds,
         seed: args.seed,

@@ -47,11 +47,22 @@ impl std::fmt::Display for Stage {
 }
 
 impl Stage {
-    /// The stage that reads its pages, with this path in place of the name of its trained file; `None` if it has no option
-    /// that names one.
+    /// The stage that reads its pages, with this path in place of the name of its trained file, as the last option; `None` if it
+    /// has no option that names one.
     pub fn with_file(&self, path: &Path) -> Option<String> {
         let option = method(self.name)?.files().into_iter().next()?;
-        Some(format!("{}:{option}={}", self.name, path.display()))
+        let set = self.set.iter().filter(|(name, _)| *name != option).cloned().collect();
+        let others = Stage { set, ..self.clone() }.to_string();
+        let mark = if others.contains(':') { ',' } else { ':' };
+        Some(format!("{others}{mark}{option}={}", path.display()))
+    }
+
+    /// What [`Stage::with_file`] gave, with another path.
+    pub fn moved(text: &str, path: &Path) -> Option<String> {
+        let name = text.split(':').next()?;
+        let option = format!("{}=", method(name)?.files().into_iter().next()?);
+        let before = &text[..text.find(&option)?];
+        Some(format!("{before}{option}{}", path.display()))
     }
 }
 

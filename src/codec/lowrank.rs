@@ -194,7 +194,7 @@ impl LowRank {
 }
 
 /// The leading right singular vectors of `x` `[rows, columns]`: `[columns, rank]`.
-fn directions(x: &[f32], rows: usize, columns: usize, rank: usize) -> Result<Vec<f32>> {
+pub(super) fn directions(x: &[f32], rows: usize, columns: usize, rank: usize) -> Result<Vec<f32>> {
     let failed = |_| Error::Number("caches are not finite".to_owned());
     let flat = |v: Mat<f32>| -> Vec<f32> {
         (0..columns).flat_map(|i| (0..rank).map(move |k| (i, k))).map(|p| v[p]).collect()

@@ -1,11 +1,13 @@
 //! Ways of shrinking a KV cache, and the ledger of what they really store.
 
 mod chain;
+mod columns;
 mod distortion;
 pub mod evict;
 mod external;
 pub mod fusion;
 pub mod joint;
+pub mod kvtc;
 mod ledger;
 mod lowrank;
 mod minicache;
@@ -15,6 +17,7 @@ mod random;
 pub mod registry;
 mod sharing;
 pub mod spec;
+mod trained;
 
 pub use chain::{Chain, Stage, Turnable};
 pub use distortion::{
@@ -25,6 +28,7 @@ pub use prefix::{Prefix, repeated};
 pub use quantize::PageShape;
 pub use random::Random;
 pub use registry::Method;
+pub use trained::TrainedFile;
 
 use crate::block::{BlockPool, BlockShape, RequestCache, Storage};
 use crate::error::{Error, Result};

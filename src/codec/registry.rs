@@ -6,6 +6,7 @@ use super::evict::{Expected, H2o, KvZip, SnapKv, Streaming};
 use super::external::External;
 use super::fusion::{Bff, Cff};
 use super::joint::Joint;
+use super::kvtc::Kvtc;
 use super::lowrank::LowRank;
 use super::minicache::MiniCache;
 use super::prefix::Prefix;
@@ -129,7 +130,7 @@ enum Problem {
 }
 
 /// The methods, in the order in which `kvfuse methods` lists them.
-pub static METHODS: [Entry; 22] = [
+pub static METHODS: [Entry; 23] = [
     entry::<Unfused>(),
     entry::<Prefix>(),
     entry::<Bff>(),
@@ -150,6 +151,7 @@ pub static METHODS: [Entry; 22] = [
     entry::<Rotated>(),
     entry::<LowRank>(),
     entry::<MiniCache>(),
+    entry::<Kvtc>(),
     entry::<Joint>(),
     entry::<External>(),
 ];

@@ -4,7 +4,7 @@ use super::{FUSED, Header, MAGIC, SCALED, STRIPPED};
 use crate::block::{
     BlockId, BlockShape, BlockTable, Entry, Kept, Payload, RequestCache, Scale, Storage, halves,
 };
-use crate::codec::{CacheBatch, Chain, Codec, PageShape};
+use crate::codec::{CacheBatch, Chain, Codec, PageShape, Stage};
 use crate::dump::{DumpDtype, Manifest, write_shard};
 use crate::error::{Error, Result};
 use crate::files;
@@ -178,11 +178,9 @@ fn header(reader: &mut Reader) -> Result<Header> {
 /// The stage that reads coded pages, with its trained file checked.
 fn reading_stage(path: &Path, header: &Header, codec: Option<&Path>) -> Result<Option<Chain>> {
     let Some(text) = &header.code else { return Ok(None) };
-    let text = match (codec, text.split_once('=')) {
-        (Some(codec), Some((option, _))) => format!("{option}={}", codec.display()),
-        _ => text.clone(),
-    };
-    let chain = Chain::parse(&text)?.swap_remove(0);
+    let moved = codec.and_then(|codec| Stage::moved(text, codec));
+    let text = moved.as_ref().unwrap_or(text);
+    let chain = Chain::parse(text)?.swap_remove(0);
     let own = chain.stages().last().and_then(|s| s.codec.trained_file());
     if let (Some((trained, sum)), Some(expected)) = (own, &header.code_sha256)
         && sum != expected

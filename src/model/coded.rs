@@ -1,5 +1,7 @@
 //! Weights as whole codes in groups along a row, each group with a scale and, in some types, an offset: what GGUF files store.
 
+use super::numbers::rows;
+
 /// Rows of codes: number = code * scale + offset, rounded twice as ggml does it.
 pub struct Coded {
     /// Row after row.
@@ -35,15 +37,11 @@ impl Coded {
 
     /// Its rows of `width` numbers in another order.
     pub fn with_rows(&self, width: usize, order: &[usize]) -> Self {
-        fn rows<T: Copy>(all: &[T], width: usize, order: &[usize]) -> Vec<T> {
-            let row = |r: &usize| &all[r * width..][..width];
-            if all.is_empty() { Vec::new() } else { order.iter().flat_map(row).copied().collect() }
-        }
         let groups = width / self.group;
         Coded {
             codes: rows(&self.codes, width, order),
             scales: rows(&self.scales, groups, order),
-            offsets: rows(&self.offsets, groups, order),
+            offsets: if self.offsets.is_empty() { Vec::new() } else { rows(&self.offsets, groups, order) },
             ..*self
         }
     }

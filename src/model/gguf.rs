@@ -10,7 +10,9 @@ use super::weights::TensorSource;
 use crate::error::{Error, Result};
 use crate::files;
 use candle_core::Device;
+use candle_core::quantized::GgmlDType;
 use candle_core::quantized::gguf_file::{Content, Value};
+use half::{bf16, f16};
 use memchr::memmem;
 use std::collections::BTreeSet;
 use std::fs::File;
@@ -212,14 +214,11 @@ impl TensorSource for Gguf {
             // Read, not mapped: what was mapped would stay in memory beside the panels that are made of it.
             let tensor = self.content.tensor(&mut File::open(&self.path)?, &stored, &Device::Cpu)?;
             let shape = tensor.shape().dims().to_vec();
-            let whole = |c: &Coded| shape.last().is_some_and(|width| width.is_multiple_of(c.group));
-            match Coded::read(tensor.dtype(), &tensor.data()?).filter(whole) {
-                Some(coded) => Ok((shape, Numbers::Coded(coded))),
-                None => {
-                    let numbers = tensor.dequantize(&Device::Cpu)?.flatten_all()?.to_vec1()?;
-                    Ok((shape, Numbers::F32(numbers)))
-                }
-            }
+            let numbers = match stored_numbers(tensor.dtype(), &tensor.data()?, &shape) {
+                Some(numbers) => numbers,
+                None => Numbers::F32(tensor.dequantize(&Device::Cpu)?.flatten_all()?.to_vec1()?),
+            };
+            Ok((shape, numbers))
         };
         let (shape, data) = read().map_err(|e| {
             Error::file(&self.path, format!("tensor {stored} cannot be read: {}", one_line(&e)))
@@ -232,16 +231,21 @@ impl TensorSource for Gguf {
         let Some((_, heads)) = turned.into_iter().find(own).filter(|_| c.architecture == "llama") else {
             return Ok((shape, data));
         };
-        let order = rotate_half_rows(shape[0], heads);
-        let data = match data {
-            Numbers::Coded(coded) => Numbers::Coded(coded.with_rows(c.hidden, &order)),
-            other => {
-                let rows = other.into_f32();
-                let row = |r: &usize| &rows[r * c.hidden..][..c.hidden];
-                Numbers::F32(order.iter().flat_map(row).copied().collect())
-            }
-        };
+        let data = data.with_rows(c.hidden, &rotate_half_rows(shape[0], heads));
         Ok((shape, data))
+    }
+}
+
+/// Numbers in the precision in which a file has them, of the types whose rows can be read so.
+fn stored_numbers(dtype: GgmlDType, bytes: &[u8], shape: &[usize]) -> Option<Numbers> {
+    let halves = || bytes.as_chunks::<2>().0.iter().copied();
+    match dtype {
+        GgmlDType::F16 => Some(Numbers::F16(halves().map(f16::from_le_bytes).collect())),
+        GgmlDType::BF16 => Some(Numbers::Bf16(halves().map(bf16::from_le_bytes).collect())),
+        other => {
+            let whole = |c: &Coded| shape.last().is_some_and(|width| width.is_multiple_of(c.group));
+            Coded::read(other, bytes).filter(whole).map(Numbers::Coded)
+        }
     }
 }
 

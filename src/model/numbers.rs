@@ -26,6 +26,16 @@ impl Numbers {
         }
     }
 
+    /// Their rows of `width` numbers in another order.
+    pub fn with_rows(self, width: usize, order: &[usize]) -> Self {
+        match self {
+            Numbers::F32(x) => Numbers::F32(rows(&x, width, order)),
+            Numbers::F16(x) => Numbers::F16(rows(&x, width, order)),
+            Numbers::Bf16(x) => Numbers::Bf16(rows(&x, width, order)),
+            Numbers::Coded(x) => Numbers::Coded(x.with_rows(width, order)),
+        }
+    }
+
     /// The numbers in f32; no copy if they are already.
     pub fn into_f32(self) -> Vec<f32> {
         match self {
@@ -35,4 +45,9 @@ impl Numbers {
             Numbers::Coded(x) => x.to_f32(),
         }
     }
+}
+
+/// Rows of `width` in another order.
+pub(super) fn rows<T: Copy>(all: &[T], width: usize, order: &[usize]) -> Vec<T> {
+    order.iter().flat_map(|r| &all[r * width..][..width]).copied().collect()
 }

@@ -12,7 +12,7 @@ use crate::memory::{Bytes, resident};
 /// Of a page beside its numbers, as a share of them: its own fields, its place in pool and table, the allocator's.
 const OVERHEAD: f64 = 0.06;
 /// What is held for moments: buffers of threads, pages of mapped files, memory that the allocator keeps.
-const MARGIN: usize = 192 << 20;
+const MARGIN: usize = 288 << 20;
 /// Rows of logits that an arm holds at a time, about.
 const LOGIT_ROWS: usize = 192;
 

@@ -3,9 +3,11 @@
 mod collect;
 mod metric;
 mod sensitivity;
+mod transform;
 
 pub use sensitivity::{Sensitivity, SensitivityOptions, sensitivity};
 
+use crate::codec::TrainedFile;
 use crate::codec::joint::book::{Book, LayerBook, Origin, SCHEMA, write};
 use crate::codec::joint::rebuild;
 use crate::codec::joint::train::{Metric, Training, train as fit};
@@ -43,6 +45,8 @@ pub struct TrainOptions {
     pub training: Training,
     /// Parts to leave out, each in a codec of its own beside the whole one.
     pub without: Vec<Part>,
+    /// A KVTC transform besides, of so many directions.
+    pub kvtc: Option<usize>,
     /// Requests whose answers errors are measured on.
     pub questions: usize,
     /// How often errors are weighted anew by what the codec's own errors do.
@@ -61,7 +65,7 @@ pub struct Trained {
     pub known: bool,
 }
 
-/// Trains a joint codec and writes it, unless it is there already: of the same dumps, settings and version.
+/// Trains a joint codec and what else is asked for, unless it is there already: of the same dumps, settings and version.
 ///
 /// # Errors
 /// Dumps of different models, damaged dumps, too little text; files that cannot be written; Ctrl-C.
@@ -85,12 +89,26 @@ pub fn train(options: &TrainOptions) -> Result<Trained> {
         "seed": options.seed,
     });
     let dumps: Vec<serde_json::Value> = manifests.iter().map(|m| m.origin()).collect::<Result<_>>()?;
-    if let Some(trained) = finished(options, &settings, &dumps) {
-        return Ok(trained);
+    let trained = match finished(options, &settings, &dumps) {
+        Some(trained) => trained,
+        None => joint(options, &manifests, settings, dumps.clone())?,
+    };
+    if let Some(directions) = options.kvtc {
+        transform::train(options, &manifests, dumps, directions)?;
     }
+    Ok(trained)
+}
+
+fn joint(
+    options: &TrainOptions,
+    manifests: &[Manifest],
+    settings: serde_json::Value,
+    dumps: Vec<serde_json::Value>,
+) -> Result<Trained> {
+    let first = &manifests[0];
     let model = open_model(&options.dumps[0], None, first)?;
     let config = model.decoder.config().clone();
-    let corpus = collect::corpus(&options.dumps, &manifests, &model)?;
+    let corpus = collect::corpus(&options.dumps, manifests, &model)?;
     let fitted = |metrics: &[Metric], training: &Training| {
         let progress = Progress::new("training layers", config.layers as u64, Unit::Items("layers"));
         let fitted = fit(&corpus, metrics, training, || progress.increment())?;

@@ -350,9 +350,10 @@ pub fn plain_copy(batch: &CacheBatch) -> CacheBatch {
     copy
 }
 
-/// Trains a joint codec on caches and writes it; all errors weigh the same.
+/// Trains a joint codec on caches and writes it, all errors weighing the same, and a KVTC transform beside it.
 pub fn joint_codec(path: &Path, batch: &CacheBatch) {
     use kvfuse::codec::joint::{book, corpus_of, eighths, train};
+    use kvfuse::codec::kvtc;
     let shape = batch.pool.shape();
     let layers = batch.caches[0].layers.len();
     let corpus = corpus_of(batch, &vec![0; batch.caches.len()]).unwrap();
@@ -377,6 +378,23 @@ pub fn joint_codec(path: &Path, batch: &CacheBatch) {
         settings: json!(null),
     };
     book::write(path, &origin, &books, &tables).unwrap();
+    let own = kvtc::Origin {
+        schema: kvtc::SCHEMA,
+        kvfuse_version: String::new(),
+        model: "made up".into(),
+        model_sha256: String::new(),
+        layers,
+        kv_heads: shape.kv_heads,
+        head_dim: d,
+        training_tokens: corpus.tokens(),
+        dumps: Vec::new(),
+        directions: 64,
+    };
+    let dealt =
+        corpus_of(batch, &(0..batch.caches.len()).map(|i| (i % 4) as u8).collect::<Vec<_>>()).unwrap();
+    let parts = [0, 1].map(|part| kvtc::fit(&dealt, part, 64).unwrap());
+    let stem = path.file_stem().unwrap().to_str().unwrap();
+    kvtc::Book::write(&path.with_file_name(format!("{stem}-kvtc.safetensors")), &own, &parts).unwrap();
 }
 
 /// Attention that grows with a hash of the token, so that every scorer has its own order.

@@ -3,20 +3,22 @@
 use super::entropy::{CENTROIDS, CONTEXTS, SYMBOLS, Tables, WIDTHS};
 use super::reference::CLASSES;
 use crate::block::{BlockShape, halves};
+use crate::codec::trained::{Tensors, TrainedFile, f32_bytes, write_tensors};
 use crate::error::{Error, Result};
 use crate::files;
 use crate::model::gemm::{View, product};
 use faer::linalg::solvers::DenseSolveCore;
 use faer::{Mat, Side};
 use rayon::prelude::*;
-use safetensors::tensor::TensorView;
-use safetensors::{Dtype, SafeTensors};
+use safetensors::Dtype;
 use serde::{Deserialize, Serialize};
-use std::collections::HashMap;
 use std::path::Path;
 
 /// Raised whenever a file of an older version would decode to something else.
 pub const SCHEMA: u32 = 2;
+
+/// What the file's metadata call it.
+const KIND: &str = "kvfuse_joint";
 
 /// Heads of more numbers than this have metrics so uneven that components in bytes do not undo each other.
 const WIDE: usize = 128;
@@ -112,10 +114,6 @@ pub struct TableParts {
     pub centroids: Vec<f32>,
 }
 
-fn f32_bytes(numbers: &[f32]) -> Vec<u8> {
-    numbers.iter().flat_map(|x| x.to_le_bytes()).collect()
-}
-
 /// Rows of numbers as signed bytes, each column with a factor of its own.
 fn bytes_by_column(numbers: &[f32], columns: usize) -> (Vec<u8>, Vec<f32>) {
     let mut factors = vec![0.0f32; columns];
@@ -168,107 +166,51 @@ pub fn write(path: &Path, origin: &Origin, layers: &[LayerBook], tables: &TableP
     tensors.push(("tables.means".into(), Dtype::U32, vec![WIDTHS], means));
     let centroids = f32_bytes(&tables.centroids);
     tensors.push(("tables.centroids".into(), Dtype::F32, vec![WIDTHS, CENTROIDS], centroids));
-    let unusable = |e: String| Error::file(path, e);
-    let views: Vec<(&str, TensorView)> = tensors
-        .iter()
-        .map(|(name, dtype, shape, bytes)| Ok((&name[..], TensorView::new(*dtype, shape.clone(), bytes)?)))
-        .collect::<std::result::Result<_, safetensors::SafeTensorError>>()
-        .map_err(|e| unusable(e.to_string()))?;
-    let json = serde_json::to_string(origin).map_err(|e| unusable(e.to_string()))?;
-    let metadata = HashMap::from([("kvfuse_joint".to_owned(), json)]);
-    let bytes = safetensors::serialize(views, Some(metadata)).map_err(|e| unusable(e.to_string()))?;
-    files::write_atomically(path, |file| file.write_all(&bytes))
+    write_tensors(path, KIND, origin, &tensors)
 }
 
-/// A tensor of a codec's file, checked.
-struct Reader<'a> {
-    path: &'a Path,
-    tensors: SafeTensors<'a>,
-}
-
-impl Reader<'_> {
-    fn bad(&self, what: &str) -> Error {
-        Error::file(self.path, format!("{what}; train it again"))
-    }
-
-    fn bytes(&self, name: &str, dtype: Dtype, shape: &[usize]) -> Result<&[u8]> {
-        let tensor = self.tensors.tensor(name).map_err(|_| self.bad(&format!("has no tensor {name}")))?;
-        if tensor.dtype() != dtype || tensor.shape() != shape {
-            return Err(self.bad(&format!(
-                "tensor {name} is {:?} {:?}, expected {dtype:?} {shape:?}",
-                tensor.dtype(),
-                tensor.shape()
-            )));
+/// Reads one layer.
+fn layer(tensors: &Tensors, n: usize, heads: usize, d: usize) -> Result<LayerBook> {
+    let width = heads * d;
+    let name = |part: &str| format!("layers.{n}.{part}");
+    let shape = |part: &str| tensors.shape(&name(part));
+    let components = shape("turn").get(1).copied().unwrap_or(0);
+    let (inputs, rank) = match shape("down")[..] {
+        [inputs, rank] => (inputs, rank),
+        _ => (0, 0),
+    };
+    let (down, up) = if rank == 0 {
+        (Vec::new(), Vec::new())
+    } else {
+        if inputs % width != 0 || inputs / width > n {
+            return Err(tensors.bad(&format!("layer {n} is predicted from {inputs} numbers")));
         }
-        Ok(tensor.data())
-    }
-
-    fn finite(&self, name: &str, numbers: Vec<f32>) -> Result<Vec<f32>> {
-        match numbers.iter().all(|x| x.is_finite()) {
-            true => Ok(numbers),
-            false => Err(self.bad(&format!("tensor {name} holds a number that is not finite"))),
-        }
-    }
-
-    fn f32(&self, name: &str, shape: &[usize]) -> Result<Vec<f32>> {
-        let bytes = self.bytes(name, Dtype::F32, shape)?;
-        self.finite(name, bytes.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect())
-    }
-
-    fn f16(&self, name: &str, shape: &[usize]) -> Result<Vec<f32>> {
-        self.finite(name, halves::from_bytes(self.bytes(name, Dtype::F16, shape)?))
-    }
-
-    /// A matrix of signed bytes, each column with a factor.
-    fn i8(&self, name: &str, rows: usize, columns: usize) -> Result<Vec<f32>> {
-        let bytes = self.bytes(name, Dtype::I8, &[rows, columns])?;
-        let factors = self.f32(&format!("{name}_factors"), &[columns])?;
-        Ok(bytes.iter().zip(factors.iter().cycle()).map(|(b, f)| f32::from(*b as i8) * f).collect())
-    }
-
-    fn layer(&self, n: usize, heads: usize, d: usize) -> Result<LayerBook> {
-        let width = heads * d;
-        let name = |part: &str| format!("layers.{n}.{part}");
-        let shape =
-            |part: &str| self.tensors.tensor(&name(part)).map(|t| t.shape().to_vec()).unwrap_or_default();
-        let components = shape("turn").get(1).copied().unwrap_or(0);
-        let (inputs, rank) = match shape("down")[..] {
-            [inputs, rank] => (inputs, rank),
-            _ => (0, 0),
-        };
-        let (down, up) = if rank == 0 {
-            (Vec::new(), Vec::new())
-        } else {
-            if inputs % width != 0 || inputs / width > n {
-                return Err(self.bad(&format!("layer {n} is predicted from {inputs} numbers")));
-            }
-            (self.i8(&name("down"), inputs, rank)?, self.i8(&name("up"), rank, width)?)
-        };
-        let scale = self.f32(&name("root_factor"), &[1])?[0];
-        let root = self.f16(&name("root"), &[heads, d, d])?;
-        let root: Vec<Vec<f32>> =
-            root.chunks_exact(d * d).map(|block| block.iter().map(|x| x * scale).collect()).collect();
-        let turn = match d > WIDE {
-            true => self.f16(&name("turn"), &[width, components])?,
-            false => self.i8(&name("turn"), width, components)?,
-        };
-        let (analysis, synthesis) = both_ways(&root, &turn, components)
-            .ok_or_else(|| self.bad(&format!("layer {n} has a metric that cannot be inverted")))?;
-        let sigma = self.bytes(&name("sigma"), Dtype::I16, &[CLASSES, components])?;
-        Ok(LayerBook {
-            mean: self.f32(&name("mean"), &[width])?,
-            rank,
-            down,
-            up,
-            components,
-            root,
-            turn,
-            analysis,
-            synthesis,
-            sigma: sigma.as_chunks::<2>().0.iter().map(|b| i16::from_le_bytes(*b)).collect(),
-            gain: self.f16(&name("gain"), &[CLASSES, components])?,
-        })
-    }
+        (tensors.i8(&name("down"), inputs, rank)?, tensors.i8(&name("up"), rank, width)?)
+    };
+    let scale = tensors.f32(&name("root_factor"), &[1])?[0];
+    let root = tensors.f16(&name("root"), &[heads, d, d])?;
+    let root: Vec<Vec<f32>> =
+        root.chunks_exact(d * d).map(|block| block.iter().map(|x| x * scale).collect()).collect();
+    let turn = match d > WIDE {
+        true => tensors.f16(&name("turn"), &[width, components])?,
+        false => tensors.i8(&name("turn"), width, components)?,
+    };
+    let (analysis, synthesis) = both_ways(&root, &turn, components)
+        .ok_or_else(|| tensors.bad(&format!("layer {n} has a metric that cannot be inverted")))?;
+    let sigma = tensors.bytes(&name("sigma"), Dtype::I16, &[CLASSES, components])?;
+    Ok(LayerBook {
+        mean: tensors.f32(&name("mean"), &[width])?,
+        rank,
+        down,
+        up,
+        components,
+        root,
+        turn,
+        analysis,
+        synthesis,
+        sigma: sigma.as_chunks::<2>().0.iter().map(|b| i16::from_le_bytes(*b)).collect(),
+        gain: tensors.f16(&name("gain"), &[CLASSES, components])?,
+    })
 }
 
 /// `root * turn` and `turn^T * root^-1`, for roots head by head. `None` if a root has no inverse.
@@ -293,37 +235,32 @@ pub fn both_ways(root: &[Vec<f32>], turn: &[f32], components: usize) -> Option<(
     synthesis.iter().all(|x| x.is_finite()).then_some((analysis, synthesis))
 }
 
-impl Book {
+impl TrainedFile for Book {
     /// Reads and checks a file of `kvfuse train`.
-    pub fn read(path: &Path) -> Result<Self> {
+    fn read(path: &Path) -> Result<Self> {
         let map = files::map(path)?;
-        let foreign = || Error::file(path, "is no codec of `kvfuse train`");
-        let (_, header) = SafeTensors::read_metadata(&map).map_err(|_| foreign())?;
-        let json = header.metadata().as_ref().and_then(|m| m.get("kvfuse_joint")).ok_or_else(foreign)?;
-        let origin: Origin = serde_json::from_str(json).map_err(|_| foreign())?;
+        let (origin, tensors): (Origin, _) = Tensors::open(path, &map, KIND)?;
         if origin.schema != SCHEMA {
             let problem = format!("has schema {}, this kvfuse reads {SCHEMA}; train it again", origin.schema);
             return Err(Error::file(path, problem));
         }
-        let tensors =
-            SafeTensors::deserialize(&map).map_err(|e| Error::file(path, format!("{e}; train it again")))?;
-        let reader = Reader { path, tensors };
         let width = 2 * origin.kv_heads * origin.head_dim;
         if width == 0 {
-            return Err(reader.bad("is for a model without a cache"));
+            return Err(tensors.bad("is for a model without a cache"));
         }
         let layers = (0..origin.layers)
             .into_par_iter()
-            .map(|n| reader.layer(n, 2 * origin.kv_heads, origin.head_dim))
+            .map(|n| layer(&tensors, n, 2 * origin.kv_heads, origin.head_dim))
             .collect::<Result<_>>()?;
-        let probabilities = reader.bytes("tables.probabilities", Dtype::U16, &[WIDTHS, CONTEXTS, SYMBOLS])?;
+        let probabilities =
+            tensors.bytes("tables.probabilities", Dtype::U16, &[WIDTHS, CONTEXTS, SYMBOLS])?;
         let probabilities: Vec<u16> =
             probabilities.as_chunks::<2>().0.iter().map(|b| u16::from_le_bytes(*b)).collect();
-        let means = reader.bytes("tables.means", Dtype::U32, &[WIDTHS])?;
+        let means = tensors.bytes("tables.means", Dtype::U32, &[WIDTHS])?;
         let means: Vec<u32> = means.as_chunks::<4>().0.iter().map(|b| u32::from_le_bytes(*b)).collect();
-        let centroids = reader.f32("tables.centroids", &[WIDTHS, CENTROIDS])?;
+        let centroids = tensors.f32("tables.centroids", &[WIDTHS, CENTROIDS])?;
         let tables = Tables::new(&probabilities, &means, &centroids)
-            .ok_or_else(|| reader.bad("has tables that are none"))?;
+            .ok_or_else(|| tensors.bad("has tables that are none"))?;
         Ok(Book { origin, layers, tables, bits: 8 * map.len() as u64 })
     }
 }

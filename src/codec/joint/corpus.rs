@@ -1,9 +1,9 @@
 //! The tokens that a codec is trained on.
 
-use super::columns::{columns, stripped};
 use super::links::references;
 use super::reference::{self, sightings};
 use crate::codec::CacheBatch;
+use crate::codec::columns::{columns, stripped};
 use crate::error::Result;
 use rayon::prelude::*;
 

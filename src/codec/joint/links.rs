@@ -1,10 +1,10 @@
 //! Which tokens refer to which: found by an encoder, written for a decoder.
 
 use super::column::{Components, Source};
-use super::columns::Column;
 use super::entropy::Coder;
 use super::reference::{Index, MATCHES, Match, Place};
 use crate::codec::CacheBatch;
+use crate::codec::columns::Column;
 
 /// What a token is predicted from: a token of an earlier column, and the class of the match.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]

@@ -3,39 +3,38 @@
 pub mod book;
 mod bound;
 mod column;
-mod columns;
 pub mod corpus;
 mod entropy;
 mod links;
 pub mod reference;
 pub mod train;
 
+use super::columns::{Column, columns, store, stripped};
 use super::evict::Needs;
 use super::registry::{Method, Scale, Search, number};
+use super::trained::TrainedOption;
 use super::{CacheBatch, Codec, Coverage, Memo, Role};
 use crate::error::{Error, Result};
-use crate::files;
 use book::Book;
 pub use bound::{Bound, LayerBound, Matches, Parts};
 use column::{Components, Linked, Rebuilt, Wanted};
-use columns::{Column, columns, store, stripped};
 pub use corpus::corpus_of;
 pub use entropy::eighths;
 use entropy::{Coder, Decoder, Encoder};
 use links::{Sources, code_references, references, sources, waves};
 use rayon::prelude::*;
-use serde::{Serialize, Serializer};
+use serde::Serialize;
 use std::collections::BTreeMap;
 use std::ops;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 
 #[derive(Debug, Clone, Serialize, clap::Args)]
 #[serde(rename_all = "kebab-case")]
 pub struct Joint {
     /// File of `kvfuse train`
-    #[arg(long, value_name = "FILE", value_parser = Trained::read, value_hint = clap::ValueHint::FilePath)]
-    codec: Option<Trained>,
+    #[arg(long, value_name = "FILE", value_parser = TrainedOption::<Book>::read, value_hint = clap::ValueHint::FilePath)]
+    codec: Option<TrainedOption<Book>>,
     /// Step of the quantiser, rounded to an eighth of an octave; the step that the file was trained at if it is left out
     #[arg(long, value_parser = step)]
     step: Option<f64>,
@@ -70,40 +69,6 @@ fn step(text: &str) -> std::result::Result<f64, String> {
     }
 }
 
-/// A trained codec, known by its file's name and checksum.
-#[derive(Clone)]
-struct Trained {
-    path: PathBuf,
-    book: Arc<Book>,
-    sha256: String,
-    name: String,
-}
-
-impl std::fmt::Debug for Trained {
-    fn fmt(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
-        f.write_str(&self.name)
-    }
-}
-
-impl Trained {
-    fn read(path: &str) -> std::result::Result<Self, String> {
-        let path = PathBuf::from(path);
-        let read = |path: &Path| -> Result<Self> {
-            let book = Arc::new(Book::read(path)?);
-            let stem = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
-            let sha256 = files::sha256(path)?;
-            Ok(Trained { path: path.to_owned(), book, sha256, name: stem })
-        };
-        read(&path).map_err(|e| e.to_string())
-    }
-}
-
-impl Serialize for Trained {
-    fn serialize<S: Serializer>(&self, serializer: S) -> std::result::Result<S::Ok, S::Error> {
-        serializer.serialize_str(&self.name)
-    }
-}
-
 impl Method for Joint {
     const NAME: &'static str = "joint";
     const ROLE: Role = Role::Code;
@@ -115,12 +80,8 @@ impl Method for Joint {
         Some(Search { option: "step", fine: 1e-4, coarse: 1.0, scale: Scale::Logarithmic });
 
     fn effective(&self) -> Result<serde_json::Value> {
-        let mut all = serde_json::to_value(self).map_err(|e| Error::argument(e.to_string()))?;
-        // Of two codecs of one name, each has rows of its own.
-        if let (Some(trained), Some(fields)) = (&self.codec, all.as_object_mut()) {
-            fields.insert("codec-sha256".to_owned(), trained.sha256[..12].into());
-        }
-        Ok(all)
+        let all = serde_json::to_value(self).map_err(|e| Error::argument(e.to_string()))?;
+        Ok(self.codec.as_ref().map_or(all.clone(), |trained| trained.name_in(all)))
     }
 
     fn codec(&self) -> Result<Arc<dyn Codec>> {
@@ -226,7 +187,7 @@ impl Codec for Coding {
                     return Err(unusable());
                 }
                 let bytes = batch.pool.payload(all[number].pages[0]).map(|p| p.bytes.clone());
-                store(batch, &all[number], &rebuilt, bytes.unwrap_or_default());
+                store(batch, &all[number], &rebuilt.numbers, &rebuilt.bits, bytes.unwrap_or_default());
                 components[number] = rebuilt.components;
             }
         }
@@ -273,7 +234,7 @@ impl Coding {
                     let linked = self.linked(&all[number], &found[number], &steps[number], &components);
                     watch.see(number, &found[number], &linked, std::mem::take(&mut rebuilt.seen));
                 }
-                store(batch, &all[number], &rebuilt, bytes);
+                store(batch, &all[number], &rebuilt.numbers, &rebuilt.bits, bytes);
                 components[number] = rebuilt.components;
             }
         }

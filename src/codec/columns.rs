@@ -1,8 +1,7 @@
 //! A batch as columns: blocks of tokens in all layers, taken out of the pool and put back.
 
-use super::column::Rebuilt;
+use super::CacheBatch;
 use crate::block::{BlockId, Payload};
-use crate::codec::CacheBatch;
 use crate::error::{Error, Result};
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -32,7 +31,7 @@ pub fn columns(batch: &CacheBatch) -> Result<(Vec<Column>, Vec<Vec<usize>>)> {
             let entries = cache.layers.iter().map(|table| table.entries[block]);
             if entries.clone().any(|e| e.scale.is_some() || e.stripped) {
                 return Err(Error::argument(
-                    "joint codes blocks as prefill left them; it follows nothing but prefix",
+                    "columns of blocks are coded as prefill left them: it follows nothing but prefix",
                 ));
             }
             let pages: Vec<BlockId> = entries.map(|e| e.block).collect();
@@ -49,7 +48,7 @@ pub fn columns(batch: &CacheBatch) -> Result<(Vec<Column>, Vec<Vec<usize>>)> {
             });
             if all[number].pages != pages {
                 return Err(Error::argument(
-                    "joint needs the same sharing in all layers; it follows nothing but prefix",
+                    "columns of blocks need the same sharing in all layers: it follows nothing but prefix",
                 ));
             }
             all[number].readers += 1;
@@ -78,16 +77,17 @@ pub fn stripped(batch: &CacheBatch, column: &Column) -> Vec<Vec<f32>> {
     column.pages.iter().enumerate().map(layer).collect()
 }
 
-/// Puts a column as it is read back into the pool, its bytes with the first layer's page, its bits shared out by layer.
-pub fn store(batch: &mut CacheBatch, column: &Column, rebuilt: &Rebuilt, bytes: Vec<u8>) {
+/// Puts a column as it is read back (`[layers][tokens, K and V]`, keys without position) into the pool: its bytes with the first
+/// layer's page, its bits shared out in proportion to `bits`, a number a layer.
+pub fn store(batch: &mut CacheBatch, column: &Column, numbers: &[Vec<f32>], bits: &[f64], bytes: Vec<u8>) {
     let shape = batch.pool.shape();
     let half = shape.token_width();
     let first = column.block * shape.block_size;
     let total = 8 * bytes.len() as u64;
     let ropes = Arc::clone(&batch.ropes);
-    let by_layer = shares(total, &rebuilt.bits);
+    let by_layer = shares(total, bits);
     let mut bytes = Some(bytes);
-    for (n, (page, numbers)) in column.pages.iter().zip(&rebuilt.numbers).enumerate() {
+    for (n, (page, numbers)) in column.pages.iter().zip(numbers).enumerate() {
         let rows = numbers.chunks_exact(2 * half);
         let mut keys: Vec<f32> = rows.clone().flat_map(|row| &row[..half]).copied().collect();
         let values = rows.flat_map(|row| &row[half..]).copied().collect();
