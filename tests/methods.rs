@@ -327,6 +327,8 @@ fn numbers_of_methods_beyond_reason() {
     refuse(&["sweep", dump, "--method", "joint:spread=1e4"], &["spread", "from 0 to 4"]);
     refuse(&["sweep", dump, "--method", "joint:attention=-1"], &["attention", "from 0 to 4"]);
     refuse(&["sweep", dump, "--method", "random:share=1"], &["share", "below 1"]);
+    // Found by fuzzing: marks that clap's messages have too.
+    refuse(&["sweep", dump, "--method", "bff:tau=0>1 <2"], &["'0>1 <2'", "tau"]);
     refuse(&["sweep", dump, "--method", "cachegen:bin=0"], &["bin", "0.01"]);
     refuse(&["sweep", dump, "--method", "lowrank:rank=0"], &["rank", "above 0"]);
     refuse(&["sweep", dump, "--method", "kvquant:outliers=2"], &["outliers", "0.5"]);

@@ -269,8 +269,11 @@ pub(super) fn build(text: &str, written: &StageText, values: &[Chosen]) -> Resul
             let first = shown.lines().next().unwrap_or_default();
             // clap writes --name <VALUE>; a chain writes name.
             let mut words = first.trim_start_matches("error: ").replace("--", "");
-            if let (Some(from), Some(to)) = (words.find(" <"), words.find('>')) {
-                words.replace_range(from..=to, "");
+            // The last ones: the value, which stands before, may hold either mark.
+            if let Some(from) = words.rfind(" <")
+                && let Some(length) = words[from..].find('>')
+            {
+                words.replace_range(from..=from + length, "");
             }
             if let Some(list) = shown.lines().find_map(|l| l.trim().strip_prefix("[possible values: ")) {
                 words += &format!("; it is one of {}", list.trim_end_matches(']'));
