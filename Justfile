@@ -119,6 +119,10 @@ fig-serve:
     {{kvfuse}} serve-bench --data squad:{{xquad}} --half second --requests 32 --passages 4 --pool 16 --output-len 64 --ignore-eos --method 'none,prefix,prefix+bff:tau=0.9,prefix+kivi:bits=4,prefix+joint:codec=dumps/codecs/serve.safetensors,step=0.006,reference=false' --request-rate 1 --goodput ttft:5000 tpot:250 --repeats 2 -o results/serve-rag
     {{kvfuse}} plot results/serve-rag
 
+# KL by the place of a token in 256 after the prompt
+fig-rd-generation *FLAGS:
+    {{experiment}} {{FLAGS}} experiments/rd-generation.toml
+
 # How many requests are fused together, 8 to 64
 fig-batch *FLAGS:
     {{experiment}} {{FLAGS}} experiments/batch.toml

@@ -224,3 +224,53 @@ fn malformed_lines_are_named_by_number() {
         run(&["dump", "--model", text(small_model()), "--data", &data, "--limit", "2", "--requests", "2"]);
     assert_eq!(both.status.code(), Some(2));
 }
+
+/// Text is scored as far as `--continuation` says, and KL by place is that of the tokens there.
+#[test]
+fn long_continuations_have_kl_by_place() {
+    let dir = tempfile::tempdir().unwrap();
+    let (dump, out) = (dir.path().join("dump"), dir.path().join("sweep"));
+    let long = ["--data", "builtin:text", "--length", "300", "--continuation", "120", "--requests", "3"];
+    dumped(&dump, &long);
+    let sweep =
+        ["sweep", text(&dump), "--method", "prefix+kivi:bits=2", "--resamples", "50", "-o", text(&out)];
+    succeed(&sweep);
+    let table = kvfuse::tables::Columns::read(&out.join("positions.csv")).unwrap();
+    let of = |name: &str| table.floats(name).unwrap();
+    let (method, first, last, kl, tokens) =
+        (table.strings("method").unwrap(), of("first"), of("last"), of("kl"), of("tokens"));
+    let coded: Vec<usize> = (0..method.len()).filter(|&i| method[i].contains("kivi")).collect();
+    assert_eq!(first[coded[0]], 1.0);
+    assert!(coded.windows(2).all(|w| first[w[1]] == last[w[0]] + 1.0));
+    let records = fs::read_dir(out.join("runs")).unwrap().map(|e| e.unwrap().path());
+    let record = records
+        .map(|path| serde_json::from_str::<Value>(&fs::read_to_string(path).unwrap()).unwrap())
+        .find(|r| r["row"]["method"].as_str().unwrap().contains("kivi"))
+        .unwrap();
+    let token_kl: Vec<Vec<f64>> = record["requests"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|r| r["token_kl"].as_array().unwrap().iter().map(|k| k.as_f64().unwrap()).collect())
+        .collect();
+    // The words that fill it need not come out even.
+    assert!(token_kl.iter().all(|k| (100..=120).contains(&k.len())), "{:?}", token_kl[0].len());
+    for &i in &coded {
+        let band = |k: &Vec<f64>| k[first[i] as usize - 1..k.len().min(last[i] as usize)].to_vec();
+        let bands: Vec<Vec<f64>> = token_kl.iter().map(band).collect();
+        let mean = |k: &Vec<f64>| k.iter().sum::<f64>() / k.len() as f64;
+        assert_eq!(bands.iter().map(Vec::len).sum::<usize>() as f64, tokens[i]);
+        let expected = bands.iter().map(mean).sum::<f64>() / bands.len() as f64;
+        assert!((kl[i] - expected).abs() <= 1e-5 * expected, "{} {expected}", kl[i]);
+    }
+    succeed(&["plot", text(&out)]);
+    assert!(out.join("kl_by_position.png").exists());
+    refuse(
+        &[&["dump", "--model", text(small_model()), "--data", "builtin:qa"], &long[4..6]].concat(),
+        &["--continuation"],
+    );
+    refuse(
+        &["dump", "--model", text(small_model()), "--data", "builtin:text", "--continuation", "300"],
+        &["--length 512", "300"],
+    );
+}

@@ -2,14 +2,14 @@
 
 use super::table::table;
 use super::{say, say_rows};
-use crate::compare::{CompareOptions, Compared, Slopes, compare, read};
-use crate::tables::{COMPARE_CSV, write_csv};
+use crate::compare::{CompareOptions, Compared, Product, Slopes, compare, products, read};
+use crate::tables::{COMPARE_CSV, Columns, PRODUCTS_CSV, SWEEP_CSV, write_csv};
 use anyhow::Result;
 use std::path::PathBuf;
 
 /// Compare the methods of a sweep: what each stores at a KL and at no loss of score, and Bjontegaard differences to one of them.
 ///
-/// Writes compare.csv beside sweep.csv. A method is a curve: rows that differ in dials alone. BD-rate is the mean difference of log bits at
+/// Writes compare.csv beside sweep.csv, and products.csv where chains of several lossy methods stand beside their parts. A method is a curve: rows that differ in dials alone. BD-rate is the mean difference of log bits at
 /// equal KL where both curves have it; it needs two points each.
 #[derive(Debug, clap::Args)]
 #[command(
@@ -55,6 +55,10 @@ pub fn run(args: Args) -> Result<()> {
     )?;
     let path = args.results.join(COMPARE_CSV);
     write_csv(&path, &rows)?;
+    let products = products(&Columns::read(&args.results.join(SWEEP_CSV))?)?;
+    if !products.is_empty() {
+        write_csv(&args.results.join(PRODUCTS_CSV), &products)?;
+    }
     if args.json {
         return say_rows(&rows);
     }
@@ -63,7 +67,22 @@ pub fn run(args: Args) -> Result<()> {
     let against = format!("bits against {anchor}, % [95 %]");
     let lines: Vec<Vec<String>> = rows.iter().map(line).collect();
     say(table(&["method", "points", "on front", &at_kl, &at_score, &against, "KL, dB", "overlap"], &lines))?;
+    if !products.is_empty() {
+        let lines: Vec<Vec<String>> = products.iter().map(product).collect();
+        say("")?;
+        say(table(
+            &["chain", "CR", "product of its parts", "share", "KL", "sum of its parts", "share"],
+            &lines,
+        ))?;
+    }
     say(format!("\n{}", path.display()))
+}
+
+fn product(row: &Product) -> Vec<String> {
+    let Product { method, cr, cr_product, share, kl, kl_sum, kl_share } = row;
+    let numbers = [(cr, 2), (cr_product, 2), (share, 2), (kl, 4), (kl_sum, 4), (kl_share, 2)];
+    let cells = numbers.iter().map(|(x, digits)| format!("{x:.digits$}"));
+    std::iter::once(method.clone()).chain(cells).collect()
 }
 
 fn line(row: &Compared) -> Vec<String> {

@@ -5,8 +5,8 @@ use crate::task::{Draw, Half};
 #[derive(Debug, Clone, clap::Args)]
 pub struct DrawArgs {
     /// builtin:qa, builtin:longqa (several passages, one of which holds the answer), synth:niah (codes hidden in filler),
-    /// squad:FILE (SQuAD v1.1 JSON), longbench:FILE, ruler:FILE, prompts:FILE (JSON lines with prompt and answers) or text:FILE
-    /// (plain text, for perplexity)
+    /// squad:FILE (SQuAD v1.1 JSON), longbench:FILE, ruler:FILE, prompts:FILE (JSON lines with prompt and answers), text:FILE
+    /// (plain text, for perplexity) or builtin:text (the passages of builtin:qa as one text)
     #[arg(long, default_value = "builtin:qa")]
     pub data: String,
     /// Prompts to draw
@@ -22,7 +22,7 @@ pub struct DrawArgs {
     #[arg(long, default_value_t = 0)]
     pub seed: u64,
     /// Tokens of a prompt: other passages are joined to a question's own up to this [default: 2700 for builtin:longqa, 1500
-    /// for synth:niah, none for others]
+    /// for synth:niah, 512 for text, none for others]
     #[arg(long, value_name = "TOKENS")]
     pub length: Option<usize>,
     /// Put this many passages into every prompt, the question's own among them, in random order: retrieval-augmented generation
@@ -34,6 +34,9 @@ pub struct DrawArgs {
     /// Draw the passages of --passages from so many [default: all there are]
     #[arg(long, value_name = "P", requires = "passages", default_value_t = 0, hide_default_value = true)]
     pub pool: usize,
+    /// Tokens at the end of a window of text whose likelihood is measured [default: 64]
+    #[arg(long, value_name = "TOKENS")]
+    pub continuation: Option<usize>,
     /// Codes hidden in a prompt of synth:niah; one is asked for
     #[arg(long, default_value_t = 1)]
     pub needles: usize,
@@ -54,6 +57,7 @@ impl DrawArgs {
             passages: self.passages,
             pool: self.pool,
             half: self.half,
+            continuation: self.continuation,
             needles: self.needles,
             tenants: self.tenants,
         }

@@ -145,13 +145,19 @@ impl Steps<'_> {
             self.parse("dump", &[format!("--model={}", self.model), format!("--out={}", folder.display())])?;
         self.step(line, command)?;
         let identity = Manifest::read(&folder)?.identity()?;
-        self.train()?;
+        let training = self.train()?;
         let folder = folder.display().to_string();
-        let thresholds = format!("--out={}", self.out.join("thresholds.toml").display());
-        for (command, filled) in [("calibrate", &thresholds), ("stats", &out)] {
-            if self.plan.has(command) && (self.shard.is_none() || command == "calibrate") {
-                self.once(command, &[folder.clone(), filled.clone()], &identity)?;
-            }
+        if self.plan.has("calibrate") {
+            // On the texts to train on, where there are some: then the sweep keeps all its questions.
+            let (on, of) = match training.first() {
+                Some(dump) => (dump.clone(), Manifest::read(Path::new(dump))?.identity()?),
+                None => (folder.clone(), identity.clone()),
+            };
+            let thresholds = format!("--out={}", self.out.join("thresholds.toml").display());
+            self.once("calibrate", &[on, thresholds], &of)?;
+        }
+        if self.plan.has("stats") && self.shard.is_none() {
+            self.once("stats", &[folder.clone(), out.clone()], &identity)?;
         }
         if self.plan.bounds() && self.shard.is_none() {
             let codec = self.codec_file();
@@ -187,10 +193,10 @@ impl Steps<'_> {
         Ok(())
     }
 
-    /// Makes the dumps to train on, and the codec.
-    fn train(&self) -> Result<()> {
+    /// Makes the dumps to train on, and the codec; returns the dumps.
+    fn train(&self) -> Result<Vec<String>> {
         if !self.plan.has("train") {
-            return Ok(());
+            return Ok(Vec::new());
         }
         let mut folders = Vec::new();
         for line in self.plan.training(&[format!("--model={}", self.model)], &self.names())? {
@@ -208,10 +214,11 @@ impl Steps<'_> {
         if let Some(folder) = codec.parent() {
             files::writable_folder(folder)?;
         }
-        folders.push(format!("--out={}", codec.display()));
+        let filled = [&folders[..], &[format!("--out={}", codec.display())]].concat();
         // It knows itself whether the file is there; experiments that train the same share it.
-        let (line, command) = self.parse("train", &folders)?;
-        self.step(line, command)
+        let (line, command) = self.parse("train", &filled)?;
+        self.step(line, command)?;
+        Ok(folders)
     }
 
     /// Where the codec goes, without its ending: beside the dumps, since it is as large as one; named by what it is trained on.

@@ -7,7 +7,7 @@ use super::table::table;
 use crate::codec::Chain;
 use crate::memory::Bytes;
 use crate::model::registry::DEFAULT_MODEL;
-use crate::serve::{BenchOptions, Goal, SERVE_SUMMARY_CSV, ServeRow, bench, summary};
+use crate::serve::{BenchOptions, Budget, Goal, SERVE_SUMMARY_CSV, ServeRow, bench, summary};
 use anyhow::{Result, anyhow};
 use std::path::PathBuf;
 
@@ -38,12 +38,12 @@ pub struct Args {
     /// Requests in the engine at once; a client sends its next when its last has ended [default: no limit]
     #[arg(long, value_name = "N")]
     max_concurrency: Option<usize>,
-    /// Bytes of keys and values, e.g. 256MiB [default: what 8 uncompressed requests take]
-    #[arg(long, value_name = "BYTES", conflicts_with = "budget_requests")]
-    kv_cache_memory_bytes: Option<Bytes>,
-    /// Instead: what so many uncompressed requests of this load take
-    #[arg(long, value_name = "N", default_value_t = 8.0)]
-    budget_requests: f64,
+    /// Bytes of keys and values, e.g. 256MiB; of a list, one after the other [default: what 8 uncompressed requests take]
+    #[arg(long, value_name = "BYTES", value_delimiter = ',', conflicts_with = "budget_requests")]
+    kv_cache_memory_bytes: Vec<Bytes>,
+    /// Instead: what so many uncompressed requests of this load take; of a list, one after the other
+    #[arg(long, value_name = "N", value_delimiter = ',', default_value = "8")]
+    budget_requests: Vec<f64>,
     #[command(flatten)]
     engine: EngineArgs,
     /// Tokens of an answer, at most [default: what the data says]
@@ -84,9 +84,13 @@ impl Args {
         if !(self.burstiness > 0.0 && self.burstiness.is_finite()) {
             return Err(anyhow!("--burstiness {}: must be above 0", self.burstiness));
         }
-        if !(self.budget_requests > 0.0 && self.budget_requests.is_finite()) {
-            return Err(anyhow!("--budget-requests {}: must be above 0", self.budget_requests));
+        if let Some(n) = self.budget_requests.iter().find(|n| !(**n > 0.0 && n.is_finite())) {
+            return Err(anyhow!("--budget-requests {n}: must be above 0"));
         }
+        let budgets = match self.kv_cache_memory_bytes.is_empty() {
+            true => self.budget_requests.iter().map(|n| Budget::Requests(*n)).collect(),
+            false => self.kv_cache_memory_bytes.iter().map(|b| Budget::Bytes(b.0)).collect(),
+        };
         if let Some(p) = self.metric_percentiles.iter().find(|p| !(0.0..=100.0).contains(*p)) {
             return Err(anyhow!("--metric-percentiles {p}: percentiles are from 0 to 100"));
         }
@@ -94,8 +98,8 @@ impl Args {
             model: self.model,
             draw: self.draw.draw(),
             chains,
-            limits: self.engine.limits(self.kv_cache_memory_bytes.map_or(0, |bytes| bytes.0))?,
-            budget_requests: self.kv_cache_memory_bytes.is_none().then_some(self.budget_requests),
+            limits: self.engine.limits(0)?,
+            budgets,
             rates: self.request_rate,
             burstiness: self.burstiness,
             concurrency: at_least_one("--max-concurrency", self.max_concurrency.unwrap_or(usize::MAX))?,
@@ -129,6 +133,7 @@ fn shown(rows: &[ServeRow]) -> String {
     let header = [
         "method",
         "req/s in",
+        "budget MB",
         "out tok/s",
         "[least, most]",
         "goodput",
@@ -153,6 +158,7 @@ fn shown(rows: &[ServeRow]) -> String {
         vec![
             row.method.clone(),
             row.request_rate.clone(),
+            format!("{:.1}", row.budget_bytes as f64 / 1e6),
             text("output_throughput", 1),
             format!("[{}, {}]", text("output_throughput_low", 1), text("output_throughput_high", 1)),
             text("request_goodput", 2),

@@ -213,6 +213,11 @@ impl Entry {
         named.filter_map(|a| a.get_long().map(str::to_owned)).collect()
     }
 
+    /// Whether it needs a file of `kvfuse train`.
+    pub fn trained(&self) -> bool {
+        self.files().iter().any(|option| option == "codec")
+    }
+
     pub fn options(&self) -> Vec<OptionHelp> {
         let option = |a: &clap::Arg| OptionHelp {
             name: a.get_long().unwrap_or_default().to_owned(),

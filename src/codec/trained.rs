@@ -1,5 +1,6 @@
 //! Files that `kvfuse train` writes: tensors, and where they come from as JSON in their metadata.
 
+use super::CacheBatch;
 use crate::block::halves;
 use crate::error::{Error, Result};
 use crate::files;
@@ -7,14 +8,39 @@ use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
 use serde::de::DeserializeOwned;
 use serde::{Serialize, Serializer};
-use std::collections::HashMap;
+use serde_json::Value;
+use std::any::Any;
+use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 /// What a trained file holds.
-pub trait TrainedFile: Sized {
-    /// Reads and checks a file.
-    fn read(path: &Path) -> Result<Self>;
+pub trait TrainedFile: Send + Sync + Sized + 'static {
+    /// Reads and checks the bytes of a file.
+    fn parse(path: &Path, bytes: &[u8]) -> Result<Self>;
+
+    fn read(path: &Path) -> Result<Self> {
+        Self::parse(path, &files::map(path)?)
+    }
+}
+
+/// Files in use by their SHA-256: arms of a grid name the same one each, and a large one is held once.
+static IN_USE: Mutex<BTreeMap<String, Weak<dyn Any + Send + Sync>>> = Mutex::new(BTreeMap::new());
+
+/// The file's contents, those that are in use already if they are the same; and its SHA-256.
+fn shared<B: TrainedFile>(path: &Path) -> Result<(Arc<B>, String)> {
+    let map = files::map(path)?;
+    let sha256 = files::sha256_bytes(&map);
+    // A panic elsewhere leaves the map as it was.
+    let mut in_use = IN_USE.lock().unwrap_or_else(PoisonError::into_inner);
+    let known = in_use.get(&sha256).and_then(Weak::upgrade).and_then(|book| book.downcast::<B>().ok());
+    if let Some(book) = known {
+        return Ok((book, sha256));
+    }
+    let book = Arc::new(B::parse(path, &map)?);
+    let weak: Weak<B> = Arc::downgrade(&book);
+    in_use.insert(sha256.clone(), weak);
+    Ok((book, sha256))
 }
 
 /// A trained file as the value of an option: known by its name and checksum.
@@ -45,23 +71,20 @@ impl<B> std::fmt::Debug for TrainedOption<B> {
 impl<B: TrainedFile> TrainedOption<B> {
     pub fn read(path: &str) -> std::result::Result<Self, String> {
         let path = PathBuf::from(path);
-        let read = |path: &Path| -> Result<Self> {
-            let book = Arc::new(B::read(path)?);
-            let stem = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
-            let sha256 = files::sha256(path)?;
-            Ok(TrainedOption { path: path.to_owned(), book, sha256, name: stem })
-        };
-        read(&path).map_err(|e| e.to_string())
+        let (book, sha256) = shared(&path).map_err(|e| e.to_string())?;
+        let name = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
+        Ok(TrainedOption { path, book, sha256, name })
     }
 }
 
 impl<B> TrainedOption<B> {
-    /// Columns of a method with this option: of two files of one name, each has rows of its own.
-    pub fn name_in(&self, mut columns: serde_json::Value) -> serde_json::Value {
-        if let Some(fields) = columns.as_object_mut() {
-            fields.insert("codec-sha256".to_owned(), self.sha256[..12].into());
+    /// Columns of a method with such an option: of two files of one name, each has rows of its own.
+    pub fn columns(method: &impl Serialize, chosen: Option<&Self>) -> Result<Value> {
+        let mut all = serde_json::to_value(method).map_err(|e| Error::argument(e.to_string()))?;
+        if let (Some(trained), Some(fields)) = (chosen, all.as_object_mut()) {
+            fields.insert("codec-sha256".to_owned(), trained.sha256[..12].into());
         }
-        columns
+        Ok(all)
     }
 }
 
@@ -69,6 +92,20 @@ impl<B> Serialize for TrainedOption<B> {
     fn serialize<S: Serializer>(&self, serializer: S) -> std::result::Result<S::Ok, S::Error> {
         serializer.serialize_str(&self.name)
     }
+}
+
+/// Whether caches are of the model that a file is for, as far as that can be seen. `what`: "the codec was trained for". `sizes`: layers,
+/// key/value heads and numbers of a head.
+pub fn check_model(batch: &CacheBatch, what: &str, model: &str, sizes: [usize; 3]) -> Result<()> {
+    let shape = batch.pool.shape();
+    let layers = batch.caches.first().map_or(sizes[0], |c| c.layers.len());
+    if sizes == [layers, shape.kv_heads, shape.head_dim] {
+        return Ok(());
+    }
+    let [layers, heads, dim] = sizes;
+    Err(Error::argument(format!(
+        "{what} {model} ({layers} layers, {heads} key/value heads of {dim}); these caches are of another model"
+    )))
 }
 
 /// A tensor to write: name, type, shape and bytes.
@@ -99,12 +136,22 @@ pub struct Tensors<'a> {
 }
 
 impl<'a> Tensors<'a> {
-    /// Of a file's bytes; with what its metadata say under `kind`.
-    pub fn open<O: DeserializeOwned>(path: &'a Path, bytes: &'a [u8], kind: &str) -> Result<(O, Self)> {
+    /// Of a file's bytes; with what its metadata say under `kind`, which must be of this schema.
+    pub fn open<O: DeserializeOwned>(
+        path: &'a Path,
+        bytes: &'a [u8],
+        kind: &str,
+        schema: u32,
+    ) -> Result<(O, Self)> {
         let foreign = || Error::file(path, format!("is no file of `kvfuse train` ({kind})"));
         let (_, header) = SafeTensors::read_metadata(bytes).map_err(|_| foreign())?;
         let json = header.metadata().as_ref().and_then(|m| m.get(kind)).ok_or_else(foreign)?;
-        let origin = serde_json::from_str(json).map_err(|_| foreign())?;
+        let value: Value = serde_json::from_str(json).map_err(|_| foreign())?;
+        let (origin, has) = (serde_json::from_value(value.clone()).map_err(|_| foreign())?, &value["schema"]);
+        if *has != schema {
+            let problem = format!("has schema {has}, this kvfuse reads {schema}; train it again");
+            return Err(Error::file(path, problem));
+        }
         let tensors =
             SafeTensors::deserialize(bytes).map_err(|e| Error::file(path, format!("{e}; train it again")))?;
         Ok((origin, Tensors { path, tensors }))

@@ -3,10 +3,12 @@
 mod bd;
 mod interpolate;
 mod measured;
+mod products;
 
 pub use bd::{Curve, Difference, bd_quality, bd_rate};
 pub use interpolate::{Cubic, Slopes};
 pub use measured::{Point, Series, read};
+pub use products::{Product, products};
 
 use crate::error::{Error, Result};
 use crate::stats::{quantile, rounded};

@@ -3,7 +3,10 @@
 mod bound;
 mod canvas;
 mod dodge;
+mod family;
 mod heatmap;
+mod loads;
+mod positions;
 mod prediction;
 mod rate;
 mod scale;
@@ -16,7 +19,7 @@ mod worlds;
 use crate::error::Result;
 use crate::serve::{SERVE_SUMMARY_CSV, SERVE_TIMELINE_CSV};
 use crate::stats::{STATS_CSV, STATS_MANIFEST, read_stats};
-use crate::tables::{BOUND_CSV, BOUND_LAYERS_CSV, Columns, SWEEP_CSV};
+use crate::tables::{BOUND_CSV, BOUND_LAYERS_CSV, Columns, POSITIONS_CSV, SWEEP_CSV};
 use crate::theory::{
     BOUND_MANIFEST, MONTE_CARLO_CSV, PREDICTIONS_CSV, SCALE_CSV, SIMULATE_MANIFEST, SUMMARY_CSV,
 };
@@ -52,6 +55,9 @@ pub fn plot_all(out: &Path) -> Result<Vec<PathBuf>> {
 /// Series up to which figures with a panel or a line for each are drawn.
 const MOST_PANELS: usize = 12;
 
+/// Tokens from which on KL by position is drawn.
+const LONG: f64 = 100.0;
+
 /// Draws all figures of a sweep folder from its sweep.csv, as PNG and SVG; returns what was written.
 pub fn plot_sweep(out: &Path) -> Result<Vec<PathBuf>> {
     let csv = out.join(SWEEP_CSV);
@@ -74,6 +80,15 @@ pub fn plot_sweep(out: &Path) -> Result<Vec<PathBuf>> {
         // Tables of other programs have no ratios of layers.
         if table.fusion.iter().flatten().all(|p| !p.layer_cr.is_empty()) {
             written.extend(canvas::save(&heatmap::LayerMap { table: &table }, out, "layer_cr", "")?);
+        }
+    }
+    let positions = out.join(POSITIONS_CSV);
+    if positions.exists() {
+        let positions = positions::Positions::new(&Columns::read(&positions)?)?;
+        let (arms, last) = positions.extent();
+        // Answers of a few words have no course to show.
+        if (1..=MOST_PANELS).contains(&arms) && last >= LONG {
+            written.extend(canvas::save(&positions, out, "kl_by_position", &table.title)?);
         }
     }
     Ok(written)
@@ -117,15 +132,23 @@ pub fn plot_stats(out: &Path) -> Result<Vec<PathBuf>> {
 pub fn plot_serving(out: &Path) -> Result<Vec<PathBuf>> {
     let arms = Columns::read(&out.join(SERVE_SUMMARY_CSV))?;
     let timeline = Columns::read(&out.join(SERVE_TIMELINE_CSV))?;
-    let of = |m: Value| match (m["model"].as_str(), m["data"].as_str(), m["budget_bytes"].as_f64()) {
-        (Some(model), Some(data), Some(bytes)) => {
-            format!("{model}, {}, {} requests, {:.0} MB", series::short(data), m["requests"], bytes / 1e6)
+    let of = |m: Value| match (m["model"].as_str(), m["data"]["spec"].as_str()) {
+        (Some(model), Some(data)) => {
+            format!("{model}, {}, {} requests", series::short(data), m["data"]["requests"])
         }
         _ => String::new(),
     };
     let of = of(json(&out.join("manifest.json")));
     let mut written = canvas::save(&serving::Arms::new(&arms)?, out, "serving", &of)?;
     written.extend(canvas::save(&serving::Timeline::new(&timeline)?, out, "serving_timeline", &of)?);
+    for (name, curves) in [
+        ("serving_load", loads::Curves::of_loads(&arms)?),
+        ("serving_budget", loads::Curves::of_budgets(&arms)?),
+    ] {
+        if let Some(curves) = curves {
+            written.extend(canvas::save(&curves, out, name, &of)?);
+        }
+    }
     Ok(written)
 }
 

@@ -1,5 +1,6 @@
 //! sweep.csv as the figures want it.
 
+use super::family::Family;
 use crate::codec::registry::is_control;
 use crate::codec::{Method, Unfused};
 use crate::error::{Error, Result};
@@ -53,6 +54,9 @@ pub struct SweepTable {
     prefixes: Vec<Point>,
     /// Fusing methods, one series a label, in the order of the table.
     pub fusion: Vec<Vec<Point>>,
+    /// What each series is, and whether a point of it is beaten by none of another: in ratio and KL at once.
+    pub families: Vec<Family>,
+    pub on_front: Vec<bool>,
     /// Where each series would lie at the Gaussian bound of its predictors: ratio and KL; empty where that is not known.
     pub bound: Vec<Vec<(f64, f64)>>,
 }
@@ -127,6 +131,8 @@ impl SweepTable {
             none,
             prefixes,
             bound: vec![Vec::new(); fusion.len()],
+            families: fusion.iter().map(|s| Family::of(&s[0].method)).collect(),
+            on_front: fusion.iter().map(|s| s.iter().any(|p| unbeaten(p, &points))).collect(),
             fusion,
         })
     }
@@ -154,6 +160,11 @@ impl SweepTable {
         let several = self.prefixes.len() > 1;
         self.prefixes.iter().map(|p| (p, series(p).filter(|_| several))).collect()
     }
+}
+
+/// Whether no point stores less at a KL that is as low.
+fn unbeaten(point: &Point, all: &[Point]) -> bool {
+    all.iter().all(|other| other.cr_audited <= point.cr_audited || other.kl.mid > point.kl.mid)
 }
 
 /// A data source without the folders before its file name.

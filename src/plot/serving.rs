@@ -15,30 +15,33 @@ struct Quantity {
 
 /// Medians of arms side by side, a panel a quantity.
 pub struct Arms {
+    title: String,
     names: Vec<String>,
     quantities: Vec<Quantity>,
 }
 
 impl Arms {
-    /// From serve_summary.csv.
+    /// From serve_summary.csv: its first load under its first budget.
     pub fn new(rows: &Columns) -> Result<Self> {
         let (method, rate) = (rows.strings("method")?, rows.strings("request_rate")?);
-        let mut rates = rate.clone();
-        rates.sort_unstable();
-        rates.dedup();
-        let name = |i: usize| match rates.len() {
-            1 => short(&method[i]),
-            _ => format!("{}, {}/s", short(&method[i]), rate[i]),
-        };
+        let budget = rows.floats("budget_bytes")?;
+        let shown: Vec<usize> =
+            (0..method.len()).filter(|&i| rate[i] == rate[0] && budget[i] == budget[0]).collect();
         let quantity = |name: &'static str, columns: [&str; 3], factor: f64| -> Result<Quantity> {
             let [low, mid, high] = columns.map(|c| rows.floats(c));
             let (low, mid, high) = (low?, mid?, high?);
-            let values = (0..mid.len()).map(|i| [low[i], mid[i], high[i]].map(|x| x * factor)).collect();
+            let values = shown.iter().map(|&i| [low[i], mid[i], high[i]].map(|x| x * factor)).collect();
             Ok(Quantity { name, values })
         };
         let one = |name, column: &str, factor| quantity(name, [column; 3], factor);
         Ok(Arms {
-            names: (0..method.len()).map(name).collect(),
+            title: match (rate[0].parse::<f64>(), budget[0] / 1e6) {
+                (Ok(rate), mb) if rate.is_finite() => {
+                    format!("Serving {rate} requests a second under {mb:.0} MB of keys and values")
+                }
+                (_, mb) => format!("Serving all requests at once under {mb:.0} MB of keys and values"),
+            },
+            names: shown.iter().map(|&i| short(&method[i])).collect(),
             quantities: vec![
                 quantity(
                     "tokens/s out (least, median, most)",
@@ -54,7 +57,7 @@ impl Arms {
 }
 
 /// A chain without the paths of its files.
-fn short(method: &str) -> String {
+pub fn short(method: &str) -> String {
     let part = |option: &str| match option.split_once('=') {
         Some((before, value)) if value.contains('/') => {
             format!("{before}={}", value.rsplit('/').next().unwrap_or(value).trim_end_matches(".safetensors"))
@@ -70,7 +73,7 @@ impl Figure for Arms {
     }
 
     fn draw<DB: DrawingBackend>(&self, root: &Area<DB>) -> Drawn {
-        let title = "Serving under one budget of KV bytes";
+        let title = &self.title;
         let root = root.margin(8, 20, 0, 0).titled(title, fitting(root, title, 20)).map_err(said)?;
         let label = (FONT, 15).into_text_style(&root);
         let widest = self.names.iter().filter_map(|n| Some(root.estimate_text_size(n, &label).ok()?.0)).max();
@@ -141,14 +144,17 @@ type Moment = (f64, f64, f64);
 type Shown = fn(&Moment) -> f64;
 
 impl Timeline {
-    /// From serve_timeline.csv: each arm's first run at its first load.
+    /// From serve_timeline.csv: each arm's first run at the first load under the first budget.
     pub fn new(rows: &Columns) -> Result<Self> {
         let (method, rate) = (rows.strings("method")?, rows.strings("request_rate")?);
         let (repeat, seconds) = (rows.floats("repeat")?, rows.floats("seconds")?);
+        let budget = rows.floats("budget_bytes")?;
         let (bytes, running) = (rows.floats("pool_bytes")?, rows.floats("running")?);
         let mut names: Vec<String> = Vec::new();
         let mut runs: Vec<Vec<Moment>> = Vec::new();
-        for i in (0..method.len()).filter(|&i| repeat[i] == 0.0 && rate[i] == rate[0]) {
+        for i in
+            (0..method.len()).filter(|&i| repeat[i] == 0.0 && rate[i] == rate[0] && budget[i] == budget[0])
+        {
             let name = short(&method[i]);
             let at = names.iter().position(|n| *n == name).unwrap_or_else(|| {
                 names.push(name);

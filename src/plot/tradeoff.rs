@@ -2,6 +2,7 @@
 
 use super::canvas::{Area, Drawn, FONT, Figure, axes, fitting, legend, said, series_color};
 use super::dodge::{Box, place};
+use super::family::Family;
 use super::series::{Estimate, GREY, Point, SweepTable, prefix_label};
 use plotters::coord::combinators::{BindKeyPoints, LogCoord, WithKeyPoints};
 use plotters::coord::ranged1d::ValueFormatter;
@@ -13,6 +14,10 @@ pub struct Tradeoff<'a> {
 
 /// The log axis ends here at the latest: the KL of the controls is zero, or rounding.
 const KL_FLOOR: f64 = 1e-4;
+/// From so many series on colours are those of families, and what others beat is pale.
+const MANY: usize = 10;
+/// What every name begins with where all comes after exact prefix sharing.
+const SHARED: &str = "prefix+";
 /// Up to so many series every point says where its dial stands; more would hide each other.
 const FEW: usize = 4;
 
@@ -25,7 +30,9 @@ impl Figure for Tradeoff<'_> {
 
     fn draw<DB: DrawingBackend>(&self, root: &Area<DB>) -> Drawn {
         let t = self.table;
-        let title = format!("Answer quality against compression ({})", t.title);
+        let first = t.fusion.first().map_or("", |s| &s[0].label[..]);
+        let after = if self.label(first) == first { "" } else { ", after exact prefix sharing" };
+        let title = format!("Answer quality against compression{after} ({})", t.title);
         let root = root.margin(8, 0, 0, 0).titled(&title, fitting(root, &title, 22)).map_err(said)?;
         let (left, right) = root.split_horizontally(600);
         let prefixes = t.prefixes().into_iter().map(|(p, _)| p);
@@ -82,6 +89,36 @@ fn wide(text: &str) -> i32 {
 }
 
 impl Tradeoff<'_> {
+    fn many(&self) -> bool {
+        self.table.fusion.len() >= MANY
+    }
+
+    /// Series in the order in which they are drawn: those that nothing beats last, on top.
+    fn order(&self) -> Vec<usize> {
+        let mut order: Vec<usize> = (0..self.table.fusion.len()).collect();
+        if self.many() {
+            order.sort_by_key(|&n| self.table.on_front[n]);
+        }
+        order
+    }
+
+    fn hue(&self, n: usize) -> RGBColor {
+        if self.many() { self.table.families[n].color() } else { series_color(n) }
+    }
+
+    /// Of a curve.
+    fn color(&self, n: usize) -> RGBAColor {
+        let pale = self.many() && !self.table.on_front[n];
+        self.hue(n).mix(if pale { 0.35 } else { 1.0 })
+    }
+
+    /// A series' name without what all have in common.
+    fn label<'b>(&self, label: &'b str) -> &'b str {
+        let shared = |s: &Vec<Point>| s[0].label.starts_with(SHARED);
+        let all = self.many() && self.table.fusion.iter().all(shared);
+        label.strip_prefix(SHARED).filter(|_| all).unwrap_or(label)
+    }
+
     /// Curves with intervals and names, the controls, and lines at exact prefix sharing and at `level`.
     fn panel<'a, DB, Y>(
         &self,
@@ -119,10 +156,11 @@ impl Tradeoff<'_> {
         let at = |p: &Point| (p.cr_audited, clip(quality(p).mid));
         // Intervals of many series hide each other: then they are pale.
         let shade = if t.fusion.len() > 2 { 0.35 } else { 1.0 };
-        for (n, series) in t.fusion.iter().enumerate() {
-            let color = series_color(n).to_rgba();
+        for n in self.order() {
+            let (series, color) = (&t.fusion[n], self.color(n));
             chart.draw_series(LineSeries::new(series.iter().map(at), color.stroke_width(2))).map_err(said)?;
-            let bars = series.iter().filter(|p| quality(p).mid.is_finite()).map(|p| {
+            let barred = !self.many() || t.on_front[n];
+            let bars = series.iter().filter(|p| barred && quality(p).mid.is_finite()).map(|p| {
                 let q = quality(p);
                 let (low, mid, high) = (clip(q.low), clip(q.mid), clip(q.high));
                 let style = color.mix(shade).filled();
@@ -138,6 +176,16 @@ impl Tradeoff<'_> {
                     .label("dotted: at the Gaussian bound of its predictors")
                     .legend(move |(x, y)| PathElement::new([(x, y), (x + 22, y)], color.stroke_width(1)));
             }
+        }
+        for family in
+            Family::ALL.into_iter().filter(|f| self.many() && level.is_finite() && t.families.contains(f))
+        {
+            let color = family.color();
+            let nothing = std::iter::empty::<Circle<(f64, f64), i32>>();
+            let drawn = chart.draw_series(nothing).map_err(said)?;
+            drawn
+                .label(family.name())
+                .legend(move |(x, y)| PathElement::new([(x, y), (x + 22, y)], color.stroke_width(3)));
         }
         self.names(chart, &at)?;
         legend(
@@ -182,15 +230,17 @@ impl Tradeoff<'_> {
             area.draw(&(EmptyElement::at(at(p)) + label)).map_err(said)
         };
         let size = if t.fusion.len() > FEW { 12 } else { 14 };
-        for (n, series) in t.fusion.iter().enumerate() {
+        // Those that nothing beats first: they find room.
+        for n in self.order().into_iter().rev() {
+            let series = &t.fusion[n];
             let last = series.iter().filter(drawn).max_by(|a, b| a.cr_audited.total_cmp(&b.cr_audited));
             if let Some(last) = last {
-                write(&last.label, last, size, series_color(n).to_rgba(), true)?;
+                write(self.label(&last.label), last, size, self.hue(n).to_rgba(), true)?;
             }
         }
         for (n, series) in t.fusion.iter().enumerate().filter(|_| t.fusion.len() <= FEW) {
             for p in series.iter().filter(drawn) {
-                write(&p.name, p, 12, series_color(n).to_rgba(), false)?;
+                write(&p.name, p, 12, self.hue(n).to_rgba(), false)?;
             }
         }
         Ok(())

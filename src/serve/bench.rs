@@ -27,9 +27,10 @@ pub struct BenchOptions {
     pub model: String,
     pub draw: task::Draw,
     pub chains: Vec<Chain>,
+    /// But for the budget.
     pub limits: Limits,
-    /// Instead of a budget in bytes: one that holds so many requests uncompressed.
-    pub budget_requests: Option<f64>,
+    /// Budgets that are given one after the other.
+    pub budgets: Vec<Budget>,
     /// Loads that are offered one after the other.
     pub rates: Vec<f64>,
     pub burstiness: f64,
@@ -46,6 +47,14 @@ pub struct BenchOptions {
     pub command: Vec<String>,
 }
 
+/// What keys and values may take.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Budget {
+    Bytes(usize),
+    /// What so many requests of the load take uncompressed.
+    Requests(f64),
+}
+
 /// The requests, encoded.
 struct Load {
     set: PromptSet,
@@ -59,44 +68,51 @@ pub fn bench(options: &BenchOptions) -> Result<Vec<ServeRow>> {
     let shape = model.decoder.block_shape(options.limits.block_size);
     let policies = options.chains.iter().map(|c| Policy::of(c, shape)).collect::<Result<Vec<_>>>()?;
     let load = load(&model, options)?;
-    let limits = limits(&model, options, &load.jobs)?;
+    let usual = usual_bytes(&model, options, &load.jobs);
+    let settings: Vec<Setting> = options
+        .budgets
+        .iter()
+        .flat_map(|budget| {
+            options.rates.iter().map(|&rate| Setting { rate, limits: limits(options, *budget, usual) })
+        })
+        .collect();
     let _lock = FolderLock::take(&options.out)?;
     files::writable_folder(&options.out)?;
-    let asked = manifest(options, &model, limits, &load.set)?;
+    let asked = manifest(options, &model, &load.set)?;
     let progress = Progress::new(
         "serving",
-        (options.repeats * options.rates.len() * policies.len()) as u64,
+        (options.repeats * settings.len() * policies.len()) as u64,
         Unit::Items("runs"),
     );
+    let server = Server { options, model: &model, load: &load };
     let mut runs: Vec<Run> = Vec::new();
     for repeat in 0..options.repeats {
-        for &rate in &options.rates {
+        for &setting in &settings {
             // Each begins another repeat, so that none always runs in the other's wake.
             for turn in 0..policies.len() {
                 let arm = (turn + repeat) % policies.len();
-                let key = key(&asked, &options.chains[arm], repeat, rate);
-                let run = match Run::load(&options.out, &key) {
-                    Some(run) => run,
-                    None => {
-                        let server = Server { options, model: &model, load: &load, limits };
-                        let run = server.run(&key, &policies[arm], repeat, rate)?;
-                        run.store(&options.out)?;
-                        run
-                    }
-                };
-                runs.push(run);
+                let key = key(&asked, &options.chains[arm], repeat, setting);
+                if let Some(run) = Run::load(&options.out, &key) {
+                    runs.push(run);
+                } else {
+                    let run = server.run(&key, &policies[arm], repeat, setting)?;
+                    run.store(&options.out)?;
+                    runs.push(run);
+                    write_tables(&options.out, &runs)?;
+                }
                 progress.increment();
-                write_tables(&options.out, &runs)?;
             }
         }
     }
     progress.finish();
+    // Those that were there already may be of a bench that was cut off before it wrote its tables.
+    write_tables(&options.out, &runs)?;
     files::write_json(&options.out.join("manifest.json"), &asked)?;
     Ok(runs.into_iter().map(|run| run.row).collect())
 }
 
 /// Names a run by all that was asked of it.
-fn key(asked: &Value, chain: &Chain, repeat: usize, rate: f64) -> String {
+fn key(asked: &Value, chain: &Chain, repeat: usize, setting: Setting) -> String {
     let trained: Vec<&str> =
         chain.stages().iter().filter_map(|s| s.codec.trained_file()).map(|(_, sum)| sum).collect();
     let mut asked = asked.clone();
@@ -104,8 +120,17 @@ fn key(asked: &Value, chain: &Chain, repeat: usize, rate: f64) -> String {
     if let Some(fields) = asked.as_object_mut() {
         fields.remove("command");
     }
-    let key = serde_json::json!([asked, chain.name(), trained, repeat, rate.to_string()]);
+    let key =
+        serde_json::json!([asked, chain.name(), trained, repeat, setting.rate.to_string(), setting.limits]);
     files::sha256_bytes(key.to_string().as_bytes())
+}
+
+/// A load under a budget.
+#[derive(Clone, Copy)]
+struct Setting {
+    /// Requests a second.
+    rate: f64,
+    limits: Limits,
 }
 
 /// What all runs of a bench have in common.
@@ -113,13 +138,13 @@ struct Server<'a> {
     options: &'a BenchOptions,
     model: &'a Model,
     load: &'a Load,
-    limits: Limits,
 }
 
 impl Server<'_> {
     /// Serves all requests once.
-    fn run(&self, key: &str, policy: &Policy, repeat: usize, rate: f64) -> Result<Run> {
-        let Server { options, model, load, limits } = *self;
+    fn run(&self, key: &str, policy: &Policy, repeat: usize, setting: Setting) -> Result<Run> {
+        let Server { options, model, load } = *self;
+        let Setting { rate, limits } = setting;
         // All arms of a repeat meet the same arrivals.
         let arrivals = Arrivals { rate, burstiness: options.burstiness };
         let times = arrivals.times(load.jobs.len(), options.draw.seed + repeat as u64);
@@ -131,7 +156,7 @@ impl Server<'_> {
         let outcome = serve(model, limits, policy.clone(), &arrivals, options.concurrency)?;
         let mut fields = fields(&outcome.served, outcome.duration, options.goal, &options.percentiles);
         engine_fields(&mut fields, &outcome, rss_before);
-        let requests = request_rows(model, load, &outcome, (&policy.name, repeat, rate))?;
+        let requests = request_rows(model, load, &outcome, (&policy.name, repeat, setting))?;
         let scores: Vec<f64> = requests.iter().filter_map(|r| r.score).collect();
         quality_fields(&mut fields, model, options, load, &outcome, &scores)?;
         let row = ServeRow {
@@ -177,13 +202,19 @@ fn load(model: &Model, options: &BenchOptions) -> Result<Load> {
     Ok(Load { set, jobs })
 }
 
-fn limits(model: &Model, options: &BenchOptions, jobs: &[Job]) -> Result<Limits> {
-    let Some(requests) = options.budget_requests else { return Ok(options.limits) };
+/// Blocks that a request of the load takes uncompressed, and the bytes of one.
+fn usual_bytes(model: &Model, options: &BenchOptions, jobs: &[Job]) -> (f64, usize) {
     let size = options.limits.block_size;
-    let column = model.decoder.column_bytes(size);
     let blocks = jobs.iter().map(|j| (j.prompt.len() + j.max_tokens).div_ceil(size) as f64);
-    let usual = mean(&blocks.collect::<Vec<_>>());
-    Ok(Limits { budget_bytes: (requests * usual).ceil() as usize * column, ..options.limits })
+    (mean(&blocks.collect::<Vec<_>>()), model.decoder.column_bytes(size))
+}
+
+fn limits(options: &BenchOptions, budget: Budget, (blocks, bytes): (f64, usize)) -> Limits {
+    let budget_bytes = match budget {
+        Budget::Bytes(bytes) => bytes,
+        Budget::Requests(requests) => (requests * blocks).ceil() as usize * bytes,
+    };
+    Limits { budget_bytes, ..options.limits }
 }
 
 /// A run request by request.
@@ -191,7 +222,7 @@ fn request_rows(
     model: &Model,
     load: &Load,
     outcome: &Outcome,
-    (method, repeat, rate): (&str, usize, f64),
+    (method, repeat, setting): (&str, usize, Setting),
 ) -> Result<Vec<RequestRow>> {
     let all = load.set.requests.iter().zip(&outcome.answers).zip(&outcome.served);
     all.map(|((request, answer), served)| {
@@ -201,7 +232,8 @@ fn request_rows(
         Ok(RequestRow {
             method: method.to_owned(),
             repeat,
-            request_rate: rate.to_string(),
+            request_rate: setting.rate.to_string(),
+            budget_bytes: setting.limits.budget_bytes,
             id: request.id.clone(),
             tenant: request.tenant.clone(),
             input_tokens: served.input_tokens,
@@ -285,7 +317,7 @@ fn quality_fields(
 }
 
 /// All that was asked: the manifest, and what names a run.
-fn manifest(options: &BenchOptions, model: &Model, limits: Limits, set: &PromptSet) -> Result<Value> {
+fn manifest(options: &BenchOptions, model: &Model, set: &PromptSet) -> Result<Value> {
     let unusable = |e: serde_json::Error| Error::argument(e.to_string());
     Ok(serde_json::json!({
         "kvfuse_version": env!("CARGO_PKG_VERSION"),
@@ -295,7 +327,9 @@ fn manifest(options: &BenchOptions, model: &Model, limits: Limits, set: &PromptS
         "model_sha256": model.sha256,
         "data": serde_json::to_value(&options.draw).map_err(unusable)?,
         "data_sha256": set.sha256,
-        "limits": limits,
+        "block_size": options.limits.block_size,
+        "max_num_seqs": options.limits.running,
+        "max_num_batched_tokens": options.limits.step_tokens,
         "burstiness": options.burstiness,
         "max_concurrency": Some(options.concurrency).filter(|n| *n < usize::MAX),
         "output_tokens": options.output_tokens,

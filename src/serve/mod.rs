@@ -15,7 +15,7 @@ mod run;
 mod tier;
 
 pub use arrivals::Arrivals;
-pub use bench::{BenchOptions, bench};
+pub use bench::{BenchOptions, Budget, bench};
 pub use engine::Engine;
 pub use job::{Counts, Event, Finish, Job, Limits};
 pub use metrics::{Goal, Served, fields};

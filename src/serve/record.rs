@@ -39,6 +39,7 @@ struct TimelineRow<'a> {
     method: &'a str,
     repeat: usize,
     request_rate: &'a str,
+    budget_bytes: usize,
     seconds: f64,
     running: usize,
     waiting: usize,
@@ -52,6 +53,7 @@ pub(super) struct RequestRow {
     pub method: String,
     pub repeat: usize,
     pub request_rate: String,
+    pub budget_bytes: usize,
     pub id: String,
     pub tenant: String,
     pub input_tokens: usize,
@@ -96,18 +98,17 @@ impl Run {
     }
 }
 
-/// An arm's runs at one load as one row: medians, and the least and the most of throughput.
+/// An arm's runs at one load and budget as one row: medians, and the least and the most of throughput.
 pub fn summary(rows: &[&ServeRow]) -> Vec<ServeRow> {
-    let mut arms: Vec<(String, String)> = Vec::new();
-    for row in rows {
-        let key = (row.method.clone(), row.request_rate.clone());
-        if !arms.contains(&key) {
-            arms.push(key);
+    let key = |row: &ServeRow| (row.method.clone(), row.request_rate.clone(), row.budget_bytes);
+    let mut arms: Vec<(String, String, usize)> = Vec::new();
+    for row in rows.iter().map(|row| key(row)) {
+        if !arms.contains(&row) {
+            arms.push(row);
         }
     }
-    let one = |(method, rate): (String, String)| {
-        let own: Vec<&ServeRow> =
-            rows.iter().copied().filter(|r| r.method == method && r.request_rate == rate).collect();
+    let one = |arm: (String, String, usize)| {
+        let own: Vec<&ServeRow> = rows.iter().copied().filter(|r| key(r) == arm).collect();
         let mut fields = Map::new();
         for name in own[0].fields.keys() {
             let numbers: Vec<f64> = own.iter().filter_map(|r| r.fields.get(name)?.as_f64()).collect();
@@ -120,7 +121,7 @@ pub fn summary(rows: &[&ServeRow]) -> Vec<ServeRow> {
                 }
             }
         }
-        ServeRow { method, repeat: own.len(), fields, ..own[0].clone() }
+        ServeRow { repeat: own.len(), fields, ..own[0].clone() }
     };
     arms.into_iter().map(one).collect()
 }
@@ -136,6 +137,7 @@ pub(super) fn write_tables<'a>(out: &Path, runs: &'a [Run]) -> Result<()> {
         method: &row.method,
         repeat: row.repeat,
         request_rate: &row.request_rate,
+        budget_bytes: row.budget_bytes,
         seconds: rounded(m.seconds),
         running: m.running,
         waiting: m.waiting,

@@ -20,7 +20,7 @@ use serde::{Deserialize, Serialize};
 use std::path::Path;
 use std::time::Instant;
 
-/// Target tokens of a request beyond this many are not scored.
+/// Target tokens of an answer beyond this many are not scored; a text is scored as far as the data says.
 pub(super) const MOST_TARGETS: usize = 64;
 
 /// What is swept, and by what it is decoded.
@@ -278,8 +278,9 @@ pub fn targets(model: &Model, manifest: &Manifest, i: usize, answer: &[u32]) -> 
         }
         None => answer.to_vec(),
     };
-    let whole = targets.len() <= MOST_TARGETS;
-    targets.truncate(MOST_TARGETS);
+    let most = if request.metric == Metric::Likelihood { usize::MAX } else { MOST_TARGETS };
+    let whole = targets.len() <= most;
+    targets.truncate(most);
     let own = targets.len();
     if own == 0 || whole && request.metric != Metric::Likelihood {
         let end = match manifest.stop.as_deref().filter(|_| own > 0) {

@@ -6,6 +6,7 @@ mod explain;
 mod grid;
 mod labels;
 mod lot;
+mod positions;
 mod room;
 mod rows;
 mod run;

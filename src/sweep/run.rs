@@ -2,6 +2,7 @@
 
 use super::arms::{Arm, ArmColumns, Packing};
 use super::lot::{Lot, Piece, Source};
+use super::positions::PositionRow;
 use super::room;
 use super::rows::{LayerRow, RequestRow, Row, Setting, Timings};
 use super::runs::{RunRecord, Runs, run_id};
@@ -14,7 +15,7 @@ use crate::files;
 use crate::lock::FolderLock;
 use crate::model::kernels::instructions;
 use crate::progress::{Progress, Unit};
-use crate::tables::{LAYERS_CSV, REQUESTS_CSV, SWEEP_CSV, TIMINGS_CSV, write_csv};
+use crate::tables::{LAYERS_CSV, POSITIONS_CSV, REQUESTS_CSV, SWEEP_CSV, TIMINGS_CSV, write_csv};
 use serde::Serialize;
 use serde_json::Value;
 use std::collections::{BTreeSet, HashSet};
@@ -242,14 +243,15 @@ fn begin(
     setting: &Setting,
     records: &[Option<RunRecord>],
 ) -> Result<()> {
-    for table in [SWEEP_CSV, TIMINGS_CSV, REQUESTS_CSV, LAYERS_CSV].map(|name| out.join(name)) {
+    for table in [SWEEP_CSV, TIMINGS_CSV, REQUESTS_CSV, LAYERS_CSV, POSITIONS_CSV].map(|name| out.join(name))
+    {
         if table.exists() {
             std::fs::remove_file(&table).at(&table)?;
         }
     }
     let value = serde_json::json!({
         "kvfuse_version": env!("CARGO_PKG_VERSION"),
-        "kernels": kernels(records.iter().flatten()),
+        "kernels": kernels(records).into_iter().chain([instructions()]).collect::<BTreeSet<_>>(),
         "command": options.command,
         "options": options.given,
         "questions": setting.questions,
@@ -263,10 +265,9 @@ fn begin(
     Ok(())
 }
 
-/// What finished arms were computed with, and this process computes with.
-pub(super) fn kernels<'a>(records: impl Iterator<Item = &'a RunRecord>) -> BTreeSet<&'a str> {
-    let known = records.map(|r| &r.kernels[..]).filter(|k| !k.is_empty());
-    known.chain([instructions()]).collect()
+/// What finished arms were computed with.
+pub(super) fn kernels(records: &[Option<RunRecord>]) -> BTreeSet<&str> {
+    records.iter().flatten().map(|r| &r.kernels[..]).filter(|k| !k.is_empty()).collect()
 }
 
 /// Rewrites all tables with the rows there are, in grid order.
@@ -299,6 +300,11 @@ pub(super) fn write_tables(out: &Path, records: &[Option<RunRecord>]) -> Result<
         .map(|(r, layer, score)| LayerRow { run: &r.row.run, arm: &r.row.arm, layer, score })
         .collect();
     write_csv(&out.join(LAYERS_CSV), &layers)?;
+    let positions: Vec<PositionRow> = done
+        .iter()
+        .flat_map(|r| r.positions.iter().map(|score| PositionRow { run: &r.row.run, arm: &r.row.arm, score }))
+        .collect();
+    write_csv(&out.join(POSITIONS_CSV), &positions)?;
     let baseline = |r: &RunRecord| {
         let same = |b: &&&RunRecord| {
             let (a, b) = (&r.row.arm, &b.row.arm);

@@ -2,6 +2,7 @@
 
 use super::arms::Arm;
 use super::lot::Piece;
+use super::positions::PositionScore;
 use super::rows::{LayerScore, RequestScore, Row, Setting, Timings};
 use crate::error::{IoAt, Result};
 use crate::files;
@@ -18,6 +19,7 @@ pub struct RunRecord {
     #[serde(default)]
     pub kernels: String,
     pub layers: Vec<LayerScore>,
+    pub positions: Vec<PositionScore>,
     pub requests: Vec<RequestScore>,
     pub timings: Timings,
 }
@@ -77,7 +79,7 @@ impl Runs {
 }
 
 /// Raised whenever the same settings would give another row: what older code measured is then measured again.
-const ROW_SCHEMA: u32 = 5;
+const ROW_SCHEMA: u32 = 6;
 
 /// Names a run by everything that its row depends on.
 pub fn run_id(setting: &Setting, arm: &Arm) -> Result<String> {

@@ -1,13 +1,13 @@
 //! Sweeps that several processes share: each runs some of the arms into a folder of its own, and what they made is put together.
 
-use super::run::write_tables;
+use super::run::{kernels, write_tables};
 use super::runs::{RunRecord, Runs};
 use crate::error::{Error, IoAt, Result};
 use crate::files;
 use crate::lock::FolderLock;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::fmt;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -173,8 +173,7 @@ fn manifest(shard: &Path, out: &Path, records: &[Option<RunRecord>]) -> Result<(
             !drop
         });
     }
-    let kernels: BTreeSet<&str> = records.iter().flatten().map(|r| &r.kernels[..]).collect();
-    manifest["kernels"] = serde_json::json!(kernels);
+    manifest["kernels"] = serde_json::json!(kernels(records));
     files::write_json(&out.join("manifest.json"), &manifest)
 }
 

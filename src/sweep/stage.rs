@@ -1,7 +1,8 @@
 //! A record of an arm from its lots, and lots that stay in memory for codecs that are found by trying.
 
 use super::arms::{Arm, Packing};
-use super::lot::{Lot, MOST_TARGETS, Piece, Source};
+use super::lot::{Lot, MOST_TARGETS, Piece, Source, targets};
+use super::positions::positions;
 use super::rows::{LayerScore, Measured, RequestScore, Row, Setting};
 use super::runs::RunRecord;
 use super::settings::SweepOptions;
@@ -10,6 +11,7 @@ use crate::dump::Manifest;
 use crate::error::{Error, Result};
 use crate::model::Model;
 use crate::model::kernels::instructions;
+use crate::task::Metric;
 
 /// All lots of a dump in memory: for calibrations and searches, which try codec after codec.
 pub struct Stage<'a> {
@@ -99,7 +101,15 @@ pub(super) fn record(
         cr_prefix: prefix[usize::from(arm.chain.within_tenant())].cr_audited(),
     };
     let row = Row::new(&run, setting, arm, &measured);
-    RunRecord { row, kernels: instructions().to_owned(), layers: layers.collect(), requests, timings }
+    let positions = positions(&requests, setting);
+    RunRecord {
+        row,
+        kernels: instructions().to_owned(),
+        layers: layers.collect(),
+        positions,
+        requests,
+        timings,
+    }
 }
 
 /// Whether the model's context holds every prompt with its answer.
@@ -111,8 +121,11 @@ pub(super) fn check_room(
 ) -> Result<()> {
     let room = model.decoder.context();
     for &i in requests {
-        let (tokens, answer) =
-            (manifest.requests[i].tokens, options.answer_limit(manifest, i).max(MOST_TARGETS));
+        let tokens = manifest.requests[i].tokens;
+        let answer = match manifest.requests[i].request.metric {
+            Metric::Likelihood => targets(model, manifest, i, &[])?.0.len(),
+            _ => options.answer_limit(manifest, i).max(MOST_TARGETS),
+        };
         if tokens + answer > room {
             let message = format!(
                 "request {} has {tokens} tokens: with an answer of {answer} (--max-new-tokens) it exceeds the model's context of {room}",

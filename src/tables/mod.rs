@@ -12,6 +12,8 @@ pub const SWEEP_CSV: &str = "sweep.csv";
 pub const REQUESTS_CSV: &str = "requests.csv";
 /// A layer of an arm a row.
 pub const LAYERS_CSV: &str = "layers.csv";
+/// A band of answer tokens of an arm a row.
+pub const POSITIONS_CSV: &str = "positions.csv";
 /// A codec against the Gaussian bound, a chain a row, and a layer's keys or values a row.
 pub const BOUND_CSV: &str = "bound.csv";
 pub const BOUND_LAYERS_CSV: &str = "bound_layers.csv";
@@ -19,5 +21,7 @@ pub const BOUND_LAYERS_CSV: &str = "bound_layers.csv";
 pub const BOUND_MATCHES_CSV: &str = "bound_matches.csv";
 /// A method a row.
 pub const COMPARE_CSV: &str = "compare.csv";
+/// A chain of several lossy stages a row.
+pub const PRODUCTS_CSV: &str = "products.csv";
 /// What each arm took.
 pub const TIMINGS_CSV: &str = "timings.csv";

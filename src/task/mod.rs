@@ -106,7 +106,7 @@ const BUILTIN_QA: &str = include_str!("../../data/qa.json");
 /// Which prompts to draw.
 #[derive(Debug, Clone, Serialize)]
 pub struct Draw {
-    /// `builtin:qa`, `builtin:longqa`, `synth:niah`, `squad:PATH`, `longbench:PATH`, `ruler:PATH`, `text:PATH` or
+    /// `builtin:qa`, `builtin:longqa`, `builtin:text`, `synth:niah`, `squad:PATH`, `longbench:PATH`, `ruler:PATH`, `text:PATH` or
     /// `prompts:PATH`.
     pub spec: String,
     pub requests: usize,
@@ -123,6 +123,9 @@ pub struct Draw {
     pub pool: usize,
     /// Only questions about the first, or the last, half of the data's passages; other passages are not seen at all.
     pub half: Option<Half>,
+    /// Tokens at the end of a window of text whose likelihood is measured.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub continuation: Option<usize>,
     /// Codes hidden in a prompt of `synth:niah`.
     pub needles: usize,
     /// Tenants that requests are dealt to; 0 for none.
@@ -151,6 +154,7 @@ impl Draw {
             passages: None,
             pool: 0,
             half: None,
+            continuation: None,
             needles: 1,
             tenants: 0,
         }
@@ -163,7 +167,7 @@ impl Draw {
             return Err(Error::argument(format!("{option} must be at least 1")));
         }
         match self.source() {
-            ("builtin", "qa" | "longqa") | ("synth", "niah") => Ok(()),
+            ("builtin", "qa" | "longqa" | "text") | ("synth", "niah") => Ok(()),
             (kind, file) if FILES.contains(&kind) && !file.is_empty() => {
                 fs::metadata(file).at(Path::new(file)).map(|_| ())
             }
@@ -177,7 +181,7 @@ impl Draw {
     }
 
     fn unknown(&self) -> Error {
-        let known = "builtin:qa, builtin:longqa, synth:niah, squad:FILE, longbench:FILE, ruler:FILE, text:FILE or \
+        let known = "builtin:qa, builtin:longqa, builtin:text, synth:niah, squad:FILE, longbench:FILE, ruler:FILE, text:FILE or \
                      prompts:FILE";
         Error::argument(format!("--data {}: use {known}", self.spec))
     }
@@ -217,8 +221,11 @@ pub fn load(draw: &Draw, tokens: &dyn Fn(&str) -> Result<usize>) -> Result<Promp
     if draw.passages.is_some() && !matches!((kind, rest), ("builtin", "qa") | ("squad", _)) {
         return Err(Error::argument(format!("--passages does not go with --data {spec}")));
     }
-    if draw.half.is_some() && !matches!((kind, rest), ("builtin", "qa" | "longqa") | ("squad", _)) {
+    if draw.half.is_some() && !matches!(kind, "builtin" | "squad") {
         return Err(Error::argument(format!("--half does not go with --data {spec}")));
+    }
+    if draw.continuation.is_some() && !matches!((kind, rest), ("builtin", "text") | ("text", _)) {
+        return Err(Error::argument(format!("--continuation does not go with --data {spec}")));
     }
     let mut set = match (kind, rest) {
         ("builtin", "qa" | "longqa") => {
@@ -227,6 +234,12 @@ pub fn load(draw: &Draw, tokens: &dyn Fn(&str) -> Result<usize>) -> Result<Promp
             let passages = draw.seen(&passages);
             let draw = Draw { length, ..draw.limited(passages) };
             qa::draw(passages, BUILTIN_QA, &draw, tokens)
+        }
+        ("builtin", "text") => {
+            let path = PathBuf::from(spec);
+            let passages = squad::parse(&path, BUILTIN_QA)?;
+            let text: Vec<&str> = draw.seen(&passages).iter().map(|p| &p.text[..]).collect();
+            passages::windows(&path, &text.join("\n\n"), draw, draw.counts(), tokens)
         }
         ("synth", "niah") => {
             niah::draw(&Draw { requests: draw.limit.unwrap_or(draw.requests), ..draw.clone() }, tokens)

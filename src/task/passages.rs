@@ -7,7 +7,7 @@ use std::path::Path;
 
 /// Tokens of a window where none are asked for.
 pub const LENGTH: usize = 512;
-/// Tokens at the end of a window whose likelihood is measured.
+/// Tokens at the end of a window whose likelihood is measured, where the draw says nothing.
 pub const SCORED: usize = 64;
 /// Longer words are cut too (scripts without spaces, encoded data).
 const WORD: usize = 16;
@@ -21,8 +21,11 @@ pub fn windows(
     tokens: &dyn Fn(&str) -> Result<usize>,
 ) -> Result<PromptSet> {
     let length = draw.length.unwrap_or(LENGTH);
-    if length <= 2 * SCORED {
-        let message = format!("--length {length}: {SCORED} tokens are scored; use more than {}", 2 * SCORED);
+    let scored = draw.continuation.unwrap_or(SCORED);
+    if scored == 0 || length <= 2 * scored {
+        let message = format!(
+            "--length {length}: {scored} tokens are scored (--continuation), at least one and fewer than half of the window"
+        );
         return Err(Error::argument(message));
     }
     let mut windows: Vec<Request> = Vec::new();
@@ -31,7 +34,7 @@ pub fn windows(
     for piece in words_with_space(text).flat_map(|word| pieces(word, tokens)) {
         let (piece, own) = piece?;
         if used + own > length {
-            windows.push(window(path, &words, windows.len())?);
+            windows.push(window(path, &words, windows.len(), scored)?);
             words.clear();
             used = 0;
         }
@@ -69,9 +72,11 @@ fn pieces<'a>(
     let mut left = vec![word];
     std::iter::from_fn(move || {
         while let Some(part) = left.pop() {
-            // What is long enough in bytes is cut uncounted: tokenizers are slow on very long words.
+            // What is long enough in bytes is cut uncounted: tokenizers are slow on very long words. A space belongs to the word
+            // behind it, as tokenizers have it.
+            let counted = part.strip_suffix(' ').map_or(part.to_owned(), |word| format!(" {word}"));
             let own = match part.len() <= 64 * WORD {
-                true => tokens(part).map(|n| n.max(1)),
+                true => tokens(&counted).map(|n| n.max(1)),
                 false => Ok(usize::MAX),
             };
             let middle = (part.len().div_ceil(2)..part.len()).find(|at| part.is_char_boundary(*at));
@@ -85,10 +90,10 @@ fn pieces<'a>(
 }
 
 /// A window's beginning as prompt, its end as reference. The white space between the two belongs to the reference.
-fn window(path: &Path, words: &[(&str, usize)], n: usize) -> Result<Request> {
+fn window(path: &Path, words: &[(&str, usize)], n: usize, most: usize) -> Result<Request> {
     let mut scored = 0;
     let mut at = words.len();
-    while at > 1 && scored + words[at - 1].1 <= SCORED {
+    while at > 1 && scored + words[at - 1].1 <= most {
         at -= 1;
         scored += words[at].1;
     }

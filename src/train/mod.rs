@@ -9,11 +9,13 @@ pub use sensitivity::{Sensitivity, SensitivityOptions, sensitivity};
 
 use crate::codec::TrainedFile;
 use crate::codec::joint::book::{Book, LayerBook, Origin, SCHEMA, write};
+use crate::codec::joint::corpus::Corpus;
 use crate::codec::joint::rebuild;
 use crate::codec::joint::train::{Metric, Training, train as fit};
 use crate::dump::Manifest;
 use crate::dump::open_model;
 use crate::error::{Error, Result};
+use crate::model::Model;
 use crate::progress::{Progress, Unit};
 use std::path::{Path, PathBuf};
 
@@ -57,6 +59,7 @@ pub struct TrainOptions {
 }
 
 /// What training came to, for people.
+#[derive(Clone)]
 pub struct Trained {
     pub tokens: usize,
     pub components: Vec<usize>,
@@ -89,12 +92,19 @@ pub fn train(options: &TrainOptions) -> Result<Trained> {
         "seed": options.seed,
     });
     let dumps: Vec<serde_json::Value> = manifests.iter().map(|m| m.origin()).collect::<Result<_>>()?;
-    let trained = match finished(options, &settings, &dumps) {
+    let trained = finished(options, &settings, &dumps);
+    let directions = options.kvtc.filter(|&directions| !transform::is_there(options, &dumps, directions));
+    if let (Some(trained), None) = (&trained, directions) {
+        return Ok(trained.clone());
+    }
+    let model = open_model(&options.dumps[0], None, first)?;
+    let corpus = collect::corpus(&options.dumps, &manifests, &model)?;
+    let trained = match trained {
         Some(trained) => trained,
-        None => joint(options, &manifests, settings, dumps.clone())?,
+        None => joint(options, &manifests, &model, &corpus, settings, dumps.clone())?,
     };
-    if let Some(directions) = options.kvtc {
-        transform::train(options, &manifests, dumps, directions)?;
+    if let Some(directions) = directions {
+        transform::train(options, first, &corpus, dumps, directions)?;
     }
     Ok(trained)
 }
@@ -102,22 +112,22 @@ pub fn train(options: &TrainOptions) -> Result<Trained> {
 fn joint(
     options: &TrainOptions,
     manifests: &[Manifest],
+    model: &Model,
+    corpus: &Corpus,
     settings: serde_json::Value,
     dumps: Vec<serde_json::Value>,
 ) -> Result<Trained> {
     let first = &manifests[0];
-    let model = open_model(&options.dumps[0], None, first)?;
     let config = model.decoder.config().clone();
-    let corpus = collect::corpus(&options.dumps, manifests, &model)?;
     let fitted = |metrics: &[Metric], training: &Training| {
         let progress = Progress::new("training layers", config.layers as u64, Unit::Items("layers"));
-        let fitted = fit(&corpus, metrics, training, || progress.increment())?;
+        let fitted = fit(corpus, metrics, training, || progress.increment())?;
         progress.finish();
         Ok::<_, Error>(fitted)
     };
     let training = options.training;
-    let mut metrics = metric::base(&options.dumps[0], first, &model, options.questions, options.seed)?;
-    let bench = sensitivity::Bench::new(&options.dumps[0], first, &model, options.questions)?;
+    let mut metrics = metric::base(&options.dumps[0], first, model, options.questions, options.seed)?;
+    let bench = sensitivity::Bench::new(&options.dumps[0], first, model, options.questions)?;
     let noise = bench.measure(&metrics, options.seed)?;
     metric::weigh(&mut metrics, &noise);
     let (mut layers, mut tables) = fitted(&metrics, &training)?;
@@ -155,7 +165,7 @@ fn joint(
         let (layers, tables) = match part {
             Part::Prediction => fitted(&metrics, &Training { taps: 0, ..training })?,
             Part::Klt => fitted(&metrics, &Training { klt: false, ..training })?,
-            Part::Metric => fitted(&metric::plain(&corpus, &config), &training)?,
+            Part::Metric => fitted(&metric::plain(corpus, &config), &training)?,
         };
         write(&part.path(&options.out), &origin, &layers, &tables)?;
     }

@@ -5,7 +5,6 @@ use super::reference::CLASSES;
 use crate::block::{BlockShape, halves};
 use crate::codec::trained::{Tensors, TrainedFile, f32_bytes, write_tensors};
 use crate::error::{Error, Result};
-use crate::files;
 use crate::model::gemm::{View, product};
 use faer::linalg::solvers::DenseSolveCore;
 use faer::{Mat, Side};
@@ -236,14 +235,8 @@ pub fn both_ways(root: &[Vec<f32>], turn: &[f32], components: usize) -> Option<(
 }
 
 impl TrainedFile for Book {
-    /// Reads and checks a file of `kvfuse train`.
-    fn read(path: &Path) -> Result<Self> {
-        let map = files::map(path)?;
-        let (origin, tensors): (Origin, _) = Tensors::open(path, &map, KIND)?;
-        if origin.schema != SCHEMA {
-            let problem = format!("has schema {}, this kvfuse reads {SCHEMA}; train it again", origin.schema);
-            return Err(Error::file(path, problem));
-        }
+    fn parse(path: &Path, bytes: &[u8]) -> Result<Self> {
+        let (origin, tensors): (Origin, _) = Tensors::open(path, bytes, KIND, SCHEMA)?;
         let width = 2 * origin.kv_heads * origin.head_dim;
         if width == 0 {
             return Err(tensors.bad("is for a model without a cache"));
@@ -261,6 +254,6 @@ impl TrainedFile for Book {
         let centroids = tensors.f32("tables.centroids", &[WIDTHS, CENTROIDS])?;
         let tables = Tables::new(&probabilities, &means, &centroids)
             .ok_or_else(|| tensors.bad("has tables that are none"))?;
-        Ok(Book { origin, layers, tables, bits: 8 * map.len() as u64 })
+        Ok(Book { origin, layers, tables, bits: 8 * bytes.len() as u64 })
     }
 }

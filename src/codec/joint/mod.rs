@@ -12,7 +12,7 @@ pub mod train;
 use super::columns::{Column, columns, store, stripped};
 use super::evict::Needs;
 use super::registry::{Method, Scale, Search, number};
-use super::trained::TrainedOption;
+use super::trained::{TrainedOption, check_model};
 use super::{CacheBatch, Codec, Coverage, Memo, Role};
 use crate::error::{Error, Result};
 use book::Book;
@@ -80,8 +80,7 @@ impl Method for Joint {
         Some(Search { option: "step", fine: 1e-4, coarse: 1.0, scale: Scale::Logarithmic });
 
     fn effective(&self) -> Result<serde_json::Value> {
-        let all = serde_json::to_value(self).map_err(|e| Error::argument(e.to_string()))?;
-        Ok(self.codec.as_ref().map_or(all.clone(), |trained| trained.name_in(all)))
+        TrainedOption::columns(self, self.codec.as_ref())
     }
 
     fn codec(&self) -> Result<Arc<dyn Codec>> {
@@ -241,18 +240,10 @@ impl Coding {
         Ok(())
     }
 
-    /// Whether the caches are of the model that the codec was trained for, as far as that can be seen.
     fn check(&self, batch: &CacheBatch) -> Result<()> {
-        let shape = batch.pool.shape();
-        let origin = &self.book.origin;
-        let layers = batch.caches.first().map_or(origin.layers, |c| c.layers.len());
-        if (origin.layers, origin.kv_heads, origin.head_dim) == (layers, shape.kv_heads, shape.head_dim) {
-            return Ok(());
-        }
-        Err(Error::argument(format!(
-            "the codec was trained for {} ({} layers, {} key/value heads of {}); these caches are of another model",
-            origin.model, origin.layers, origin.kv_heads, origin.head_dim
-        )))
+        let o = &self.book.origin;
+        let sizes = [o.layers, o.kv_heads, o.head_dim];
+        check_model(batch, "the codec was trained for", &o.model, sizes)
     }
 
     /// The step of every token of every column. Blocks that many requests read have finer ones, and so have tokens that are attended to.

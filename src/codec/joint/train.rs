@@ -232,7 +232,7 @@ fn gram(a: &[f32], a_columns: usize, b: &[f32], b_columns: usize, rows: &[usize]
 }
 
 /// Mean of each column over some rows.
-fn means(x: &[f32], columns: usize, rows: &[usize]) -> Vec<f64> {
+pub fn means(x: &[f32], columns: usize, rows: &[usize]) -> Vec<f64> {
     let mut sum = vec![0.0f64; columns];
     for r in rows {
         sum.iter_mut().zip(&x[r * columns..][..columns]).for_each(|(s, x)| *s += f64::from(*x));

@@ -3,8 +3,7 @@
 use super::widths::{Costs, GROUPS, WIDTHS};
 use crate::block::halves;
 use crate::codec::trained::{Stored, Tensors, TrainedFile, f32_bytes, write_tensors};
-use crate::error::{Error, Result};
-use crate::files;
+use crate::error::Result;
 use safetensors::Dtype;
 use serde::{Deserialize, Serialize};
 use std::path::Path;
@@ -77,13 +76,8 @@ impl Book {
 }
 
 impl TrainedFile for Book {
-    fn read(path: &Path) -> Result<Self> {
-        let map = files::map(path)?;
-        let (origin, tensors): (Origin, _) = Tensors::open(path, &map, KIND)?;
-        if origin.schema != SCHEMA {
-            let problem = format!("has schema {}, this kvfuse reads {SCHEMA}; train it again", origin.schema);
-            return Err(Error::file(path, problem));
-        }
+    fn parse(path: &Path, bytes: &[u8]) -> Result<Self> {
+        let (origin, tensors): (Origin, _) = Tensors::open(path, bytes, KIND, SCHEMA)?;
         let width = Self::width(&origin);
         let part = |name: &str| -> Result<Transform> {
             let name = |of: &str| format!("{name}.{of}");
@@ -102,6 +96,6 @@ impl TrainedFile for Book {
             })
         };
         let parts = [part(PARTS[0])?, part(PARTS[1])?];
-        Ok(Book { origin, parts, bits: 8 * map.len() as u64 })
+        Ok(Book { origin, parts, bits: 8 * bytes.len() as u64 })
     }
 }

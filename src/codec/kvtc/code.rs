@@ -2,7 +2,7 @@
 
 use super::book::Transform;
 use super::widths::Group;
-use crate::codec::quantize::{BitSink, BitSource, Cost};
+use crate::codec::quantize::{BitSink, BitSource, Cost, put_f16, take_f16};
 use crate::model::gemm::{View, product};
 use half::f16;
 
@@ -19,34 +19,66 @@ pub fn quantised(x: f32, scale: f32, offset: f32, bits: u32) -> u32 {
     if scale > 0.0 { ((x - offset) / scale).round().clamp(0.0, most) as u32 } else { 0 }
 }
 
-fn put_f16(sink: &mut BitSink, cost: Cost, x: f32) {
-    sink.put(cost, u32::from(f16::from_f32(x).to_bits()), 16);
+/// Tokens multiplied at a time. Fewer are filled up with zeros: what a token's numbers round to does not depend on its company.
+pub const ROWS: usize = 128;
+
+/// `a [rows, k]` times `b [k, n]`, every tile of the same shape.
+fn tiled(a: &[f32], b: View) -> Vec<f32> {
+    let (k, n) = (b.rows, b.columns);
+    let rows = a.len() / k;
+    let mut out = vec![0.0f32; rows * n];
+    for (a, out) in a.chunks(ROWS * k).zip(out.chunks_mut((ROWS * n).max(1))) {
+        let mut padded = a.to_vec();
+        padded.resize(ROWS * k, 0.0);
+        let mut tile = vec![0.0f32; ROWS * n];
+        product(View::row_major(&padded, ROWS, k), b, &mut tile);
+        out.copy_from_slice(&tile[..out.len()]);
+    }
+    out
 }
 
-fn take_f16(source: &mut BitSource) -> f32 {
-    f16::from_bits(source.take(16) as u16).to_f32()
+/// The first `count` directions, as columns.
+fn basis(transform: &Transform, count: usize) -> View<'_> {
+    View { columns: count, ..View::row_major(&transform.basis, transform.mean.len(), transform.directions) }
 }
 
-/// Tokens (`[tokens, width]`) as bits: of each group in turn, scales and offsets of all tokens, then codes direction by direction, so
-/// that what is alike stands together.
-pub fn put(transform: &Transform, groups: &[Group], x: &[f32], sink: &mut BitSink) {
-    let (width, count) = (transform.mean.len(), transform.directions);
-    let tokens = x.len() / width;
-    let centered: Vec<f32> =
-        x.chunks_exact(width).flat_map(|row| row.iter().zip(&transform.mean).map(|(x, m)| x - m)).collect();
-    let mut places = vec![0.0f32; tokens * count];
-    let basis = View::row_major(&transform.basis, width, count);
-    product(View::row_major(&centered, tokens, width), basis, &mut places);
+/// Directions that groups keep.
+pub fn kept(groups: &[Group]) -> usize {
+    groups.iter().map(|group| group.size()).sum()
+}
+
+/// Where tokens (`[tokens, width]`) lie along the first `count` directions: `[tokens, count]`.
+pub fn project(transform: &Transform, count: usize, x: &[f32]) -> Vec<f32> {
+    let row = |row: &[f32]| -> Vec<f32> { row.iter().zip(&transform.mean).map(|(x, m)| x - m).collect() };
+    let centered: Vec<f32> = x.chunks_exact(transform.mean.len()).flat_map(row).collect();
+    tiled(&centered, basis(transform, count))
+}
+
+/// Tokens at these places (`[tokens, count]`): `[tokens, width]`.
+pub fn restore(transform: &Transform, count: usize, places: &[f32], tokens: usize) -> Vec<f32> {
+    if count == 0 {
+        return transform.mean.repeat(tokens);
+    }
+    let mut x = tiled(places, basis(transform, count).transposed());
+    let add = |row: &mut [f32]| row.iter_mut().zip(&transform.mean).for_each(|(x, m)| *x += m);
+    x.chunks_exact_mut(transform.mean.len()).for_each(add);
+    x
+}
+
+/// Places of tokens (`[tokens, kept]`) as bits: of each group in turn, scales and offsets of all tokens, then codes direction by
+/// direction, so that what is alike stands together.
+pub fn put(groups: &[Group], places: &[f32], tokens: usize, sink: &mut BitSink) {
+    let count = kept(groups);
     let mut first = 0;
     for group in groups {
         let own = |t: usize| &places[t * count + first..][..group.size()];
         match *group {
-            Group::Raw => (0..tokens).for_each(|t| put_f16(sink, Cost::Code, own(t)[0])),
+            Group::Raw => (0..tokens).for_each(|t| _ = put_f16(sink, own(t)[0])),
             Group::Coded { size, bits } => {
                 let levels: Vec<(f32, f32)> = (0..tokens).map(|t| levels(own(t), bits)).collect();
                 for (scale, offset) in &levels {
-                    put_f16(sink, Cost::Side, *scale);
-                    put_f16(sink, Cost::Side, *offset);
+                    put_f16(sink, *scale);
+                    put_f16(sink, *offset);
                 }
                 for k in 0..size {
                     for (t, (scale, offset)) in levels.iter().enumerate() {
@@ -59,9 +91,9 @@ pub fn put(transform: &Transform, groups: &[Group], x: &[f32], sink: &mut BitSin
     }
 }
 
-/// What [`put`] put: `[tokens, width]`.
-pub fn take(transform: &Transform, groups: &[Group], tokens: usize, source: &mut BitSource) -> Vec<f32> {
-    let (width, count) = (transform.mean.len(), transform.directions);
+/// What [`put`] put, as it is read back: `[tokens, kept]`.
+pub fn take(groups: &[Group], tokens: usize, source: &mut BitSource) -> Vec<f32> {
+    let count = kept(groups);
     let mut places = vec![0.0f32; tokens * count];
     let mut first = 0;
     for group in groups {
@@ -79,9 +111,5 @@ pub fn take(transform: &Transform, groups: &[Group], tokens: usize, source: &mut
         }
         first += group.size();
     }
-    let mut x = vec![0.0f32; tokens * width];
-    let back = View::row_major(&transform.basis, width, count).transposed();
-    product(View::row_major(&places, tokens, count), back, &mut x);
-    x.chunks_exact_mut(width).for_each(|row| row.iter_mut().zip(&transform.mean).for_each(|(x, m)| *x += m));
-    x
+    places
 }

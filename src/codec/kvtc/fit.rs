@@ -5,6 +5,7 @@ use super::code::{levels, quantised};
 use super::widths::{Costs, GROUPS, WIDTHS};
 use crate::block::halves;
 use crate::codec::joint::corpus::Corpus;
+use crate::codec::joint::train::means;
 use crate::codec::lowrank::directions;
 use crate::error::{Error, Result};
 use crate::model::gemm::{View, product};
@@ -40,9 +41,8 @@ pub fn fit(corpus: &Corpus, part: usize, most: usize) -> Result<Transform> {
     }
     let mut x = rows(corpus, part, &fitted);
     let width = x.len() / fitted.len();
-    let mut mean = vec![0.0f64; width];
-    x.chunks_exact(width).for_each(|row| mean.iter_mut().zip(row).for_each(|(m, x)| *m += f64::from(*x)));
-    let mean: Vec<f32> = mean.iter().map(|m| (m / fitted.len() as f64) as f32).collect();
+    let all: Vec<usize> = (0..fitted.len()).collect();
+    let mean: Vec<f32> = means(&x, width, &all).into_iter().map(|m| m as f32).collect();
     let center = |x: &mut [f32]| {
         x.par_chunks_exact_mut(width).for_each(|row| row.iter_mut().zip(&mean).for_each(|(x, m)| *x -= m));
     };
@@ -98,7 +98,7 @@ fn costs(x: &[f32], places: &[f32], tokens: usize, directions: usize) -> Costs {
 
 #[cfg(test)]
 mod tests {
-    use super::super::code::{put, take};
+    use super::super::code::{kept, project, put, restore, take};
     use super::super::widths::allocate;
     use super::*;
     use crate::codec::quantize::{BitSink, BitSource};
@@ -128,11 +128,11 @@ mod tests {
         let groups = allocate(&transform.costs, 64.0);
         let x = rows(&corpus, 0, &[4, 8, 12, 16]);
         let mut sink = BitSink::default();
-        put(&transform, &groups, &x, &mut sink);
+        put(&groups, &project(&transform, kept(&groups), &x), 4, &mut sink);
         let (bytes, code, side) = sink.finish();
         assert!(code + side <= 4 * 64, "{groups:?}");
         let mut source = BitSource::new(&bytes);
-        let read = take(&transform, &groups, 4, &mut source);
+        let read = restore(&transform, kept(&groups), &take(&groups, 4, &mut source), 4);
         assert_eq!(source.bytes_taken(), bytes.len());
         let spread: f32 = x.iter().map(|x| (x - 3.0).powi(2)).sum();
         let error: f32 = x.iter().zip(&read).map(|(x, y)| (x - y).powi(2)).sum();

@@ -11,9 +11,10 @@ pub use fit::fit;
 use super::columns::{Column, columns, store, stripped};
 use super::quantize::{BitSink, BitSource};
 use super::registry::{Method, Scale, Search, number};
-use super::trained::TrainedOption;
+use super::trained::{TrainedOption, check_model};
 use super::{CacheBatch, Codec, Coverage, Memo, Role, Trained};
 use crate::error::{Error, Result};
+use code::{ROWS, kept, project, put, restore, take};
 use flate2::Compression;
 use flate2::read::DeflateDecoder;
 use flate2::write::DeflateEncoder;
@@ -57,8 +58,7 @@ impl Method for Kvtc {
         Some(Search { option: "bits", fine: 8.0, coarse: 0.02, scale: Scale::Logarithmic });
 
     fn effective(&self) -> Result<serde_json::Value> {
-        let all = serde_json::to_value(self).map_err(|e| Error::argument(e.to_string()))?;
-        Ok(self.codec.as_ref().map_or(all.clone(), |trained| trained.name_in(all)))
+        TrainedOption::columns(self, self.codec.as_ref())
     }
 
     fn codec(&self) -> Result<Arc<dyn Codec>> {
@@ -108,81 +108,131 @@ impl Codec for Coding {
         }
         let coded: Vec<&Column> = all.iter().zip(&raw).filter(|(_, raw)| !**raw).map(|(c, _)| c).collect();
         let shared: &CacheBatch = batch;
-        let written: Vec<Vec<u8>> =
-            coded.par_iter().map(|column| self.bytes(shared, column)).collect::<Result<_>>()?;
-        for (column, bytes) in coded.into_iter().zip(written) {
-            self.read(batch, column, bytes)?;
-        }
+        let written = by_tiles(shared, &coded, |some| {
+            let bytes = self.bytes(shared, some)?;
+            self.numbers(shared, some, bytes)
+        })?;
+        put_back(batch, &coded, written);
         Ok(())
     }
 
     fn decode(&self, batch: &mut CacheBatch) -> Result<()> {
         self.check(batch)?;
         let (all, _) = columns(batch)?;
-        for column in &all {
-            if let Some(payload) = batch.pool.payload(column.pages[0]) {
-                let bytes = payload.bytes.clone();
-                self.read(batch, column, bytes)?;
-            }
-        }
+        let shared: &CacheBatch = batch;
+        let coded: Vec<&Column> =
+            all.iter().filter(|column| shared.pool.payload(column.pages[0]).is_some()).collect();
+        let bytes = |column: &&Column| shared.pool.payload(column.pages[0]).map(|p| p.bytes.clone());
+        let read = by_tiles(shared, &coded, |some| {
+            self.numbers(shared, some, some.iter().map(|c| bytes(c).unwrap_or_default()).collect())
+        })?;
+        put_back(batch, &coded, read);
         Ok(())
     }
 }
 
-impl Coding {
-    /// Whether the caches are of the model that the transform was fitted to, as far as that can be seen.
-    fn check(&self, batch: &CacheBatch) -> Result<()> {
-        let (shape, origin) = (batch.pool.shape(), &self.trained.book.origin);
-        let layers = batch.caches.first().map_or(origin.layers, |c| c.layers.len());
-        if (origin.layers, origin.kv_heads, origin.head_dim) == (layers, shape.kv_heads, shape.head_dim) {
-            return Ok(());
-        }
-        Err(Error::argument(format!(
-            "the transform was fitted to {} ({} layers, {} key/value heads of {}); these caches are of another model",
-            origin.model, origin.layers, origin.kv_heads, origin.head_dim
-        )))
-    }
+/// A column as its bytes say (`[layers][tokens, K and V]`, keys without position), and the bytes.
+type Decoded = (Vec<Vec<f32>>, Vec<u8>);
 
-    fn bytes(&self, batch: &CacheBatch, column: &Column) -> Result<Vec<u8>> {
-        let half = batch.pool.shape().token_width();
-        let layers = stripped(batch, column);
-        let mut sink = BitSink::default();
-        for (part, transform) in self.trained.book.parts.iter().enumerate() {
-            let row = |t: usize| {
-                layers.iter().flat_map(move |layer| &layer[(2 * t + part) * half..][..half]).copied()
-            };
-            let x: Vec<f32> = (0..column.tokens).flat_map(row).collect();
-            code::put(transform, &self.groups[part], &x, &mut sink);
-        }
-        let mut deflate = DeflateEncoder::new(Vec::new(), Compression::best());
-        let written = deflate.write_all(&sink.finish().0).and_then(|()| deflate.finish());
-        written.map_err(|e| Error::argument(format!("DEFLATE: {e}")))
-    }
+/// Runs `f` on as many columns at a time as make a tile of tokens.
+fn by_tiles(
+    batch: &CacheBatch,
+    columns: &[&Column],
+    f: impl Fn(&[&Column]) -> Result<Vec<Decoded>> + Send + Sync,
+) -> Result<Vec<Decoded>> {
+    let of_a_tile = (ROWS / batch.pool.shape().block_size).max(1);
+    let read: Vec<Vec<Decoded>> = columns.par_chunks(of_a_tile).map(f).collect::<Result<_>>()?;
+    Ok(read.into_iter().flatten().collect())
+}
 
-    /// Puts what the bytes say into the column's pages.
-    fn read(&self, batch: &mut CacheBatch, column: &Column, bytes: Vec<u8>) -> Result<()> {
-        let half = batch.pool.shape().token_width();
-        let unusable = || Error::argument("has a block that its codec cannot read");
-        let mut packed = Vec::new();
-        // A damaged stream may say more than any block holds.
-        let most = 4 * column.tokens as u64 * (2 * column.pages.len() * half) as u64 + 64;
-        DeflateDecoder::new(&bytes[..]).take(most).read_to_end(&mut packed).map_err(|_| unusable())?;
-        let mut source = BitSource::new(&packed);
-        let parts: Vec<Vec<f32>> = (0..2)
-            .map(|part| {
-                code::take(&self.trained.book.parts[part], &self.groups[part], column.tokens, &mut source)
-            })
-            .collect();
-        if source.bytes_taken() != packed.len() {
-            return Err(unusable());
-        }
-        let width = half * column.pages.len();
-        let layer = |n: usize| -> Vec<f32> {
-            let row = |t: usize| parts.iter().flat_map(move |x| &x[t * width + n * half..][..half]).copied();
-            (0..column.tokens).flat_map(row).collect()
-        };
-        let numbers: Vec<Vec<f32>> = (0..column.pages.len()).map(layer).collect();
+/// Puts columns, as their bytes say, into the pool; bits are shared out evenly by layer.
+fn put_back(batch: &mut CacheBatch, columns: &[&Column], read: Vec<Decoded>) {
+    for (column, (numbers, bytes)) in columns.iter().zip(read) {
         store(batch, column, &numbers, &vec![1.0; column.pages.len()], bytes);
-        Ok(())
     }
+}
+
+impl Coding {
+    fn check(&self, batch: &CacheBatch) -> Result<()> {
+        let o = &self.trained.book.origin;
+        let sizes = [o.layers, o.kv_heads, o.head_dim];
+        check_model(batch, "the transform was fitted to", &o.model, sizes)
+    }
+
+    fn bytes(&self, batch: &CacheBatch, columns: &[&Column]) -> Result<Vec<Vec<u8>>> {
+        let half = batch.pool.shape().token_width();
+        let layers: Vec<Vec<Vec<f32>>> = columns.iter().map(|column| stripped(batch, column)).collect();
+        let mut sinks: Vec<BitSink> = columns.iter().map(|_| BitSink::default()).collect();
+        for (part, transform) in self.trained.book.parts.iter().enumerate() {
+            let groups = &self.groups[part];
+            let mut x = Vec::new();
+            for (column, layers) in columns.iter().zip(&layers) {
+                for t in 0..column.tokens {
+                    layers
+                        .iter()
+                        .for_each(|layer| x.extend_from_slice(&layer[(2 * t + part) * half..][..half]));
+                }
+            }
+            let count = kept(groups);
+            let places = project(transform, count, &x);
+            let mut rest = &places[..];
+            for (column, sink) in columns.iter().zip(&mut sinks) {
+                let (own, after) = rest.split_at(column.tokens * count);
+                put(groups, own, column.tokens, sink);
+                rest = after;
+            }
+        }
+        sinks.into_iter().map(deflated).collect()
+    }
+
+    fn numbers(&self, batch: &CacheBatch, columns: &[&Column], bytes: Vec<Vec<u8>>) -> Result<Vec<Decoded>> {
+        let half = batch.pool.shape().token_width();
+        let tokens: usize = columns.iter().map(|column| column.tokens).sum();
+        let mut places = [Vec::new(), Vec::new()];
+        for (column, bytes) in columns.iter().zip(&bytes) {
+            // A damaged stream may say more than any block holds.
+            let most = 4 * column.tokens * 2 * column.pages.len() * half + 64;
+            let packed = inflated(bytes, most)?;
+            let mut source = BitSource::new(&packed);
+            for (places, groups) in places.iter_mut().zip(&self.groups) {
+                places.extend(take(groups, column.tokens, &mut source));
+            }
+            if source.bytes_taken() != packed.len() {
+                return Err(unusable());
+            }
+        }
+        let [keys, values] = [0, 1].map(|part| {
+            let count = kept(&self.groups[part]);
+            restore(&self.trained.book.parts[part], count, &places[part], tokens)
+        });
+        let mut first = 0;
+        let column = |(column, bytes): (&&Column, Vec<u8>)| {
+            let (width, here) = (half * column.pages.len(), first..first + column.tokens);
+            first = here.end;
+            let layer = |n: usize| -> Vec<f32> {
+                let row = |t: usize| {
+                    [&keys, &values].into_iter().flat_map(move |x| &x[t * width + n * half..][..half])
+                };
+                here.clone().flat_map(row).copied().collect()
+            };
+            ((0..column.pages.len()).map(layer).collect(), bytes)
+        };
+        Ok(columns.iter().zip(bytes).map(column).collect())
+    }
+}
+
+fn unusable() -> Error {
+    Error::argument("has a block that its codec cannot read")
+}
+
+fn deflated(sink: BitSink) -> Result<Vec<u8>> {
+    let mut deflate = DeflateEncoder::new(Vec::new(), Compression::best());
+    let written = deflate.write_all(&sink.finish().0).and_then(|()| deflate.finish());
+    written.map_err(|e| Error::argument(format!("DEFLATE: {e}")))
+}
+
+fn inflated(bytes: &[u8], most: usize) -> Result<Vec<u8>> {
+    let mut packed = Vec::new();
+    DeflateDecoder::new(bytes).take(most as u64).read_to_end(&mut packed).map_err(|_| unusable())?;
+    Ok(packed)
 }

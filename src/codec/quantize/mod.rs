@@ -231,12 +231,12 @@ impl<Q: Quantizer> Quantized<Q> {
 }
 
 /// Writes a number as f16; returns what is read back.
-fn put_f16(sink: &mut BitSink, x: f32) -> f32 {
+pub(super) fn put_f16(sink: &mut BitSink, x: f32) -> f32 {
     let half = f16::from_f32(x);
     sink.put(Cost::Side, u32::from(half.to_bits()), 16);
     half.to_f32()
 }
 
-fn take_f16(source: &mut BitSource) -> f32 {
+pub(super) fn take_f16(source: &mut BitSource) -> f32 {
     f16::from_bits(source.take(16) as u16).to_f32()
 }

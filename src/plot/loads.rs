@@ -1,0 +1,129 @@
+//! Serving against load, and against the budget: throughput and the wait for the first token.
+
+use super::canvas::{Area, Drawn, Figure, axes, fitting, legend, said, series_color};
+use super::serving::short;
+use crate::error::Result;
+use crate::tables::Columns;
+use plotters::prelude::*;
+
+/// One arm at one load under one budget.
+struct Point {
+    at: f64,
+    /// Tokens a second: least, median, most.
+    throughput: [f64; 3],
+    /// P95 of the time to the first token, seconds.
+    wait: f64,
+}
+
+/// Arms along one axis, all else equal.
+pub struct Curves {
+    title: &'static str,
+    axis: &'static str,
+    arms: Vec<(String, Vec<Point>)>,
+}
+
+impl Curves {
+    /// Along the rates of serve_summary.csv, under its first budget; none where there are fewer than two.
+    pub fn of_loads(rows: &Columns) -> Result<Option<Self>> {
+        let rate: Vec<f64> =
+            rows.strings("request_rate")?.iter().map(|r| r.parse().unwrap_or(f64::INFINITY)).collect();
+        let budget = rows.floats("budget_bytes")?;
+        let own = |i: usize| budget[i] == budget[0] && rate[i].is_finite();
+        Self::along(rows, "Serving against load", "requests a second that arrive (log)", &rate, &own)
+    }
+
+    /// Along the budgets of serve_summary.csv, at its first rate; none where there are fewer than two.
+    pub fn of_budgets(rows: &Columns) -> Result<Option<Self>> {
+        let rate = rows.strings("request_rate")?;
+        let budget: Vec<f64> = rows.floats("budget_bytes")?.iter().map(|b| b / 1e6).collect();
+        let own = |i: usize| rate[i] == rate[0];
+        Self::along(
+            rows,
+            "Serving against the budget of KV bytes",
+            "budget of keys and values, MB (log)",
+            &budget,
+            &own,
+        )
+    }
+
+    fn along(
+        rows: &Columns,
+        title: &'static str,
+        axis: &'static str,
+        at: &[f64],
+        own: &dyn Fn(usize) -> bool,
+    ) -> Result<Option<Self>> {
+        let method = rows.strings("method")?;
+        let floats = |name: &str| rows.floats(name);
+        let (low, mid, high) = (
+            floats("output_throughput_low")?,
+            floats("output_throughput")?,
+            floats("output_throughput_high")?,
+        );
+        let wait = floats("p95_ttft_ms")?;
+        let mut arms: Vec<(String, Vec<Point>)> = Vec::new();
+        for i in (0..method.len()).filter(|&i| own(i)) {
+            let name = short(&method[i]);
+            let point = Point { at: at[i], throughput: [low[i], mid[i], high[i]], wait: wait[i] * 1e-3 };
+            match arms.iter_mut().find(|(known, _)| *known == name) {
+                Some((_, points)) => points.push(point),
+                None => arms.push((name, vec![point])),
+            }
+        }
+        for (_, points) in &mut arms {
+            points.sort_by(|a, b| a.at.total_cmp(&b.at));
+        }
+        let several = arms.iter().any(|(_, points)| points.len() > 1);
+        Ok(several.then_some(Curves { title, axis, arms }))
+    }
+}
+
+impl Figure for Curves {
+    fn size(&self) -> (u32, u32) {
+        (1200, 520)
+    }
+
+    fn draw<DB: DrawingBackend>(&self, root: &Area<DB>) -> Drawn {
+        let root =
+            root.margin(8, 16, 0, 0).titled(self.title, fitting(root, self.title, 20)).map_err(said)?;
+        let (left, right) = root.split_horizontally(600);
+        let points = || self.arms.iter().flat_map(|(_, points)| points);
+        let first = points().map(|p| p.at).fold(f64::INFINITY, f64::min) / 1.15;
+        let last = points().map(|p| p.at).fold(0.0, f64::max) * 1.15;
+        let most = points().map(|p| p.throughput[2]).fold(0.0, f64::max) * 1.15;
+        let longest = points().map(|p| p.wait).fold(0.0, f64::max);
+        let shortest = points().map(|p| p.wait).filter(|w| *w > 0.0).fold(longest, f64::min);
+        let mut chart = ChartBuilder::on(&left);
+        let chart = chart.margin(12).x_label_area_size(52).y_label_area_size(66);
+        let mut panel = chart.build_cartesian_2d((first..last).log_scale(), 0.0..most).map_err(said)?;
+        axes(&mut panel, self.axis, "output tokens a second (least, median, most)")?;
+        for (n, (_, points)) in self.arms.iter().enumerate() {
+            let color = series_color(n);
+            let line = points.iter().map(|p| (p.at, p.throughput[1]));
+            panel.draw_series(LineSeries::new(line.clone(), color.stroke_width(2))).map_err(said)?;
+            panel.draw_series(line.map(|at| Circle::new(at, 4, color.filled()))).map_err(said)?;
+            let bar = |p: &Point| {
+                let [low, mid, high] = p.throughput;
+                ErrorBar::new_vertical(p.at, low, mid, high, color.mix(0.5).filled(), 6)
+            };
+            panel.draw_series(points.iter().map(bar)).map_err(said)?;
+        }
+        let mut chart = ChartBuilder::on(&right);
+        let chart = chart.margin(12).x_label_area_size(52).y_label_area_size(66);
+        // Room for the legend above the curves.
+        let waits = (shortest / 1.5..longest * (longest / shortest).max(4.0).powf(0.6)).log_scale();
+        let mut panel = chart.build_cartesian_2d((first..last).log_scale(), waits).map_err(said)?;
+        axes(&mut panel, self.axis, "P95 of time to first token, s (log)")?;
+        for (n, (name, points)) in self.arms.iter().enumerate() {
+            let color = series_color(n);
+            let line = points.iter().map(|p| (p.at, p.wait));
+            panel
+                .draw_series(LineSeries::new(line.clone(), color.stroke_width(2)))
+                .map_err(said)?
+                .label(name.clone())
+                .legend(move |(x, y)| PathElement::new([(x, y), (x + 22, y)], color.stroke_width(3)));
+            panel.draw_series(line.map(|at| Circle::new(at, 4, color.filled()))).map_err(said)?;
+        }
+        legend(&mut panel, SeriesLabelPosition::UpperLeft)
+    }
+}

@@ -1,0 +1,116 @@
+//! KL by the place of a token in what is generated.
+
+use super::canvas::{Area, Drawn, FONT, Figure, axes, fitting, said, series_color};
+use super::dodge::{Box, place};
+use crate::error::Result;
+use crate::sweep::{labelled, series_labels};
+use crate::tables::Columns;
+use plotters::prelude::*;
+
+/// The log axis ends here at the latest.
+const KL_FLOOR: f64 = 1e-5;
+
+/// One band of places: its middle, KL with its interval.
+struct Band {
+    at: f64,
+    kl: f64,
+    low: f64,
+    high: f64,
+}
+
+/// Arms of a positions.csv that lose something.
+pub struct Positions {
+    arms: Vec<(String, Vec<Band>)>,
+    /// The last place there is.
+    last: f64,
+}
+
+impl Positions {
+    pub fn new(table: &Columns) -> Result<Self> {
+        let rows = labelled(table)?;
+        let labels = series_labels(&rows);
+        let floats = |name: &str| table.floats(name);
+        let (first, last, kl) = (floats("first")?, floats("last")?, floats("kl")?);
+        let (low, high, run) = (floats("kl_low")?, floats("kl_high")?, table.strings("run")?);
+        let mut arms: Vec<(String, Vec<Band>)> = Vec::new();
+        let mut before = "";
+        for i in 0..run.len() {
+            if run[i] != before {
+                arms.push((format!("{} {}", labels[i], rows[i].name()), Vec::new()));
+                before = &run[i];
+            }
+            if let Some((_, bands)) = arms.last_mut() {
+                bands.push(Band { at: (first[i] * last[i]).sqrt(), kl: kl[i], low: low[i], high: high[i] });
+            }
+        }
+        arms.retain(|(_, bands)| bands.iter().any(|b| b.kl > KL_FLOOR));
+        Ok(Positions { arms, last: last.into_iter().fold(1.0, f64::max) })
+    }
+
+    /// Arms to be drawn, and the last place there is.
+    pub fn extent(&self) -> (usize, f64) {
+        (self.arms.len(), self.last)
+    }
+}
+
+impl Figure for Positions {
+    fn size(&self) -> (u32, u32) {
+        (900, 560)
+    }
+
+    fn draw<DB: DrawingBackend>(&self, root: &Area<DB>) -> Drawn {
+        let all = || self.arms.iter().flat_map(|(_, bands)| bands);
+        let floor = all().map(|b| b.kl).filter(|kl| *kl > 0.0).fold(1.0, f64::min).max(KL_FLOOR) / 2.0;
+        let top = all().map(|b| b.high).fold(floor * 10.0, f64::max) * 1.5;
+        let title = "KL by the place of a token after the prompt, teacher-forced";
+        // Room for names behind the last band.
+        let mut chart = ChartBuilder::on(root)
+            .caption(title, fitting(root, title, 20))
+            .margin(12)
+            .x_label_area_size(58)
+            .y_label_area_size(76)
+            .build_cartesian_2d((0.9..self.last * 4.0).log_scale(), (floor..top).log_scale())
+            .map_err(said)?;
+        axes(
+            &mut chart,
+            "token after the prompt (log; bands that double)",
+            "KL from no encoding, nats per token (log)",
+        )?;
+        let clip = |y: f64| y.clamp(floor, top);
+        let mut taken: Vec<Box> = Vec::new();
+        for (n, (_, bands)) in self.arms.iter().enumerate() {
+            let color = series_color(n);
+            let line = bands.iter().map(|b| (b.at, clip(b.kl)));
+            chart.draw_series(LineSeries::new(line.clone(), color.stroke_width(2))).map_err(said)?;
+            let bars = bands.iter().map(|b| {
+                ErrorBar::new_vertical(
+                    b.at,
+                    clip(b.low),
+                    clip(b.kl),
+                    clip(b.high),
+                    color.mix(0.4).filled(),
+                    6,
+                )
+            });
+            chart.draw_series(bars).map_err(said)?;
+            chart.draw_series(line.map(|at| Circle::new(at, 4, color.filled()))).map_err(said)?;
+        }
+        let area = chart.plotting_area();
+        let (xs, ys) = area.get_pixel_range();
+        let frame = Box { left: xs.start, top: ys.start, right: xs.end, bottom: ys.end };
+        for (n, (name, bands)) in self.arms.iter().enumerate() {
+            let Some(end) = bands.last().map(|b| (b.at, clip(b.kl))) else { continue };
+            let pixel = area.map_coordinate(&end);
+            let size = (8 * name.chars().count() as i32, 14);
+            let Some(found) = place((pixel.0 + 6, pixel.1), size, &frame, &taken, true) else { continue };
+            taken.push(found);
+            let label = Text::new(
+                name.clone(),
+                (found.left - pixel.0, found.top - pixel.1),
+                (FONT, 14).into_font().color(&series_color(n)),
+            );
+            area.draw(&(EmptyElement::at(end) + label)).map_err(said)?;
+        }
+        Ok(())
+    }
+}
