@@ -215,6 +215,39 @@ fn the_command_writes_its_tables_and_refuses_what_is_not_served() {
         let csv = std::fs::read_to_string(out.join(name)).unwrap();
         assert_eq!(csv.lines().count(), rows + 1, "{name}");
     }
+    // Loads and budgets are settings of their own, drawn against each other.
+    let mut loads = arguments("none,prefix");
+    let at = loads.iter().position(|a| *a == "3").unwrap();
+    loads[at] = "2,4";
+    loads.extend([text(&out), "--request-rate", "50,100"]);
+    let at = loads.iter().position(|a| *a == "--repeats").unwrap();
+    loads[at + 1] = "1";
+    succeed(&loads);
+    let summary = kvfuse::tables::Columns::read(&out.join("serve_summary.csv")).unwrap();
+    let budgets = summary.floats("budget_bytes").unwrap();
+    assert_eq!(budgets.len(), 8);
+    assert!(budgets.iter().filter(|b| **b == budgets[0]).count() == 4, "{budgets:?}");
+    assert!(
+        summary.floats("peak_pool_bytes").unwrap().iter().zip(&budgets).all(|(peak, budget)| peak <= budget)
+    );
+    succeed(&["plot", text(&out)]);
+    let projected = succeed(&["project", text(&out)]);
+    assert!(projected.contains("not measured") && projected.contains("H100-SXM"), "{projected}");
+    let checked = kvfuse::tables::Columns::read(&out.join("roofline.csv")).unwrap();
+    let (method, ratio) = (checked.strings("method").unwrap(), checked.floats("ratio").unwrap());
+    assert_eq!(method.len(), 8);
+    let seconds = |column: &str| -> f64 {
+        let all = checked.floats(column).unwrap();
+        (0..8).filter(|&i| method[i] == "none").map(|i| all[i]).sum()
+    };
+    let own = seconds("forward_seconds") / seconds("predicted_seconds");
+    assert!(
+        (own - 1.0).abs() < 1e-3 && ratio.iter().all(|r| r.is_finite()),
+        "calibrated on the first: {own}"
+    );
+    assert!(
+        ["serving", "serving_load", "serving_budget"].iter().all(|f| out.join(format!("{f}.png")).exists())
+    );
     for (method, word) in [
         ("h2o", "evictions"),
         ("prefix+bff:tau=0.9,rope=strip", "rope=strip"),
@@ -228,4 +261,87 @@ fn the_command_writes_its_tables_and_refuses_what_is_not_served() {
         assert_eq!(output.status.code(), Some(2), "{method}");
         assert!(stderr.contains(word), "{method}: {stderr}");
     }
+}
+
+/// What is moved is what an encoded file of the same requests, each by itself, would hold; links add what their rates say.
+#[test]
+fn moving_a_cache_takes_its_bytes() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("migration");
+    let migrate =
+        ["migrate", text(common::small_dump()), "--requests", "2", "--repeats", "1", "--link-gbits", "1,10"];
+    let table = succeed(&[&migrate[..], &["--method", "none,kivi:bits=4", "-o", text(&out)]].concat());
+    assert!(table.contains("10 Gbit/s") && table.contains("kivi"), "{table}");
+    let rows = kvfuse::tables::Columns::read(&out.join("migration.csv")).unwrap();
+    let of = |name: &str| rows.floats(name).unwrap();
+    let (bytes, link, total) = (of("bytes"), of("link_seconds"), of("total_seconds"));
+    let (encode, decode, gbits) = (of("encode_seconds"), of("decode_seconds"), of("link_gbits"));
+    assert_eq!(bytes.len(), 4);
+    assert!(bytes[2] < bytes[0] && of("decode_seconds")[0] == 0.0);
+    for i in 0..4 {
+        assert!((link[i] - 8e-9 * bytes[i] / gbits[i]).abs() < 1e-5 * link[i]);
+        assert!((total[i] - encode[i] - decode[i] - link[i]).abs() < 1e-4 * total[i]);
+    }
+    // 16 bits a number, and the tables.
+    let manifest: serde_json::Value =
+        serde_json::from_slice(&std::fs::read(common::small_dump().join("manifest.json")).unwrap()).unwrap();
+    let config = &manifest["model"]["config"];
+    let count = |name: &str| config[name].as_u64().unwrap() as f64;
+    let numbers = 2.0 * of("tokens")[0] * count("layers") * count("kv_heads") * count("head_dim");
+    assert!((bytes[0] / (2.0 * numbers) - 1.0).abs() < 0.05, "{} {numbers}", bytes[0]);
+    succeed(&["plot", text(&out)]);
+    assert!(out.join("migration.png").exists());
+    common::refuse(&[&migrate[..], &["--method", "h2o", "-o", text(&out)]].concat(), &["h2o"]);
+}
+
+/// A trace says when requests come, how long they are and what they share; text is ours.
+#[test]
+fn a_trace_is_replayed() {
+    let dir = tempfile::tempdir().unwrap();
+    let (out, trace) = (dir.path().join("out"), dir.path().join("trace.jsonl"));
+    let line = |at: usize, input: usize, ids: &str| {
+        format!(
+            "{{\"timestamp\": {at}, \"input_length\": {input}, \"output_length\": 40, \"hash_ids\": [{ids}]}}\n"
+        )
+    };
+    let lines = [line(0, 1100, "1, 2, 3"), line(2000, 1100, "1, 2, 4"), line(3000, 500, "9")];
+    std::fs::write(&trace, lines.concat()).unwrap();
+    let spec = format!("mooncake:{}", trace.display());
+    let serve = [
+        "serve-bench",
+        "--model",
+        text(small_model()),
+        "--trace",
+        &spec,
+        "--trace-scale",
+        "0.1",
+        "--trace-speed",
+        "20",
+        "--requests",
+        "3",
+        "--repeats",
+        "1",
+        "--quality-requests",
+        "1",
+        "--block-size",
+        "8",
+        "--method",
+        "none,prefix",
+        "-o",
+        text(&out),
+    ];
+    succeed(&serve);
+    let rows = kvfuse::tables::Columns::read(&out.join("serve_requests.csv")).unwrap();
+    let of = |name: &str| rows.floats(name).unwrap();
+    assert_eq!(of("input_tokens")[..3], [110.0, 110.0, 50.0]);
+    assert_eq!(of("output_tokens")[..3], [4.0; 3]);
+    assert_eq!(of("arrival_seconds")[1..3], [0.1, 0.15]);
+    let runs = kvfuse::tables::Columns::read(&out.join("serve.csv")).unwrap();
+    let hits = runs.floats("prefix_hit_tokens").unwrap();
+    // Two blocks of 51 tokens are shared: twelve whole ones of 8.
+    assert_eq!(hits, [0.0, 96.0]);
+    let refused = |extra: &[&str], words: &[&str]| common::refuse(&[&serve[..], extra].concat(), words);
+    refused(&["--passages", "2"], &["--passages", "--trace"]);
+    let bad = [&serve[..3], &["--trace", "sharegpt:x", "-o", text(&out)]].concat();
+    common::refuse(&bad, &["sharegpt:x", "mooncake:FILE"]);
 }

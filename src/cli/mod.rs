@@ -13,10 +13,12 @@ mod engine;
 mod explain;
 mod inspect;
 mod methods;
+mod migrate;
 mod model;
 mod plan;
 pub use plan::Plan;
 mod plot;
+mod project;
 mod report;
 mod run;
 mod search;
@@ -86,6 +88,8 @@ enum Command {
     Report(report::Args),
     Serve(serve::Args),
     ServeBench(Box<serve_bench::Args>),
+    Migrate(migrate::Args),
+    Project(project::Args),
     Demo(demo::Args),
     Bench(bench::Args),
     Completions(completions::Args),
@@ -134,6 +138,8 @@ impl Command {
             Command::Report(args) => report::run(args),
             Command::Serve(args) => serve::run(args),
             Command::ServeBench(args) => serve_bench::run(*args, typed),
+            Command::Migrate(args) => migrate::run(args, typed),
+            Command::Project(args) => project::run(args),
             Command::Demo(args) => demo::run(args, typed),
             Command::Bench(args) => bench::run(args),
             Command::Completions(args) => completions::run(args),

@@ -7,7 +7,7 @@ use super::table::table;
 use crate::codec::Chain;
 use crate::memory::Bytes;
 use crate::model::registry::DEFAULT_MODEL;
-use crate::serve::{BenchOptions, Budget, Goal, SERVE_SUMMARY_CSV, ServeRow, bench, summary};
+use crate::serve::{BenchOptions, Budget, Goal, SERVE_SUMMARY_CSV, ServeRow, TraceOptions, bench, summary};
 use anyhow::{Result, anyhow};
 use std::path::PathBuf;
 
@@ -26,6 +26,16 @@ pub struct Args {
     model: String,
     #[command(flatten)]
     draw: DrawArgs,
+    /// Arrivals, lengths and shared blocks of a trace: mooncake:FILE (JSON lines), azure:FILE or burstgpt:FILE (CSV); text comes from
+    /// --data (builtin:qa, squad:FILE or text:FILE)
+    #[arg(long, value_name = "KIND:FILE", conflicts_with = "request_rate")]
+    trace: Option<String>,
+    /// What the trace's lengths are multiplied by, so that they fit the model
+    #[arg(long, value_name = "FACTOR", requires = "trace", default_value_t = 1.0)]
+    trace_scale: f64,
+    /// How many times as fast as in the trace requests come
+    #[arg(long, value_name = "FACTOR", requires = "trace", default_value_t = 1.0)]
+    trace_speed: f64,
     /// Chains to serve with (see `kvfuse methods`)
     #[arg(long, default_value = "none,prefix", value_name = "CHAINS")]
     method: String,
@@ -94,8 +104,10 @@ impl Args {
         if let Some(p) = self.metric_percentiles.iter().find(|p| !(0.0..=100.0).contains(*p)) {
             return Err(anyhow!("--metric-percentiles {p}: percentiles are from 0 to 100"));
         }
+        let (scale, speed) = (self.trace_scale, self.trace_speed);
         Ok(BenchOptions {
             model: self.model,
+            trace: self.trace.map(|spec| TraceOptions { spec, scale, speed }),
             draw: self.draw.draw(),
             chains,
             limits: self.engine.limits(0)?,

@@ -6,6 +6,7 @@ mod dodge;
 mod family;
 mod heatmap;
 mod loads;
+mod migration;
 mod positions;
 mod prediction;
 mod rate;
@@ -17,7 +18,7 @@ mod tradeoff;
 mod worlds;
 
 use crate::error::Result;
-use crate::serve::{SERVE_SUMMARY_CSV, SERVE_TIMELINE_CSV};
+use crate::serve::{MIGRATION_CSV, SERVE_SUMMARY_CSV, SERVE_TIMELINE_CSV};
 use crate::stats::{STATS_CSV, STATS_MANIFEST, read_stats};
 use crate::tables::{BOUND_CSV, BOUND_LAYERS_CSV, Columns, POSITIONS_CSV, SWEEP_CSV};
 use crate::theory::{
@@ -33,14 +34,19 @@ pub fn plot_all(out: &Path) -> Result<Vec<PathBuf>> {
     let (stats, simulation) = (out.join(STATS_CSV).exists(), out.join(MONTE_CARLO_CSV).exists());
     let bounds = out.join(BOUND_LAYERS_CSV).exists();
     let serving = out.join(SERVE_SUMMARY_CSV).exists();
+    let migration = out.join(MIGRATION_CSV).exists();
     let mut written = Vec::new();
     if serving {
         written.extend(plot_serving(out)?);
     }
+    if migration {
+        let rows = migration::Migration::new(&Columns::read(&out.join(MIGRATION_CSV))?)?;
+        written.extend(canvas::save(&rows, out, "migration", &measured(&out.join("manifest.json")))?);
+    }
     if bounds {
         written.extend(plot_bound(out)?);
     }
-    if out.join(SWEEP_CSV).exists() || !(stats || simulation || bounds || serving) {
+    if out.join(SWEEP_CSV).exists() || !(stats || simulation || bounds || serving || migration) {
         written.extend(plot_sweep(out)?);
     }
     if stats {

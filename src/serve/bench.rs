@@ -7,6 +7,7 @@ use super::policy::Policy;
 use super::quality::{Witness, divergences};
 use super::record::{RequestRow, Run, ServeRow, write_tables};
 use super::run::{Arrival, Moment, Outcome, serve};
+use super::trace::{Replayed, TraceOptions};
 use crate::codec::Chain;
 use crate::error::{Error, Result};
 use crate::files;
@@ -26,6 +27,8 @@ use std::path::PathBuf;
 pub struct BenchOptions {
     pub model: String,
     pub draw: task::Draw,
+    /// Arrivals, lengths and shared blocks of a trace, with text of the data.
+    pub trace: Option<TraceOptions>,
     pub chains: Vec<Chain>,
     /// But for the budget.
     pub limits: Limits,
@@ -59,23 +62,25 @@ pub enum Budget {
 struct Load {
     set: PromptSet,
     jobs: Vec<Job>,
+    /// When requests come, if a trace says it.
+    seconds: Option<Vec<f64>>,
 }
 
 /// Runs all arms; writes the tables and returns the rows, arm by arm.
 pub fn bench(options: &BenchOptions) -> Result<Vec<ServeRow>> {
     options.draw.check()?;
+    options.trace.as_ref().map_or(Ok(()), |trace| trace.check(&options.draw))?;
     let model = Model::load(&options.model)?;
     let shape = model.decoder.block_shape(options.limits.block_size);
     let policies = options.chains.iter().map(|c| Policy::of(c, shape)).collect::<Result<Vec<_>>>()?;
     let load = load(&model, options)?;
     let usual = usual_bytes(&model, options, &load.jobs);
-    let settings: Vec<Setting> = options
-        .budgets
-        .iter()
-        .flat_map(|budget| {
-            options.rates.iter().map(|&rate| Setting { rate, limits: limits(options, *budget, usual) })
-        })
-        .collect();
+    let rates = load.rate().map_or(options.rates.clone(), |rate| vec![rate]);
+    let under = |budget: &Budget| {
+        let limits = limits(options, *budget, usual);
+        rates.iter().map(move |&rate| Setting { rate, limits })
+    };
+    let settings: Vec<Setting> = options.budgets.iter().flat_map(under).collect();
     let _lock = FolderLock::take(&options.out)?;
     files::writable_folder(&options.out)?;
     let asked = manifest(options, &model, &load.set)?;
@@ -147,7 +152,10 @@ impl Server<'_> {
         let Setting { rate, limits } = setting;
         // All arms of a repeat meet the same arrivals.
         let arrivals = Arrivals { rate, burstiness: options.burstiness };
-        let times = arrivals.times(load.jobs.len(), options.draw.seed + repeat as u64);
+        let times = match &load.seconds {
+            Some(seconds) => seconds.clone(),
+            None => arrivals.times(load.jobs.len(), options.draw.seed + repeat as u64),
+        };
         give_memory_back();
         let rss_before = resident().0;
         let jobs = load.jobs.iter().zip(&times);
@@ -172,13 +180,42 @@ impl Server<'_> {
     }
 }
 
+impl Load {
+    /// Requests a second over a trace.
+    fn rate(&self) -> Option<f64> {
+        let last = self.seconds.as_ref()?.iter().copied().fold(0.0, f64::max);
+        Some(if last > 0.0 { rounded(self.jobs.len() as f64 / last) } else { f64::INFINITY })
+    }
+}
+
 fn load(model: &Model, options: &BenchOptions) -> Result<Load> {
+    let watched = |i: usize, all: usize| {
+        let spread = (all / options.quality_requests.max(1)).max(1);
+        let watched = i.is_multiple_of(spread) && i / spread < options.quality_requests;
+        if watched { options.quality_tokens } else { 0 }
+    };
+    if let Some(trace) = &options.trace {
+        let Replayed { requests, mut jobs, seconds, sha256 } = trace.replay(&options.draw, model)?;
+        let all = jobs.len();
+        for (i, job) in jobs.iter_mut().enumerate() {
+            job.keep_logits = watched(i, all);
+            job.max_tokens = job.max_tokens.min(options.output_tokens.unwrap_or(usize::MAX));
+        }
+        let set = PromptSet {
+            requests,
+            template: String::new(),
+            shots: Vec::new(),
+            stop: None,
+            sha256,
+            answer_tokens: None,
+        };
+        let load = Load { set, jobs, seconds: Some(seconds) };
+        return fits(model, load);
+    }
     let set = task::load(&options.draw, &|text| Ok(model.tokenizer.encode(text)?.len()))?;
-    let spread = (set.requests.len() / options.quality_requests.max(1)).max(1);
     let job = |(i, request): (usize, &task::Request)| -> Result<Job> {
         let prompt = model.tokenizer.encode_prompt(&request.prompt)?;
         let usual = request.answer_tokens.or(set.answer_tokens).unwrap_or(crate::sweep::ANSWER_TOKENS);
-        let watched = i % spread == 0 && i / spread < options.quality_requests;
         Ok(Job {
             id: i as u64,
             tenant: request.tenant.clone(),
@@ -186,10 +223,16 @@ fn load(model: &Model, options: &BenchOptions) -> Result<Load> {
             max_tokens: options.output_tokens.unwrap_or(usual),
             stop: if options.ignore_end { Vec::new() } else { set.stop.iter().cloned().collect() },
             ignore_end: options.ignore_end,
-            keep_logits: if watched { options.quality_tokens } else { 0 },
+            keep_logits: watched(i, set.requests.len()),
         })
     };
     let jobs: Vec<Job> = set.requests.iter().enumerate().map(job).collect::<Result<_>>()?;
+    fits(model, Load { set, jobs, seconds: None })
+}
+
+/// A load whose requests the model can take.
+fn fits(model: &Model, load: Load) -> Result<Load> {
+    let Load { set, jobs, .. } = &load;
     if let Some(job) = jobs.iter().find(|j| j.prompt.len() + j.max_tokens > model.decoder.context()) {
         return Err(Error::argument(format!(
             "request {} has {} tokens: with an answer of {} it exceeds the model's context of {}",
@@ -199,7 +242,7 @@ fn load(model: &Model, options: &BenchOptions) -> Result<Load> {
             model.decoder.context()
         )));
     }
-    Ok(Load { set, jobs })
+    Ok(load)
 }
 
 /// Blocks that a request of the load takes uncompressed, and the bytes of one.
@@ -326,6 +369,7 @@ fn manifest(options: &BenchOptions, model: &Model, set: &PromptSet) -> Result<Va
         "model": options.model,
         "model_sha256": model.sha256,
         "data": serde_json::to_value(&options.draw).map_err(unusable)?,
+        "trace": options.trace,
         "data_sha256": set.sha256,
         "block_size": options.limits.block_size,
         "max_num_seqs": options.limits.running,

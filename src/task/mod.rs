@@ -236,10 +236,7 @@ pub fn load(draw: &Draw, tokens: &dyn Fn(&str) -> Result<usize>) -> Result<Promp
             qa::draw(passages, BUILTIN_QA, &draw, tokens)
         }
         ("builtin", "text") => {
-            let path = PathBuf::from(spec);
-            let passages = squad::parse(&path, BUILTIN_QA)?;
-            let text: Vec<&str> = draw.seen(&passages).iter().map(|p| &p.text[..]).collect();
-            passages::windows(&path, &text.join("\n\n"), draw, draw.counts(), tokens)
+            passages::windows(&PathBuf::from(spec), &prose(draw)?.0, draw, draw.counts(), tokens)
         }
         ("synth", "niah") => {
             niah::draw(&Draw { requests: draw.limit.unwrap_or(draw.requests), ..draw.clone() }, tokens)
@@ -264,6 +261,35 @@ pub fn load(draw: &Draw, tokens: &dyn Fn(&str) -> Result<usize>) -> Result<Promp
         deal(&mut set.requests, draw);
     }
     Ok(set)
+}
+
+/// The text of SQuAD-like or plain data as one, and its checksum.
+///
+/// # Errors
+/// Data of another kind, which has no prose of its own.
+pub fn prose(draw: &Draw) -> Result<(String, String)> {
+    draw.check()?;
+    let (kind, rest) = draw.source();
+    let path = PathBuf::from(rest);
+    let passages = |path: &Path, text: &str| -> Result<String> {
+        let passages = squad::parse(path, text)?;
+        let texts: Vec<&str> = draw.seen(&passages).iter().map(|p| &p.text[..]).collect();
+        Ok(texts.join("\n\n"))
+    };
+    let text = match kind {
+        "builtin" => passages(Path::new(&draw.spec), BUILTIN_QA)?,
+        "squad" => passages(&path, &files::read_text(&path)?)?,
+        "text" => files::read_text(&path)?,
+        _ => {
+            let problem = format!(
+                "--data {}: a trace takes its text from builtin:qa, squad:FILE or text:FILE",
+                draw.spec
+            );
+            return Err(Error::argument(problem));
+        }
+    };
+    let sum = checksum(&text);
+    Ok((text, sum))
 }
 
 /// Deals requests to tenants, as evenly as can be, by seed.
