@@ -59,7 +59,10 @@ fn workshop(place: &Path) {
     symlink(root.join("experiments"), place.join("experiments")).unwrap();
     let quick = place.join("results/quick");
     fs::create_dir_all(&quick).unwrap();
-    symlink(root.join("results/rd-few-shot"), place.join("results/rd-few-shot")).unwrap();
+    // A copy: what is run here writes beside it.
+    let plane = "results/rd-few-shot/smollm2-135m";
+    fs::create_dir_all(place.join(plane)).unwrap();
+    fs::copy(root.join(plane).join("sweep.csv"), place.join(plane).join("sweep.csv")).unwrap();
     copy_folder(&root.join("results/quick/block-size/smollm2-135m"), &quick.join("smollm2-135m"));
     let theirs = place.join("dumps/theirs");
     succeed(&[
