@@ -3,7 +3,6 @@
 # A SQuAD v1.1 file for the figures on real questions: just xquad=FILE figures (--quick needs none)
 xquad := "../shared/data/xquad-en-a.json"
 kvfuse := "cargo run --release --"
-served := "none,prefix,prefix+bff:tau=0.9,prefix+kivi:bits=4,prefix+joint:codec=dumps/codecs/serve.safetensors,step=0.006,reference=false"
 experiment := kvfuse + " run --define xquad=" + xquad
 
 default:
@@ -115,12 +114,12 @@ fig-rd-long *FLAGS:
 fig-serve:
     {{kvfuse}} dump --data squad:{{xquad}} --half first --requests 120 --shots 3 --dtype f16 -o dumps/serve-training
     {{kvfuse}} train dumps/serve-training -o dumps/codecs/serve.safetensors
-    {{kvfuse}} serve-bench --data squad:{{xquad}} --half second --requests 40 --output-len 64 --ignore-eos --method '{{served}}' --budget-requests 8,4,16 --repeats 2 -o results/serve-few-shot
+    {{kvfuse}} serve-bench --data squad:{{xquad}} --half second --requests 40 --output-len 64 --ignore-eos --method 'none,prefix,prefix+bff:tau=0.9,prefix+kivi:bits=4,prefix+joint:codec=dumps/codecs/serve.safetensors,step=0.006,reference=false' --budget-requests 8,4,16 --repeats 2 -o results/serve-few-shot
     {{kvfuse}} plot results/serve-few-shot
     {{kvfuse}} project results/serve-few-shot
-    {{kvfuse}} serve-bench --data squad:{{xquad}} --half second --requests 40 --output-len 64 --ignore-eos --method '{{served}}' --request-rate 1,0.5,2,4 --goodput ttft:5000 tpot:250 --repeats 1 -o results/serve-load
+    {{kvfuse}} serve-bench --data squad:{{xquad}} --half second --requests 32 --output-len 64 --ignore-eos --method none,prefix,prefix+bff:tau=0.9,prefix+kivi:bits=4 --request-rate 1,0.5,2 --goodput ttft:5000 tpot:250 --repeats 1 -o results/serve-load
     {{kvfuse}} plot results/serve-load
-    {{kvfuse}} serve-bench --data squad:{{xquad}} --half second --requests 20 --passages 4 --pool 16 --output-len 48 --ignore-eos --method '{{served}}' --request-rate 0.25 --goodput ttft:5000 tpot:500 --repeats 1 -o results/serve-rag
+    {{kvfuse}} serve-bench --data squad:{{xquad}} --half second --requests 20 --passages 4 --pool 16 --output-len 48 --ignore-eos --method 'none,prefix,prefix+bff:tau=0.9,prefix+kivi:bits=4,prefix+joint:codec=dumps/codecs/serve.safetensors,step=0.006,reference=false' --request-rate 1 --goodput ttft:5000 tpot:500 --repeats 1 -o results/serve-rag
     {{kvfuse}} plot results/serve-rag
     {{kvfuse}} dump --data squad:{{xquad}} --half second --requests 8 --shots 3 --dtype f16 -o dumps/migration
     {{kvfuse}} migrate dumps/migration --method 'none,int8,kivi:bits=4|2,joint:codec=dumps/codecs/serve.safetensors,step=0.006' -o results/migration

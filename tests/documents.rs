@@ -9,12 +9,13 @@ use std::path::Path;
 use std::process::Command;
 
 /// Lines that are not run here, and why.
-const ELSEWHERE: [(&str, &str); 6] = [
+const ELSEWHERE: [(&str, &str); 7] = [
     ("kvfuse serve ", "never ends; tests/http.rs"),
     ("kvfuse merge ", "needs the shards of a job array; tests/shards.rs"),
     ("kvfuse compare results/theirs", "needs transformers; examples/python/tests"),
     ("kvfuse plot results/theirs", "needs transformers; examples/python/tests"),
     ("kvfuse simulate --bound", "needs queries of a trained codec's model; tests/joint.rs"),
+    ("kvfuse project ", "needs a bench with more requests than its budget holds; tests/serve.rs"),
     ("kvfuse run experiments/", "names real models; tests/reproduce.rs"),
 ];
 

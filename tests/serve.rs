@@ -234,7 +234,8 @@ fn the_command_writes_its_tables_and_refuses_what_is_not_served() {
     let projected = succeed(&["project", text(&out)]);
     assert!(projected.contains("not measured") && projected.contains("H100-SXM"), "{projected}");
     let checked = kvfuse::tables::Columns::read(&out.join("roofline.csv")).unwrap();
-    let (method, ratio) = (checked.strings("method").unwrap(), checked.floats("ratio").unwrap());
+    let (method, ratio) =
+        (checked.strings("method").unwrap(), checked.floats("measured_over_predicted").unwrap());
     assert_eq!(method.len(), 8);
     let seconds = |column: &str| -> f64 {
         let all = checked.floats(column).unwrap();

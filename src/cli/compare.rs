@@ -4,7 +4,7 @@ use super::table::table;
 use super::{say, say_rows};
 use crate::compare::{CompareOptions, Compared, Product, Slopes, compare, products, read};
 use crate::tables::{COMPARE_CSV, Columns, PRODUCTS_CSV, SWEEP_CSV, write_csv};
-use anyhow::Result;
+use anyhow::{Context, Result};
 use std::path::PathBuf;
 
 /// Compare the methods of a sweep: what each stores at a KL and at no loss of score, and Bjontegaard differences to one of them.
@@ -56,8 +56,12 @@ pub fn run(args: Args) -> Result<()> {
     let path = args.results.join(COMPARE_CSV);
     write_csv(&path, &rows)?;
     let products = products(&Columns::read(&args.results.join(SWEEP_CSV))?)?;
+    let beside = args.results.join(PRODUCTS_CSV);
     if !products.is_empty() {
-        write_csv(&args.results.join(PRODUCTS_CSV), &products)?;
+        write_csv(&beside, &products)?;
+    } else if beside.exists() {
+        // Of an earlier sweep.
+        std::fs::remove_file(&beside).with_context(|| beside.display().to_string())?;
     }
     if args.json {
         return say_rows(&rows);
@@ -71,7 +75,7 @@ pub fn run(args: Args) -> Result<()> {
         let lines: Vec<Vec<String>> = products.iter().map(product).collect();
         say("")?;
         say(table(
-            &["chain", "CR", "product of its parts", "share", "KL", "sum of its parts", "share"],
+            &["chain", "CR", "product of its parts", "CR share", "KL", "sum of its parts", "KL share"],
             &lines,
         ))?;
     }

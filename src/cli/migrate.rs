@@ -8,7 +8,7 @@ use crate::serve::{MIGRATION_CSV, MigrateOptions, MigrateRow, migrate};
 use anyhow::{Result, anyhow};
 use std::path::PathBuf;
 
-/// Measure what it takes to move requests' caches to another machine, and hold it against computing them again.
+/// Measure what it takes to move requests' caches to another machine, and compare it with recomputing them.
 ///
 /// Bytes and the seconds of encoding, decoding and prefill are measured on this machine, one request at a time; seconds on a link are
 /// bytes over its rate, a projection. Writes migration.csv and manifest.json; `kvfuse plot` draws them (docs/serving.md).
@@ -28,7 +28,7 @@ pub struct Args {
     /// The dump's first requests
     #[arg(long, default_value_t = 8)]
     requests: usize,
-    /// Times that everything is measured; medians count
+    /// Repetitions of each measurement; the median is reported
     #[arg(long, default_value_t = 3)]
     repeats: usize,
     /// Tokens a block

@@ -6,7 +6,7 @@ use crate::serve::{PROJECTION_CSV, ProjectOptions, project};
 use anyhow::Result;
 use std::path::PathBuf;
 
-/// Hold the runs of a serve-bench against a roofline model, and project its chains to accelerators.
+/// Compare the runs of a serve-bench with a roofline model, and project its chains to accelerators.
 ///
 /// roofline.csv: how long the arithmetic of every run should have taken at the rate of the first method's runs, and took. projection.csv:
 /// tokens/s of each chain by data sheets of accelerators, with what the bench measured of it (bytes held, prefix hits, bytes read);
@@ -37,7 +37,8 @@ pub fn run(args: Args) -> Result<()> {
         }
     });
     let line = |name: &&str| {
-        let own: Vec<f64> = checked.iter().filter(|c| c.method == *name).map(|c| c.ratio).collect();
+        let own: Vec<f64> =
+            checked.iter().filter(|c| c.method == *name).map(|c| c.measured_over_predicted).collect();
         let (least, most) =
             own.iter().fold((f64::INFINITY, 0.0f64), |(low, high), r| (low.min(*r), high.max(*r)));
         vec![(*name).to_owned(), own.len().to_string(), format!("{least:.2}"), format!("{most:.2}")]

@@ -33,7 +33,7 @@ pub struct Args {
     /// What the trace's lengths are multiplied by, so that they fit the model
     #[arg(long, value_name = "FACTOR", requires = "trace", default_value_t = 1.0)]
     trace_scale: f64,
-    /// How many times as fast as in the trace requests come
+    /// Speed-up of the trace's arrivals
     #[arg(long, value_name = "FACTOR", requires = "trace", default_value_t = 1.0)]
     trace_speed: f64,
     /// Chains to serve with (see `kvfuse methods`)
@@ -43,15 +43,15 @@ pub struct Args {
     #[arg(long, value_name = "RATES", value_delimiter = ',', default_value = "inf")]
     request_rate: Vec<f64>,
     /// Shape of the gaps between arrivals: 1 is Poisson, less bursts
-    #[arg(long, default_value_t = 1.0)]
+    #[arg(long, default_value_t = 1.0, conflicts_with = "trace")]
     burstiness: f64,
     /// Requests in the engine at once; a client sends its next when its last has ended [default: no limit]
     #[arg(long, value_name = "N")]
     max_concurrency: Option<usize>,
-    /// Bytes of keys and values, e.g. 256MiB; of a list, one after the other [default: what 8 uncompressed requests take]
+    /// Bytes of keys and values, e.g. 256MiB; a list is run one value after another [default: what 8 uncompressed requests take]
     #[arg(long, value_name = "BYTES", value_delimiter = ',', conflicts_with = "budget_requests")]
     kv_cache_memory_bytes: Vec<Bytes>,
-    /// Instead: what so many uncompressed requests of this load take; of a list, one after the other
+    /// Instead: what so many uncompressed requests of this load take; a list is run one value after another
     #[arg(long, value_name = "N", value_delimiter = ',', default_value = "8")]
     budget_requests: Vec<f64>,
     #[command(flatten)]
@@ -110,6 +110,7 @@ impl Args {
             trace: self.trace.map(|spec| TraceOptions { spec, scale, speed }),
             draw: self.draw.draw(),
             chains,
+            method: self.method,
             limits: self.engine.limits(0)?,
             budgets,
             rates: self.request_rate,

@@ -147,11 +147,12 @@ impl<'a> Tensors<'a> {
         let (_, header) = SafeTensors::read_metadata(bytes).map_err(|_| foreign())?;
         let json = header.metadata().as_ref().and_then(|m| m.get(kind)).ok_or_else(foreign)?;
         let value: Value = serde_json::from_str(json).map_err(|_| foreign())?;
-        let (origin, has) = (serde_json::from_value(value.clone()).map_err(|_| foreign())?, &value["schema"]);
+        let has = &value["schema"];
         if *has != schema {
             let problem = format!("has schema {has}, this kvfuse reads {schema}; train it again");
             return Err(Error::file(path, problem));
         }
+        let origin = serde_json::from_value(value).map_err(|_| foreign())?;
         let tensors =
             SafeTensors::deserialize(bytes).map_err(|e| Error::file(path, format!("{e}; train it again")))?;
         Ok((origin, Tensors { path, tensors }))

@@ -4,6 +4,7 @@ use super::canvas::{Area, Drawn, Figure, axes, fitting, legend, said, series_col
 use super::serving::short;
 use crate::error::Result;
 use crate::tables::Columns;
+use plotters::coord::combinators::BindKeyPoints;
 use plotters::prelude::*;
 
 /// One arm at one load under one budget.
@@ -62,7 +63,8 @@ impl Curves {
         );
         let wait = floats("p95_ttft_ms")?;
         let mut arms: Vec<(String, Vec<Point>)> = Vec::new();
-        for i in (0..method.len()).filter(|&i| own(i)) {
+        // Where all requests failed, nothing was served.
+        for i in (0..method.len()).filter(|&i| own(i) && wait[i] > 0.0) {
             let name = short(&method[i]);
             let point = Point { at: at[i], throughput: [low[i], mid[i], high[i]], wait: wait[i] * 1e-3 };
             match arms.iter_mut().find(|(known, _)| *known == name) {
@@ -90,12 +92,17 @@ impl Figure for Curves {
         let points = || self.arms.iter().flat_map(|(_, points)| points);
         let first = points().map(|p| p.at).fold(f64::INFINITY, f64::min) / 1.15;
         let last = points().map(|p| p.at).fold(0.0, f64::max) * 1.15;
+        // Marked where something was measured.
+        let mut marks: Vec<f64> = points().map(|p| p.at).collect();
+        marks.sort_by(f64::total_cmp);
+        marks.dedup();
+        let x = || (first..last).log_scale().with_key_points(marks.clone());
         let most = points().map(|p| p.throughput[2]).fold(0.0, f64::max) * 1.15;
         let longest = points().map(|p| p.wait).fold(0.0, f64::max);
         let shortest = points().map(|p| p.wait).filter(|w| *w > 0.0).fold(longest, f64::min);
         let mut chart = ChartBuilder::on(&left);
         let chart = chart.margin(12).x_label_area_size(52).y_label_area_size(66);
-        let mut panel = chart.build_cartesian_2d((first..last).log_scale(), 0.0..most).map_err(said)?;
+        let mut panel = chart.build_cartesian_2d(x(), 0.0..most).map_err(said)?;
         axes(&mut panel, self.axis, "output tokens a second (least, median, most)")?;
         for (n, (_, points)) in self.arms.iter().enumerate() {
             let color = series_color(n);
@@ -112,7 +119,7 @@ impl Figure for Curves {
         let chart = chart.margin(12).x_label_area_size(52).y_label_area_size(66);
         // Room for the legend above the curves.
         let waits = (shortest / 1.5..longest * (longest / shortest).max(4.0).powf(0.6)).log_scale();
-        let mut panel = chart.build_cartesian_2d((first..last).log_scale(), waits).map_err(said)?;
+        let mut panel = chart.build_cartesian_2d(x(), waits).map_err(said)?;
         axes(&mut panel, self.axis, "P95 of time to first token, s (log)")?;
         for (n, (name, points)) in self.arms.iter().enumerate() {
             let color = series_color(n);

@@ -140,7 +140,9 @@ pub fn plot_serving(out: &Path) -> Result<Vec<PathBuf>> {
     let timeline = Columns::read(&out.join(SERVE_TIMELINE_CSV))?;
     let of = |m: Value| match (m["model"].as_str(), m["data"]["spec"].as_str()) {
         (Some(model), Some(data)) => {
-            format!("{model}, {}, {} requests", series::short(data), m["data"]["requests"])
+            let trace = m["trace"]["spec"].as_str().map(|t| format!(", trace {}", series::short(t)));
+            let requests = &m["data"]["requests"];
+            format!("{model}, {}, {requests} requests{}", series::short(data), trace.unwrap_or_default())
         }
         _ => String::new(),
     };

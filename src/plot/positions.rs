@@ -1,7 +1,6 @@
 //! KL by the place of a token in what is generated.
 
 use super::canvas::{Area, Drawn, FONT, Figure, axes, fitting, said, series_color};
-use super::dodge::{Box, place};
 use crate::error::Result;
 use crate::sweep::{labelled, series_labels};
 use crate::tables::Columns;
@@ -9,6 +8,9 @@ use plotters::prelude::*;
 
 /// The log axis ends here at the latest.
 const KL_FLOOR: f64 = 1e-5;
+
+/// Pixels of a line of names.
+const LINE: i32 = 16;
 
 /// One band of places: its middle, KL with its interval.
 struct Band {
@@ -77,7 +79,6 @@ impl Figure for Positions {
             "KL from no encoding, nats per token (log)",
         )?;
         let clip = |y: f64| y.clamp(floor, top);
-        let mut taken: Vec<Box> = Vec::new();
         for (n, (_, bands)) in self.arms.iter().enumerate() {
             let color = series_color(n);
             let line = bands.iter().map(|b| (b.at, clip(b.kl)));
@@ -95,20 +96,28 @@ impl Figure for Positions {
             chart.draw_series(bars).map_err(said)?;
             chart.draw_series(line.map(|at| Circle::new(at, 4, color.filled()))).map_err(said)?;
         }
+        // Names behind the ends, in the order of these, none over another.
         let area = chart.plotting_area();
-        let (xs, ys) = area.get_pixel_range();
-        let frame = Box { left: xs.start, top: ys.start, right: xs.end, bottom: ys.end };
-        for (n, (name, bands)) in self.arms.iter().enumerate() {
-            let Some(end) = bands.last().map(|b| (b.at, clip(b.kl))) else { continue };
-            let pixel = area.map_coordinate(&end);
-            let size = (8 * name.chars().count() as i32, 14);
-            let Some(found) = place((pixel.0 + 6, pixel.1), size, &frame, &taken, true) else { continue };
-            taken.push(found);
-            let label = Text::new(
-                name.clone(),
-                (found.left - pixel.0, found.top - pixel.1),
-                (FONT, 14).into_font().color(&series_color(n)),
-            );
+        let ends = self.arms.iter().enumerate().filter_map(|(n, (name, bands))| {
+            let end = bands.last().map(|b| (b.at, clip(b.kl)))?;
+            Some((area.map_coordinate(&end).1, n, name, end))
+        });
+        let mut ends: Vec<_> = ends.collect();
+        ends.sort_by_key(|(y, n, ..)| (*y, *n));
+        let frame = area.get_pixel_range().1;
+        let mut tops: Vec<i32> = Vec::new();
+        for (y, ..) in &ends {
+            tops.push((y - LINE / 2).max(tops.last().map_or(frame.start, |before| before + LINE)));
+        }
+        // Those that were pushed below the axis push back.
+        let mut floor = frame.end - LINE;
+        for top in tops.iter_mut().rev() {
+            *top = (*top).min(floor);
+            floor = *top - LINE;
+        }
+        for ((y, n, name, end), top) in ends.into_iter().zip(tops) {
+            let label =
+                Text::new(name.clone(), (14, top - y), (FONT, 14).into_font().color(&series_color(n)));
             area.draw(&(EmptyElement::at(end) + label)).map_err(said)?;
         }
         Ok(())

@@ -30,6 +30,8 @@ pub struct BenchOptions {
     /// Arrivals, lengths and shared blocks of a trace, with text of the data.
     pub trace: Option<TraceOptions>,
     pub chains: Vec<Chain>,
+    /// The chains as they were written, with the paths of their files.
+    pub method: String,
     /// But for the budget.
     pub limits: Limits,
     /// Budgets that are given one after the other.
@@ -124,6 +126,7 @@ fn key(asked: &Value, chain: &Chain, repeat: usize, setting: Setting) -> String 
     // However it was typed, and beside whatever other arms.
     if let Some(fields) = asked.as_object_mut() {
         fields.remove("command");
+        fields.remove("method");
     }
     let key =
         serde_json::json!([asked, chain.name(), trained, repeat, setting.rate.to_string(), setting.limits]);
@@ -366,6 +369,7 @@ fn manifest(options: &BenchOptions, model: &Model, set: &PromptSet) -> Result<Va
         "kvfuse_version": env!("CARGO_PKG_VERSION"),
         "kernels": [instructions()],
         "command": options.command,
+        "method": options.method,
         "model": options.model,
         "model_sha256": model.sha256,
         "data": serde_json::to_value(&options.draw).map_err(unusable)?,

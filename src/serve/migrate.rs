@@ -1,6 +1,7 @@
 //! Moving a request's cache from one machine to another: bytes, and seconds to encode and decode them, against computing it again.
 
 use crate::block::{BlockPool, Storage};
+use crate::codec::evict::Needs;
 use crate::codec::{CacheBatch, Chain, Codec, Ledger, Memo, Role};
 use crate::dump::{Manifest, open_model};
 use crate::encoded::load_caches;
@@ -46,6 +47,7 @@ pub struct MigrateRow {
     pub tokens: f64,
     /// What the ledger counts of the request alone; a trained file lies on both machines already.
     pub bytes: f64,
+    /// With reading back what was written, which this tool's encoders do.
     pub encode_seconds: f64,
     pub decode_seconds: f64,
     pub link_seconds: f64,
@@ -70,8 +72,13 @@ struct Moved {
 /// Chains that need attention scores or prefill anew; damaged dumps.
 pub fn migrate(options: &MigrateOptions) -> Result<Vec<MigrateRow>> {
     for chain in &options.chains {
-        if chain.chunks().is_some() || chain.role() == Role::Whole || chain.role() == Role::Evict {
-            let problem = format!("{}: only chains that encode finished caches can be moved", chain.name());
+        let unfit = |role| role == Role::Evict || role == Role::Whole;
+        let attends = chain.needs() != Needs::default();
+        if chain.chunks().is_some() || attends || chain.stages().iter().any(|s| unfit(s.role)) {
+            let problem = format!(
+                "{}: only chains that encode whole finished caches without attention weights can be moved",
+                chain.name()
+            );
             return Err(Error::argument(problem));
         }
     }

@@ -25,6 +25,8 @@ pub struct Shape {
     /// Multiply-accumulates of a token in the decoder's linear layers, and of its logits.
     pub parameters: f64,
     pub head_parameters: f64,
+    /// Of embeddings that are no head too: they lie in memory and are not read.
+    pub embedding_parameters: f64,
     /// Query heads of all layers times their size.
     pub attention_width: f64,
     /// Bytes of a token's keys and values in f16.
@@ -37,6 +39,8 @@ impl Shape {
             name: name.to_owned(),
             parameters: c.non_embedding_parameters() as f64,
             head_parameters: (c.vocab * c.hidden) as f64,
+            // The built-in models' embeddings are their heads.
+            embedding_parameters: 0.0,
             attention_width: (c.layers * c.heads * c.head_dim) as f64,
             kv_bytes: (4 * c.layers * c.kv_heads * c.head_dim) as f64,
         }
@@ -49,6 +53,7 @@ impl Shape {
             name: "llama-3.1-8b".to_owned(),
             parameters: 32.0 * layer,
             head_parameters: 128_256.0 * 4096.0,
+            embedding_parameters: 128_256.0 * 4096.0,
             attention_width: 32.0 * 4096.0,
             kv_bytes: 4.0 * 32.0 * 1024.0,
         }
@@ -60,9 +65,14 @@ impl Shape {
             + 4.0 * self.attention_width * context * tokens
     }
 
-    /// Of f16 weights, with embeddings and a head apart.
+    /// Of f16 weights that a step reads.
     fn weight_bytes(&self) -> f64 {
         2.0 * (self.parameters + self.head_parameters)
+    }
+
+    /// Of all f16 weights.
+    fn resident_bytes(&self) -> f64 {
+        self.weight_bytes() + 2.0 * self.embedding_parameters
     }
 }
 
@@ -70,13 +80,18 @@ impl Shape {
 #[derive(Debug, Clone, Copy)]
 pub struct Accelerator {
     pub name: &'static str,
-    pub operations: f64,
-    pub bandwidth: f64,
-    pub memory: f64,
+    pub operations_per_second: f64,
+    pub bytes_per_second: f64,
+    pub memory_bytes: f64,
 }
 
 const fn accelerator(name: &'static str, teraflops: f64, terabytes: f64, gigabytes: f64) -> Accelerator {
-    Accelerator { name, operations: teraflops * 1e12, bandwidth: terabytes * 1e12, memory: gigabytes * 1e9 }
+    Accelerator {
+        name,
+        operations_per_second: teraflops * 1e12,
+        bytes_per_second: terabytes * 1e12,
+        memory_bytes: gigabytes * 1e9,
+    }
 }
 
 /// Vendors' data sheets, without sparsity.
@@ -104,15 +119,14 @@ pub struct Checked {
     pub forward_seconds: f64,
     /// At the rate of the first method's runs.
     pub predicted_seconds: f64,
-    /// Measured over predicted.
-    pub ratio: f64,
+    pub measured_over_predicted: f64,
 }
 
 /// A chain's traits, measured by a bench: they go with prompts and budget.
 #[derive(Debug, Clone)]
 struct Traits {
     method: String,
-    /// Bytes that a running request holds, of those without any encoding.
+    /// Bytes that a running request holds, of those without any encoding; cold prefixes count as held.
     held: f64,
     /// Prompt tokens that were found.
     hits: f64,
@@ -157,7 +171,7 @@ pub struct ProjectOptions {
 /// Checks the runs, projects, and writes roofline.csv and projection.csv beside serve.csv.
 ///
 /// # Errors
-/// Folders without a bench; one whose model is not at hand.
+/// Folders without a bench; one whose model or codec is not at hand; a bench whose budget was never short.
 pub fn project(options: &ProjectOptions) -> Result<(Vec<Checked>, Vec<Projected>)> {
     let path = options.results.join(super::SERVE_CSV);
     let table = Columns::read(&path)?;
@@ -175,7 +189,18 @@ pub fn project(options: &ProjectOptions) -> Result<(Vec<Checked>, Vec<Projected>
         input: options.input.unwrap_or(of("total_input_tokens")? / requests),
         output: options.output.unwrap_or(of("total_output_tokens")? / requests),
     };
-    let traits = traits(&table, &model, &path)?;
+    let Some(methods) = manifest["method"].as_str() else {
+        return Err(Error::file(
+            &options.results,
+            "has a manifest without its chains; run serve-bench again",
+        ));
+    };
+    let block_size = manifest["block_size"].as_u64().unwrap_or(16) as usize;
+    let policies = Chain::parse(methods)?
+        .iter()
+        .map(|chain| Policy::of(chain, model.decoder.block_shape(block_size)))
+        .collect::<Result<Vec<_>>>()?;
+    let traits = traits(&table, &policies, &path)?;
     let mut projected = Vec::new();
     for shape in [shape, Shape::llama_8b()] {
         for accelerator in &ACCELERATORS {
@@ -194,9 +219,11 @@ fn check(table: &Columns, shape: &Shape) -> Result<Vec<Checked>> {
     let (seconds, completed) = (floats("forward_seconds")?, floats("completed")?);
     let (input, output) = (floats("total_input_tokens")?, floats("total_output_tokens")?);
     let (repeat, budget) = (floats("repeat")?, floats("budget_bytes")?);
+    let (asked, found) = (floats("prefix_query_tokens")?, floats("prefix_hit_tokens")?);
     let operations = |i: usize| {
         let (input, output) = (input[i] / completed[i].max(1.0), output[i] / completed[i].max(1.0));
-        shape.operations(prefill[i], input / 2.0, completed[i])
+        let hits = found[i] / asked[i].max(1.0);
+        shape.operations(prefill[i], behind(input, hits), completed[i])
             + shape.operations(decode[i], input + output / 2.0, decode[i])
     };
     let first: Vec<usize> = (0..method.len()).filter(|&i| method[i] == method[0]).collect();
@@ -210,22 +237,32 @@ fn check(table: &Columns, shape: &Shape) -> Result<Vec<Checked>> {
         operations: rounded(operations(i)),
         forward_seconds: seconds[i],
         predicted_seconds: rounded(operations(i) / speed),
-        ratio: rounded(seconds[i] * speed / operations(i)),
+        measured_over_predicted: rounded(seconds[i] * speed / operations(i)),
     };
     Ok((0..method.len()).map(checked).collect())
 }
 
+/// Tokens that those of a prompt see on average, where a share of it was found: those that are left stand at its end.
+fn behind(input: f64, hits: f64) -> f64 {
+    input * (1.0 + hits) / 2.0
+}
+
+/// Of its budget, what a bench without any encoding must have reached for its bytes to say what requests hold.
+const SHORT: f64 = 0.8;
+
 /// What the bench's chains do, over their runs at the first load under the first budget.
-fn traits(table: &Columns, model: &Model, path: &Path) -> Result<Vec<Traits>> {
+fn traits(table: &Columns, policies: &[Policy], path: &Path) -> Result<Vec<Traits>> {
     let (method, rate) = (table.strings("method")?, table.strings("request_rate")?);
     let floats = |name: &str| table.floats(name);
     let (pool, running) = (floats("mean_pool_bytes")?, floats("mean_concurrent_requests")?);
     let (asked, found) = (floats("prefix_query_tokens")?, floats("prefix_hit_tokens")?);
     let budget = floats("budget_bytes")?;
+    let (peak, pages) = (floats("peak_pool_bytes")?, floats("peak_pages")?);
     let mut all: Vec<Traits> = Vec::new();
-    let held = |own: &[usize]| {
-        own.iter().map(|&i| pool[i]).sum::<f64>() / own.iter().map(|&i| running[i]).sum::<f64>()
+    let over = |own: &[usize], a: &[f64], b: &[f64]| {
+        own.iter().map(|&i| a[i]).sum::<f64>() / own.iter().map(|&i| b[i]).sum::<f64>()
     };
+    let held = |own: &[usize]| over(own, &pool, &running);
     let runs = |name: &str| -> Vec<usize> {
         (0..method.len())
             .filter(|&i| method[i] == name && rate[i] == rate[0] && budget[i] == budget[0])
@@ -235,24 +272,25 @@ fn traits(table: &Columns, model: &Model, path: &Path) -> Result<Vec<Traits>> {
     if plain.is_empty() {
         return Err(Error::file(path, "has no arm `none` to compare bytes with; run serve-bench with it"));
     }
-    for name in &method {
-        if all.iter().any(|t| t.method == *name) {
+    if over(&plain, &peak, &budget) < SHORT {
+        let problem = "was never short of memory, so its bytes do not say what requests hold; run serve-bench with a smaller \
+                       budget or more requests at once";
+        return Err(Error::file(path, problem));
+    }
+    for policy in policies {
+        let own = runs(&policy.name);
+        if own.is_empty() {
             continue;
         }
-        let own = runs(name);
-        // What is read in place is read as it is stored; beside prefix sharing, that is what the pages are smaller by.
-        let coded = Chain::parse(name).ok().and_then(|mut chains| {
-            let policy = Policy::of(&chains.swap_remove(0), model.decoder.block_shape(16)).ok()?;
-            policy.code.map(|_| policy.prefix)
-        });
-        let bare = if coded == Some(true) { runs("prefix") } else { plain.clone() };
-        let read = if coded.is_some() && !bare.is_empty() { held(&own) / held(&bare) } else { 1.0 };
-        let (asked, found): (f64, f64) =
-            (own.iter().map(|&i| asked[i]).sum(), own.iter().map(|&i| found[i]).sum());
+        // What is read in place is read as it is stored.
+        let read = match policy.code {
+            Some(_) => over(&own, &peak, &pages) / over(&plain, &peak, &pages),
+            None => 1.0,
+        };
         all.push(Traits {
-            method: name.clone(),
+            method: policy.name.clone(),
             held: held(&own) / held(&plain),
-            hits: found / asked.max(1.0),
+            hits: over(&own, &found, &asked.iter().map(|a| a.max(1.0)).collect::<Vec<_>>()),
             read: read.min(1.0),
         });
     }
@@ -263,6 +301,7 @@ fn traits(table: &Columns, model: &Model, path: &Path) -> Result<Vec<Traits>> {
 fn on(accelerator: &Accelerator, shape: &Shape, traits: &[Traits], load: Load) -> Vec<Projected> {
     let rate = |t: &Traits| throughput(accelerator, shape, t, load);
     let prefix = traits.iter().find(|t| t.method == "prefix").map(|t| rate(t).tokens_per_second);
+    let prefix = prefix.filter(|p| *p > 0.0);
     let row = |t: &Traits| Projected {
         gain_percent: prefix.map(|p| rounded(100.0 * (rate(t).tokens_per_second / p - 1.0))),
         ..rate(t)
@@ -273,16 +312,18 @@ fn on(accelerator: &Accelerator, shape: &Shape, traits: &[Traits], load: Load) -
 
 /// Requests that never stop coming: each is prefilled, but for what is found, and then decodes among as many as memory holds.
 fn throughput(accelerator: &Accelerator, shape: &Shape, traits: &Traits, load: Load) -> Projected {
-    let room = accelerator.memory * USED - shape.weight_bytes();
+    let room = accelerator.memory_bytes * USED - shape.resident_bytes();
     let held = (load.input + load.output) * shape.kv_bytes * traits.held;
     let n = (room / held).floor().clamp(0.0, MOST_REQUESTS);
     let context = load.input + load.output / 2.0;
     let seconds = |operations: f64, bytes: f64| {
-        let (arithmetic, reading) = (operations / accelerator.operations, bytes / accelerator.bandwidth);
+        let arithmetic = operations / accelerator.operations_per_second;
+        let reading = bytes / accelerator.bytes_per_second;
         (arithmetic.max(reading), if reading > arithmetic { "memory" } else { "arithmetic" })
     };
     let computed = load.input * (1.0 - traits.hits);
-    let (prefill, _) = seconds(shape.operations(computed, load.input / 2.0, 1.0), shape.weight_bytes());
+    let (prefill, _) =
+        seconds(shape.operations(computed, behind(load.input, traits.hits), 1.0), shape.weight_bytes());
     let read = shape.weight_bytes() + n * context * shape.kv_bytes * traits.read;
     let (step, bound) = seconds(shape.operations(n, context, n), read);
     Projected {
@@ -308,24 +349,25 @@ mod tests {
         Traits { method: method.to_owned(), held, hits, read }
     }
 
-    /// An 8B model on an H100 by hand: 15.0 GB of weights are read, 131 kB a token, and memory holds as many requests as fit beside them.
+    /// An 8B model on an H100 by hand: 15.0 GB of weights are read and 16.1 GB held, 131 kB a token, and memory holds as many requests as fit beside them.
     #[test]
     fn a_step_reads_weights_and_caches() {
         let shape = Shape::llama_8b();
         assert!((shape.weight_bytes() / 1e9 - 15.0).abs() < 0.1, "{}", shape.weight_bytes());
+        assert!((shape.resident_bytes() / 1e9 - 16.06).abs() < 0.1, "{}", shape.resident_bytes());
         let load = Load { input: 1000.0, output: 100.0 };
         let h100 = &ACCELERATORS[2];
         let none = throughput(h100, &shape, &traits("none", 1.0, 0.0, 1.0), load);
         assert_eq!(
             none.requests_at_once,
-            ((72e9 - shape.weight_bytes()) / (1100.0 * 131_072.0)).floor().min(256.0)
+            ((72e9 - shape.resident_bytes()) / (1100.0 * 131_072.0)).floor().min(256.0)
         );
         let step = (shape.weight_bytes() + none.requests_at_once * 1050.0 * 131_072.0) / 3.35e12;
         assert!((none.decode_step_ms - 1e3 * step).abs() < 1e-3 && none.bound == "memory");
         // Fewer bytes read and more requests: never slower.
         let coded = throughput(h100, &shape, &traits("kivi", 0.5, 0.0, 0.5), load);
         assert!(coded.tokens_per_second > none.tokens_per_second);
-        let small = Accelerator { memory: 10e9, ..*h100 };
+        let small = Accelerator { memory_bytes: 10e9, ..*h100 };
         assert!(on(&small, &shape, &[traits("none", 1.0, 0.0, 1.0)], load).is_empty());
     }
 

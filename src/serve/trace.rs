@@ -73,6 +73,7 @@ impl TraceOptions {
             ("--limit", draw.limit.is_some()),
             ("--continuation", draw.continuation.is_some()),
             ("--tenants", draw.tenants > 0),
+            ("--needles", draw.needles != 1),
         ];
         if let Some((name, _)) = fixed.iter().find(|(_, given)| *given) {
             return Err(Error::argument(format!(
@@ -110,6 +111,19 @@ impl TraceOptions {
         let first = taken.iter().map(|e| e.seconds).fold(f64::INFINITY, f64::min);
         let (prose, data) = prose(draw)?;
         let ring = Ring { tokens: model.tokenizer.encode(&prose)?, seed: draw.seed };
+        if ring.tokens.is_empty() {
+            let message = format!("--data {}: has no text to fill a trace's prompts with", draw.spec);
+            return Err(Error::argument(message));
+        }
+        let room = model.decoder.context();
+        let long =
+            |e: &&Entry| tokens(e.input_tokens, self.scale) + tokens(e.output_tokens, self.scale) > room;
+        if let Some(entry) = taken.iter().find(long) {
+            return Err(Error::argument(format!(
+                "--trace-scale {}: a request of {} and {} tokens exceeds the model's context of {room}; use a smaller one",
+                self.scale, entry.input_tokens, entry.output_tokens
+            )));
+        }
         let mut requests = Vec::new();
         let mut jobs = Vec::new();
         for (i, entry) in taken.iter().enumerate() {
@@ -173,7 +187,7 @@ fn mooncake(path: &Path, text: &str) -> Result<Vec<Entry>> {
     let lines = (1..).zip(text.lines()).filter(|(_, line)| !line.trim().is_empty());
     let entry = |(n, line): (usize, &str)| -> Result<Entry> {
         let line: MooncakeLine = serde_json::from_str(line)
-            .map_err(|e| Error::file(path, format!("line {n} is none of a Mooncake trace: {e}")))?;
+            .map_err(|e| Error::file(path, format!("line {n} is not a line of a Mooncake trace: {e}")))?;
         Ok(Entry {
             seconds: line.timestamp * 1e-3,
             input_tokens: line.input_length,
@@ -197,22 +211,28 @@ fn azure(path: &Path) -> Result<Vec<Entry>> {
     };
     let seconds: Vec<f64> =
         table.strings("TIMESTAMP")?.into_iter().enumerate().map(time).collect::<Result<_>>()?;
-    Ok(entries(&seconds, &input, &output))
+    entries(path, &seconds, &input, &output)
 }
 
 /// BurstGPT (Wang et al. 2024): `Timestamp` in seconds, `Request tokens`, `Response tokens` and others. Those without a response failed.
 fn burstgpt(path: &Path) -> Result<Vec<Entry>> {
     let table = Columns::read(path)?;
     let of = |name: &str| table.floats(name);
-    Ok(entries(&of("Timestamp")?, &of("Request tokens")?, &of("Response tokens")?))
+    entries(path, &of("Timestamp")?, &of("Request tokens")?, &of("Response tokens")?)
 }
 
-fn entries(seconds: &[f64], input: &[f64], output: &[f64]) -> Vec<Entry> {
-    let entry = |i: usize| Entry {
-        seconds: seconds[i],
-        input_tokens: input[i],
-        output_tokens: output[i],
-        blocks: Vec::new(),
+fn entries(path: &Path, seconds: &[f64], input: &[f64], output: &[f64]) -> Result<Vec<Entry>> {
+    let entry = |i: usize| -> Result<Entry> {
+        if [seconds[i], input[i], output[i]].iter().any(|x| !x.is_finite()) {
+            let problem = format!("line {}: a time or a count of tokens is not a number", i + 2);
+            return Err(Error::file(path, problem));
+        }
+        Ok(Entry {
+            seconds: seconds[i],
+            input_tokens: input[i],
+            output_tokens: output[i],
+            blocks: Vec::new(),
+        })
     };
     (0..seconds.len()).map(entry).collect()
 }

@@ -29,10 +29,12 @@ pub struct PositionRow<'a> {
     pub score: &'a PositionScore,
 }
 
-/// Bands that double: 1, 2, 3 to 4, 5 to 8, and so on; the last ends with the longest request.
+/// Bands that double: 1, 2, 3 to 4, 5 to 8, and so on; the last ends with the longest request, and takes a few more than twice as many
+/// rather than leave them to a band of their own.
 pub fn positions(scores: &[RequestScore], setting: &Setting) -> Vec<PositionScore> {
     let longest = scores.iter().map(|s| s.token_kl.len()).max().unwrap_or(0);
-    let bands = std::iter::successors(Some((0, 1)), |(_, end)| Some((*end, 2 * end)));
+    let end = |end: usize| if longest <= end + end / 8 { end.max(longest) } else { end };
+    let bands = std::iter::successors(Some((0, 1)), |(_, last)| Some((*last, end(2 * last))));
     bands
         .take_while(|(start, _)| *start < longest)
         .filter_map(|(start, end)| {

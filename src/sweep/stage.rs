@@ -127,8 +127,12 @@ pub(super) fn check_room(
             _ => options.answer_limit(manifest, i).max(MOST_TARGETS),
         };
         if tokens + answer > room {
+            let of = match manifest.requests[i].request.metric {
+                Metric::Likelihood => "a continuation of",
+                _ => "an answer (--max-new-tokens) of",
+            };
             let message = format!(
-                "request {} has {tokens} tokens: with an answer of {answer} (--max-new-tokens) it exceeds the model's context of {room}",
+                "request {} has {tokens} tokens: with {of} {answer} it exceeds the model's context of {room}",
                 manifest.requests[i].request.id,
             );
             return Err(Error::argument(message));

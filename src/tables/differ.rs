@@ -1,12 +1,12 @@
 //! Whether two folders of result tables say the same: what was committed, and what was made again.
 
-use super::{Columns, LAYERS_CSV, POSITIONS_CSV, REQUESTS_CSV, TIMINGS_CSV};
+use super::{Columns, LAYERS_CSV, REQUESTS_CSV, TIMINGS_CSV};
 use crate::error::{Error, IoAt, Result};
 use std::fs;
 use std::path::{Path, PathBuf};
 
 /// Tables that are not compared: times differ, the others are not committed.
-const LEFT_OUT: [&str; 4] = [TIMINGS_CSV, REQUESTS_CSV, LAYERS_CSV, POSITIONS_CSV];
+const LEFT_OUT: [&str; 3] = [TIMINGS_CSV, REQUESTS_CSV, LAYERS_CSV];
 /// Columns that name things by checksum.
 const NAMES: [&str; 2] = ["run", "thresholds"];
 

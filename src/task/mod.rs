@@ -271,6 +271,9 @@ pub fn prose(draw: &Draw) -> Result<(String, String)> {
     draw.check()?;
     let (kind, rest) = draw.source();
     let path = PathBuf::from(rest);
+    if draw.half.is_some() && kind == "text" {
+        return Err(Error::argument(format!("--half does not go with --data {}", draw.spec)));
+    }
     let passages = |path: &Path, text: &str| -> Result<String> {
         let passages = squad::parse(path, text)?;
         let texts: Vec<&str> = draw.seen(&passages).iter().map(|p| &p.text[..]).collect();

@@ -45,8 +45,10 @@ pub fn windows(
         used += own;
     }
     if windows.len() < least.max(1) {
-        let problem =
-            format!("has text for {} windows of {length} tokens, fewer than asked for", windows.len());
+        let problem = format!(
+            "has text for {} windows of {length} tokens, fewer than --requests; ask for these or for a smaller --length",
+            windows.len()
+        );
         return Err(Error::file(path, problem));
     }
     Ok(lines::set(text, windows, "", None, Some(1)))
@@ -93,7 +95,8 @@ fn pieces<'a>(
 fn window(path: &Path, words: &[(&str, usize)], n: usize, most: usize) -> Result<Request> {
     let mut scored = 0;
     let mut at = words.len();
-    while at > 1 && scored + words[at - 1].1 <= most {
+    // One word at least, however long.
+    while at > 1 && (scored == 0 || scored + words[at - 1].1 <= most) {
         at -= 1;
         scored += words[at].1;
     }

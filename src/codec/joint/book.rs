@@ -253,7 +253,7 @@ impl TrainedFile for Book {
         let means: Vec<u32> = means.as_chunks::<4>().0.iter().map(|b| u32::from_le_bytes(*b)).collect();
         let centroids = tensors.f32("tables.centroids", &[WIDTHS, CENTROIDS])?;
         let tables = Tables::new(&probabilities, &means, &centroids)
-            .ok_or_else(|| tensors.bad("has tables that are none"))?;
+            .ok_or_else(|| tensors.bad("has invalid tables"))?;
         Ok(Book { origin, layers, tables, bits: 8 * bytes.len() as u64 })
     }
 }
