@@ -110,8 +110,12 @@ fn default_name(args: &Args) -> Result<String> {
     let length = args.draw.length.map(|l| format!("-l{l}")).unwrap_or_default();
     let rag = args.draw.passages.map(|k| format!("-rag{k}of{}", args.draw.pool)).unwrap_or_default();
     let half = args.draw.half.map(|h| format!("-{h:?}").to_lowercase()).unwrap_or_default();
-    let optional =
-        [("-m", args.draw.needles - args.draw.needles.min(1)), ("-t", args.draw.tenants), ("-p", args.shift)];
+    let optional = [
+        ("-m", args.draw.needles - args.draw.needles.min(1)),
+        ("-t", args.draw.tenants),
+        ("-p", args.shift),
+        ("-c", args.draw.continuation.unwrap_or(0)),
+    ];
     let optional = optional.iter().filter(|(_, n)| *n > 0).map(|(name, n)| format!("{name}{n}"));
     let dtype = format!("-{:?}", args.dtype).to_lowercase();
     let data = args.draw.data.split_once(':').map(|(_, file)| Path::new(file)).filter(|file| file.is_file());
