@@ -9,8 +9,8 @@ use std::path::PathBuf;
 
 /// Compare the methods of a sweep: what each stores at a KL and at no loss of score, and Bjontegaard differences to one of them.
 ///
-/// Writes compare.csv beside sweep.csv, and products.csv where chains of several lossy methods stand beside their parts. A method is a curve: rows that differ in dials alone. BD-rate is the mean difference of log bits at
-/// equal KL where both curves have it; it needs two points each.
+/// Writes compare.csv beside sweep.csv, and products.csv where chains of several lossy methods stand beside their parts. A method is a
+/// curve: rows that differ in dials alone. BD-rate is the mean difference of log bits at equal KL where both curves have it; it needs two points each.
 #[derive(Debug, clap::Args)]
 #[command(
     after_help = "Examples:\n  kvfuse compare results/chains/smollm2-135m\n  kvfuse compare results/qa --anchor prefix+kivi --max-kl 0.01 --margin 0.02"

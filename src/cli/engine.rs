@@ -28,6 +28,11 @@ impl EngineArgs {
     }
 }
 
+/// A number that must be above 0.
+pub fn above_zero(name: &str, x: f64) -> Result<f64> {
+    if x > 0.0 && x.is_finite() { Ok(x) } else { Err(anyhow!("{name} {x}: must be above 0")) }
+}
+
 /// A count that must not be 0.
 pub fn at_least_one(name: &str, n: usize) -> Result<usize> {
     if n == 0 { Err(anyhow!("{name} must be at least 1")) } else { Ok(n) }

@@ -1,11 +1,11 @@
 //! `kvfuse migrate`.
 
-use super::engine::at_least_one;
+use super::engine::{above_zero, at_least_one};
 use super::table::table;
 use super::{say, say_rows};
 use crate::codec::Chain;
 use crate::serve::{MIGRATION_CSV, MigrateOptions, MigrateRow, migrate};
-use anyhow::{Result, anyhow};
+use anyhow::Result;
 use std::path::PathBuf;
 
 /// Measure what it takes to move requests' caches to another machine, and compare it with recomputing them.
@@ -46,9 +46,7 @@ pub struct Args {
 }
 
 pub fn run(args: Args, typed: Vec<String>) -> Result<()> {
-    if let Some(rate) = args.link_gbits.iter().find(|r| !(**r > 0.0 && r.is_finite())) {
-        return Err(anyhow!("--link-gbits {rate}: must be above 0"));
-    }
+    args.link_gbits.iter().try_for_each(|rate| above_zero("--link-gbits", *rate).map(|_| ()))?;
     let rows = migrate(&MigrateOptions {
         dump: args.dump,
         model: args.model,

@@ -1,7 +1,7 @@
 //! `kvfuse serve-bench`.
 
 use super::draw::DrawArgs;
-use super::engine::{EngineArgs, at_least_one};
+use super::engine::{EngineArgs, above_zero, at_least_one};
 use super::say;
 use super::table::table;
 use crate::codec::Chain;
@@ -91,12 +91,8 @@ impl Args {
         if let Some(rate) = self.request_rate.iter().find(|r| r.is_nan() || **r <= 0.0) {
             return Err(anyhow!("--request-rate {rate}: rates are above 0, or inf"));
         }
-        if !(self.burstiness > 0.0 && self.burstiness.is_finite()) {
-            return Err(anyhow!("--burstiness {}: must be above 0", self.burstiness));
-        }
-        if let Some(n) = self.budget_requests.iter().find(|n| !(**n > 0.0 && n.is_finite())) {
-            return Err(anyhow!("--budget-requests {n}: must be above 0"));
-        }
+        above_zero("--burstiness", self.burstiness)?;
+        self.budget_requests.iter().try_for_each(|n| above_zero("--budget-requests", *n).map(|_| ()))?;
         let budgets = match self.kv_cache_memory_bytes.is_empty() {
             true => self.budget_requests.iter().map(|n| Budget::Requests(*n)).collect(),
             false => self.kv_cache_memory_bytes.iter().map(|b| Budget::Bytes(b.0)).collect(),

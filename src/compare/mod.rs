@@ -72,7 +72,7 @@ pub fn compare(series: &[Series], options: &CompareOptions) -> Result<Vec<Compar
         .map(|_| (0..requests).map(|_| rng.random_range(0..requests)).collect())
         .collect();
     let all: Vec<&Point> = series.iter().flat_map(|s| &s.points).collect();
-    let beaten = |p: &Point| all.iter().any(|q| q.cr >= p.cr && q.kl <= p.kl && (q.cr > p.cr || q.kl < p.kl));
+    let beaten = |p: &Point| all.iter().any(|q| beats((q.cr, q.kl), (p.cr, p.kl)));
     let rows = series.iter().map(|s| {
         let at_kl = |draw: Option<&Vec<usize>>| ratio_at(s, options.max_kl, draw);
         let curves = |draw: Option<&Vec<usize>>| (curve(&series[anchor], draw), curve(s, draw));
@@ -101,6 +101,11 @@ pub fn compare(series: &[Series], options: &CompareOptions) -> Result<Vec<Compar
         }
     });
     Ok(rows.collect())
+}
+
+/// Whether a point, as ratio and KL, is worse than another in neither and better in one.
+pub fn beats(a: (f64, f64), b: (f64, f64)) -> bool {
+    a.0 >= b.0 && a.1 <= b.1 && a != b
 }
 
 /// A statistic of all requests and the 2.5 and 97.5 % of it over resamples; no interval where some resamples have none.

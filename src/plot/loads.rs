@@ -1,7 +1,7 @@
 //! Serving against load, and against the budget: throughput and the wait for the first token.
 
 use super::canvas::{Area, Drawn, Figure, axes, fitting, legend, said, series_color};
-use super::serving::short;
+use super::serving::{by_chain, short};
 use crate::error::Result;
 use crate::tables::Columns;
 use plotters::coord::combinators::BindKeyPoints;
@@ -62,16 +62,13 @@ impl Curves {
             floats("output_throughput_high")?,
         );
         let wait = floats("p95_ttft_ms")?;
-        let mut arms: Vec<(String, Vec<Point>)> = Vec::new();
-        // Where all requests failed, nothing was served.
-        for i in (0..method.len()).filter(|&i| own(i) && wait[i] > 0.0) {
-            let name = short(&method[i]);
+        let point = |i: usize| {
             let point = Point { at: at[i], throughput: [low[i], mid[i], high[i]], wait: wait[i] * 1e-3 };
-            match arms.iter_mut().find(|(known, _)| *known == name) {
-                Some((_, points)) => points.push(point),
-                None => arms.push((name, vec![point])),
-            }
-        }
+            (short(&method[i]), point)
+        };
+        // Where all requests failed, nothing was served.
+        let served = |i: &usize| own(*i) && wait[*i] > 0.0;
+        let mut arms = by_chain((0..method.len()).filter(served).map(point));
         for (_, points) in &mut arms {
             points.sort_by(|a, b| a.at.total_cmp(&b.at));
         }

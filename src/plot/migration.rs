@@ -2,7 +2,7 @@
 
 use super::canvas::{Area, Drawn, Figure, axes, fitting, legend, said, series_color};
 use super::series::GREY;
-use super::serving::short;
+use super::serving::{by_chain, short};
 use crate::error::Result;
 use crate::tables::Columns;
 use plotters::prelude::*;
@@ -18,14 +18,7 @@ impl Migration {
     pub fn new(rows: &Columns) -> Result<Self> {
         let (method, link) = (rows.strings("method")?, rows.floats("link_gbits")?);
         let (total, recompute) = (rows.floats("total_seconds")?, rows.floats("recompute_seconds")?);
-        let mut chains: Vec<(String, Vec<(f64, f64)>)> = Vec::new();
-        for i in 0..method.len() {
-            let (name, point) = (short(&method[i]), (link[i], total[i]));
-            match chains.iter_mut().find(|(known, _)| *known == name) {
-                Some((_, points)) => points.push(point),
-                None => chains.push((name, vec![point])),
-            }
-        }
+        let chains = by_chain((0..method.len()).map(|i| (short(&method[i]), (link[i], total[i]))));
         Ok(Migration { chains, recompute_seconds: recompute[0] })
     }
 }

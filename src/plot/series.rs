@@ -3,6 +3,7 @@
 use super::family::Family;
 use crate::codec::registry::is_control;
 use crate::codec::{Method, Unfused};
+use crate::compare::beats;
 use crate::error::{Error, Result};
 use crate::sweep::{Labelled, labelled, series_labels};
 use crate::tables::Columns;
@@ -162,9 +163,9 @@ impl SweepTable {
     }
 }
 
-/// Whether no point stores less at a KL that is as low.
 fn unbeaten(point: &Point, all: &[Point]) -> bool {
-    all.iter().all(|other| other.cr_audited <= point.cr_audited || other.kl.mid > point.kl.mid)
+    let at = |p: &Point| (p.cr_audited, p.kl.mid);
+    !all.iter().any(|other| beats(at(other), at(point)))
 }
 
 /// A data source without the folders before its file name.

@@ -56,6 +56,18 @@ impl Arms {
     }
 }
 
+/// What rows say, chain by chain, in the order in which chains first come.
+pub fn by_chain<T>(rows: impl Iterator<Item = (String, T)>) -> Vec<(String, Vec<T>)> {
+    let mut chains: Vec<(String, Vec<T>)> = Vec::new();
+    for (name, row) in rows {
+        match chains.iter_mut().find(|(known, _)| *known == name) {
+            Some((_, own)) => own.push(row),
+            None => chains.push((name, vec![row])),
+        }
+    }
+    chains
+}
+
 /// A chain without the paths of its files.
 pub fn short(method: &str) -> String {
     let part = |option: &str| match option.split_once('=') {
@@ -150,19 +162,9 @@ impl Timeline {
         let (repeat, seconds) = (rows.floats("repeat")?, rows.floats("seconds")?);
         let budget = rows.floats("budget_bytes")?;
         let (bytes, running) = (rows.floats("pool_bytes")?, rows.floats("running")?);
-        let mut names: Vec<String> = Vec::new();
-        let mut runs: Vec<Vec<Moment>> = Vec::new();
-        for i in
-            (0..method.len()).filter(|&i| repeat[i] == 0.0 && rate[i] == rate[0] && budget[i] == budget[0])
-        {
-            let name = short(&method[i]);
-            let at = names.iter().position(|n| *n == name).unwrap_or_else(|| {
-                names.push(name);
-                runs.push(Vec::new());
-                runs.len() - 1
-            });
-            runs[at].push((seconds[i], bytes[i] / 1e6, running[i]));
-        }
+        let shown = |i: &usize| repeat[*i] == 0.0 && rate[*i] == rate[0] && budget[*i] == budget[0];
+        let moment = |i: usize| (short(&method[i]), (seconds[i], bytes[i] / 1e6, running[i]));
+        let (names, runs) = by_chain((0..method.len()).filter(shown).map(moment)).into_iter().unzip();
         Ok(Timeline { names, runs })
     }
 }

@@ -122,15 +122,11 @@ pub(super) fn check_room(
     let room = model.decoder.context();
     for &i in requests {
         let tokens = manifest.requests[i].tokens;
-        let answer = match manifest.requests[i].request.metric {
-            Metric::Likelihood => targets(model, manifest, i, &[])?.0.len(),
-            _ => options.answer_limit(manifest, i).max(MOST_TARGETS),
+        let (answer, of) = match manifest.requests[i].request.metric {
+            Metric::Likelihood => (targets(model, manifest, i, &[])?.0.len(), "a continuation of"),
+            _ => (options.answer_limit(manifest, i).max(MOST_TARGETS), "an answer (--max-new-tokens) of"),
         };
         if tokens + answer > room {
-            let of = match manifest.requests[i].request.metric {
-                Metric::Likelihood => "a continuation of",
-                _ => "an answer (--max-new-tokens) of",
-            };
             let message = format!(
                 "request {} has {tokens} tokens: with {of} {answer} it exceeds the model's context of {room}",
                 manifest.requests[i].request.id,

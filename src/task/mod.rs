@@ -160,18 +160,32 @@ impl Draw {
         }
     }
 
-    /// Refuses no requests, unknown data, and a file that is not there.
+    /// Refuses no requests, unknown data, a file that is not there, and options of other data.
     pub fn check(&self) -> Result<()> {
         let (option, wanted) = self.limit.map_or(("--requests", self.requests), |limit| ("--limit", limit));
         if wanted == 0 {
             return Err(Error::argument(format!("{option} must be at least 1")));
         }
-        match self.source() {
-            ("builtin", "qa" | "longqa" | "text") | ("synth", "niah") => Ok(()),
+        let source = self.source();
+        match source {
+            ("builtin", "qa" | "longqa" | "text") | ("synth", "niah") => {}
             (kind, file) if FILES.contains(&kind) && !file.is_empty() => {
-                fs::metadata(file).at(Path::new(file)).map(|_| ())
+                fs::metadata(file).at(Path::new(file))?;
             }
-            _ => Err(self.unknown()),
+            _ => return Err(self.unknown()),
+        }
+        let misplaced = [
+            ("--passages", self.passages.is_some(), matches!(source, ("builtin", "qa") | ("squad", _))),
+            ("--half", self.half.is_some(), matches!(source, ("builtin" | "squad", _))),
+            (
+                "--continuation",
+                self.continuation.is_some(),
+                matches!(source, ("builtin", "text") | ("text", _)),
+            ),
+        ];
+        match misplaced.iter().find(|(_, given, fits)| *given && !fits) {
+            Some((name, ..)) => Err(Error::argument(format!("{name} does not go with --data {}", self.spec))),
+            None => Ok(()),
         }
     }
 
@@ -218,15 +232,6 @@ pub fn load(draw: &Draw, tokens: &dyn Fn(&str) -> Result<usize>) -> Result<Promp
         Some(_) => Err(Error::argument(format!("--length does not go with --data {spec}"))),
         None => Ok(set),
     };
-    if draw.passages.is_some() && !matches!((kind, rest), ("builtin", "qa") | ("squad", _)) {
-        return Err(Error::argument(format!("--passages does not go with --data {spec}")));
-    }
-    if draw.half.is_some() && !matches!(kind, "builtin" | "squad") {
-        return Err(Error::argument(format!("--half does not go with --data {spec}")));
-    }
-    if draw.continuation.is_some() && !matches!((kind, rest), ("builtin", "text") | ("text", _)) {
-        return Err(Error::argument(format!("--continuation does not go with --data {spec}")));
-    }
     let mut set = match (kind, rest) {
         ("builtin", "qa" | "longqa") => {
             let length = draw.length.or((rest == "longqa").then_some(qa::LONG));
@@ -271,9 +276,6 @@ pub fn prose(draw: &Draw) -> Result<(String, String)> {
     draw.check()?;
     let (kind, rest) = draw.source();
     let path = PathBuf::from(rest);
-    if draw.half.is_some() && kind == "text" {
-        return Err(Error::argument(format!("--half does not go with --data {}", draw.spec)));
-    }
     let passages = |path: &Path, text: &str| -> Result<String> {
         let passages = squad::parse(path, text)?;
         let texts: Vec<&str> = draw.seen(&passages).iter().map(|p| &p.text[..]).collect();
