@@ -128,6 +128,11 @@ impl Page {
         self.payload.as_ref()
     }
 
+    /// Puts another payload in place of the one it has.
+    pub fn charge(&mut self, payload: Payload) {
+        self.payload = Some(payload);
+    }
+
     /// Whether it holds numbers that can be read from the payload.
     pub fn is_packable(&self) -> bool {
         self.reader.is_some() && !matches!(self.numbers, Numbers::Packed(_))

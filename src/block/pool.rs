@@ -146,6 +146,13 @@ impl BlockPool {
         self.put(id, page);
     }
 
+    /// Says what a coded page is read from, and what it takes.
+    pub fn charge(&mut self, id: BlockId, payload: Payload) {
+        let before = self.page(id).bytes();
+        Arc::make_mut(&mut self.slots[id.0 as usize].data).charge(payload);
+        self.bytes = self.bytes - before + self.page(id).bytes();
+    }
+
     /// From now on, pages that are coded hold their bytes alone where these can be read in place: less memory, slower reading.
     pub fn pack_coded(&mut self) {
         self.packs = true;

@@ -3,8 +3,8 @@
 use super::CacheBatch;
 use crate::block::{BlockId, Payload};
 use crate::error::{Error, Result};
+use rayon::prelude::*;
 use std::collections::HashMap;
-use std::sync::Arc;
 
 /// A block of tokens in all layers, as it lies in the pool.
 #[derive(Debug, Clone)]
@@ -59,43 +59,76 @@ pub fn columns(batch: &CacheBatch) -> Result<(Vec<Column>, Vec<Vec<usize>>)> {
     Ok((all, of_requests))
 }
 
-/// Numbers of a column, keys without position: `[layers][tokens, width]`.
+/// Numbers of a column, keys without position: `[layers][tokens, K and V]`.
 pub fn stripped(batch: &CacheBatch, column: &Column) -> Vec<Vec<f32>> {
-    let shape = batch.pool.shape();
-    let half = shape.token_width();
-    let first = column.block * shape.block_size;
-    let layer = |(n, page): (usize, &BlockId)| {
-        let mut keys = batch.pool.keys(*page).into_owned();
-        batch.ropes.layer(n).strip_tokens(&mut keys, half, first);
-        let values = batch.pool.values(*page);
-        keys.chunks_exact(half)
-            .zip(values.chunks_exact(half))
-            .flat_map(|(k, v)| k.iter().chain(v))
-            .copied()
-            .collect()
-    };
-    column.pages.iter().enumerate().map(layer).collect()
+    (0..column.pages.len()).map(|layer| stripped_page(batch, column, layer)).collect()
+}
+
+/// Numbers of all columns in one layer, keys without position, one after the other: `[tokens, K and V]`.
+pub fn stripped_layer(batch: &CacheBatch, columns: &[Column], layer: usize) -> Vec<f32> {
+    let pages: Vec<Vec<f32>> = columns.par_iter().map(|column| stripped_page(batch, column, layer)).collect();
+    pages.concat()
+}
+
+fn stripped_page(batch: &CacheBatch, column: &Column, layer: usize) -> Vec<f32> {
+    let (half, page) = (batch.pool.shape().token_width(), column.pages[layer]);
+    let mut keys = batch.pool.keys(page).into_owned();
+    batch.ropes.layer(layer).strip_tokens(&mut keys, half, first_token(batch, column));
+    let values = batch.pool.values(page);
+    let rows = keys.chunks_exact(half).zip(values.chunks_exact(half));
+    rows.flat_map(|(k, v)| k.iter().chain(v)).copied().collect()
+}
+
+/// Position of a column's first token.
+fn first_token(batch: &CacheBatch, column: &Column) -> usize {
+    column.block * batch.pool.shape().block_size
 }
 
 /// Puts a column as it is read back (`[layers][tokens, K and V]`, keys without position) into the pool: its bytes with the first
 /// layer's page, its bits shared out in proportion to `bits`, a number a layer.
 pub fn store(batch: &mut CacheBatch, column: &Column, numbers: &[Vec<f32>], bits: &[f64], bytes: Vec<u8>) {
-    let shape = batch.pool.shape();
-    let half = shape.token_width();
-    let first = column.block * shape.block_size;
-    let total = 8 * bytes.len() as u64;
-    let ropes = Arc::clone(&batch.ropes);
-    let by_layer = shares(total, bits);
-    let mut bytes = Some(bytes);
-    for (n, (page, numbers)) in column.pages.iter().zip(numbers).enumerate() {
-        let rows = numbers.chunks_exact(2 * half);
-        let mut keys: Vec<f32> = rows.clone().flat_map(|row| &row[..half]).copied().collect();
-        let values = rows.flat_map(|row| &row[half..]).copied().collect();
-        ropes.layer(n).rotate_tokens(&mut keys, half, first);
-        let payload =
-            Payload { bytes: bytes.take().unwrap_or_default(), code_bits: by_layer[n], side_bits: 0 };
-        batch.pool.recode(*page, keys, values, payload, None);
+    for (layer, numbers) in numbers.iter().enumerate() {
+        let (keys, values) = placed(batch, column, layer, numbers);
+        batch.pool.recode(column.pages[layer], keys, values, Payload::default(), None);
     }
+    charge(batch, column, bits, bytes);
+}
+
+/// Puts one layer of all columns into the pool, as it is read back; [`charge`] follows when all layers are done.
+pub fn store_layer(batch: &mut CacheBatch, columns: &[Column], layer: usize, numbers: &[f32]) {
+    let width = 2 * batch.pool.shape().token_width();
+    let mut rest = numbers;
+    let mut own = |column: &Column| {
+        let (own, after) = rest.split_at(column.tokens * width);
+        rest = after;
+        own
+    };
+    let parts: Vec<&[f32]> = columns.iter().map(&mut own).collect();
+    let shared: &CacheBatch = batch;
+    let placed: Vec<(Vec<f32>, Vec<f32>)> =
+        columns.par_iter().zip(parts).map(|(column, own)| placed(shared, column, layer, own)).collect();
+    for (column, (keys, values)) in columns.iter().zip(placed) {
+        batch.pool.recode(column.pages[layer], keys, values, Payload::default(), None);
+    }
+}
+
+/// What a column takes: its bytes with the first layer's page, its bits shared out in proportion to `bits`, a number a layer.
+pub fn charge(batch: &mut CacheBatch, column: &Column, bits: &[f64], bytes: Vec<u8>) {
+    let by_layer = shares(8 * bytes.len() as u64, bits);
+    let mut bytes = Some(bytes);
+    for (page, code_bits) in column.pages.iter().zip(by_layer) {
+        let payload = Payload { bytes: bytes.take().unwrap_or_default(), code_bits, side_bits: 0 };
+        batch.pool.charge(*page, payload);
+    }
+}
+
+/// Keys and values of a column in one layer at their positions.
+fn placed(batch: &CacheBatch, column: &Column, layer: usize, numbers: &[f32]) -> (Vec<f32>, Vec<f32>) {
+    let half = batch.pool.shape().token_width();
+    let rows = numbers.chunks_exact(2 * half);
+    let mut keys: Vec<f32> = rows.clone().flat_map(|row| &row[..half]).copied().collect();
+    batch.ropes.layer(layer).rotate_tokens(&mut keys, half, first_token(batch, column));
+    (keys, rows.flat_map(|row| &row[half..]).copied().collect())
 }
 
 /// A total in whole parts that go with `weights`; what rounding leaves goes to the first.

@@ -88,6 +88,29 @@ unsafe fn product_raw(a: View, b: View, out: *mut f32, out_stride: usize) {
     }
 }
 
+/// Rows that [`tiled`] multiplies at a time.
+pub const ROWS: usize = 128;
+
+/// `a [rows, k]` times `b [k, n]`. All tiles have the same shape, the last one filled up with zeros: what a row rounds to depends
+/// neither on its company nor on threads.
+pub fn tiled(a: &[f32], b: View) -> Vec<f32> {
+    let (k, n) = (b.rows, b.columns);
+    let rows = a.len() / k.max(1);
+    let mut out = vec![0.0f32; rows * n];
+    let tiles = a.par_chunks((ROWS * k).max(1)).zip(out.par_chunks_mut((ROWS * n).max(1)));
+    tiles.for_each(|(a, out)| {
+        if a.len() == ROWS * k {
+            return product(View::row_major(a, ROWS, k), b, out);
+        }
+        let mut padded = a.to_vec();
+        padded.resize(ROWS * k, 0.0);
+        let mut tile = vec![0.0f32; ROWS * n];
+        product(View::row_major(&padded, ROWS, k), b, &mut tile);
+        out.copy_from_slice(&tile[..out.len()]);
+    });
+    out
+}
+
 /// The weight of a linear layer, cut along its outputs into panels of 64, each `[inputs, panel outputs]`.
 ///
 /// A panel is read from one end to the other, output-contiguous: the kernel needs no packing and the memory no seeking,
@@ -226,6 +249,19 @@ mod tests {
                 linear.extend_with_row(output, &mut row);
                 assert_eq!(row, &w[output * 24..][..24]);
             }
+        }
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(24))]
+        /// A row's product is the same to the bit whatever rows stand beside it.
+        #[test]
+        fn tiled_rows_do_not_know_their_company(first in 0usize..200, rows in 1usize..200, k in 1usize..90, n in 1usize..90) {
+            let (a, b) = (numbers((first + rows) * k, 1), numbers(k * n, 2));
+            let b = View::row_major(&b, k, n);
+            let all = tiled(&a, b);
+            let alone = tiled(&a[first * k..], b);
+            prop_assert_eq!(&all[first * n..], &alone[..]);
         }
     }
 

@@ -90,6 +90,7 @@ pub fn train(options: &TrainOptions) -> Result<Trained> {
         "questions": options.questions,
         "rounds": options.rounds,
         "seed": options.seed,
+        "metric": "answers",
     });
     let dumps: Vec<serde_json::Value> = manifests.iter().map(|m| m.origin()).collect::<Result<_>>()?;
     let trained = finished(options, &settings, &dumps);
@@ -126,7 +127,7 @@ fn joint(
         Ok::<_, Error>(fitted)
     };
     let training = options.training;
-    let mut metrics = metric::base(&options.dumps[0], first, model, options.questions, options.seed)?;
+    let mut metrics = metric::base(&options.dumps[0], first, model)?;
     let bench = sensitivity::Bench::new(&options.dumps[0], first, model, options.questions)?;
     let noise = bench.measure(&metrics, options.seed)?;
     metric::weigh(&mut metrics, &noise);
@@ -170,6 +171,21 @@ fn joint(
         write(&part.path(&options.out), &origin, &layers, &tables)?;
     }
     Ok(came_to(&options.out, &origin, &layers, false))
+}
+
+/// Requests of a dump that have answers, so many at most, spread over all.
+///
+/// # Errors
+/// If there are none.
+fn asked(dump: &Path, manifest: &Manifest, most: usize) -> Result<Vec<usize>> {
+    let has_answer = |&i: &usize| !manifest.requests[i].request.references.is_empty();
+    let all: Vec<usize> = (0..manifest.requests.len()).filter(has_answer).collect();
+    if all.is_empty() {
+        let problem = "has no questions with answers; what errors do is measured on these";
+        return Err(Error::file(dump, problem));
+    }
+    let count = all.len().min(most.max(1));
+    Ok((0..count).map(|i| all[i * all.len() / count]).collect())
 }
 
 /// What is there already: every file asked for, of the same dumps, settings and version.

@@ -1,13 +1,13 @@
 //! What errors do: noise is added to the keys, or the values, of one layer at a time, and the KL is measured.
 
-use super::metric;
+use super::{asked, metric};
 use crate::block::Part;
 use crate::block::{BlockId, Payload};
 use crate::codec::joint::train::{Metric, inverse_root};
 use crate::codec::{CacheBatch, Codec, Memo, Prefix};
 use crate::dump::Manifest;
 use crate::dump::open_model;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::interrupt;
 use crate::model::Model;
 use crate::progress::{Progress, Unit};
@@ -29,7 +29,7 @@ pub struct Sensitivity {
     pub layer: usize,
     /// `key` or `value`.
     pub part: Part,
-    /// KL (nats a token) by noise of one unit: a squared error of one in the metric that queries, or the output projection, make.
+    /// KL (nats a token) by noise of one unit: a squared error of one in the metric of `metric::base`.
     pub kl_per_unit: f64,
     /// KL that was measured, and the squared error, in units, that made it.
     pub kl: f64,
@@ -52,7 +52,7 @@ pub struct SensitivityOptions {
 pub fn sensitivity(options: &SensitivityOptions) -> Result<Vec<Sensitivity>> {
     let manifest = Manifest::read(&options.dump)?;
     let model = open_model(&options.dump, None, &manifest)?;
-    let base = metric::base(&options.dump, &manifest, &model, options.questions, options.seed)?;
+    let base = metric::base(&options.dump, &manifest, &model)?;
     Bench::new(&options.dump, &manifest, &model, options.questions)?.measure(&base, options.seed)
 }
 
@@ -120,14 +120,7 @@ impl<'a> Bench<'a> {
     }
 
     pub fn new(dump: &Path, manifest: &Manifest, model: &'a Model, questions: usize) -> Result<Self> {
-        let asked = |&i: &usize| !manifest.requests[i].request.references.is_empty();
-        let requests: Vec<usize> = (0..manifest.requests.len()).filter(asked).take(questions).collect();
-        if requests.is_empty() {
-            return Err(Error::file(
-                dump,
-                "has no questions with answers; sensitivities are measured on these",
-            ));
-        }
+        let requests = asked(dump, manifest, questions)?;
         let (mut batch, mut prompts) = load(dump, model, manifest, &requests, BLOCK_SIZE)?;
         Prefix::default().encode(&mut batch, &Memo::default())?;
         for (&i, prompt) in requests.iter().zip(&mut prompts) {

@@ -69,6 +69,13 @@ pub struct LayerBook {
     pub gain: Vec<f32>,
 }
 
+impl LayerBook {
+    /// Layers below that it is predicted from.
+    pub fn taps(&self, width: usize) -> usize {
+        self.down.len().checked_div(self.rank * width).unwrap_or(0)
+    }
+}
+
 pub struct Book {
     pub origin: Origin,
     pub layers: Vec<LayerBook>,

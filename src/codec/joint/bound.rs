@@ -6,14 +6,14 @@
 //! sightings of a token are in one half.
 
 use super::book::{Book, LayerBook};
-use super::column::{Linked, Seen, Source};
-use super::links::{Reference, Sources};
+use super::layers::Seen;
+use super::links::{Plan, Reference};
 use super::reference::{CLASSES, SAME};
 use crate::error::{Error, Result};
 use faer::{Mat, Side};
 use half::f16;
 use rayon::prelude::*;
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 
 /// One layer's coded components against the bound; whole layers, or all of them together.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
@@ -80,58 +80,59 @@ pub struct Watch {
     bits: Vec<Vec<f64>>,
     errors: Vec<Vec<f64>>,
     matches: Vec<Matches>,
-    /// The half of each token of each column seen.
-    halves: HashMap<usize, Vec<bool>>,
 }
 
 impl Watch {
-    pub fn new(book: &Book) -> Self {
+    /// Of columns in the order in which they are coded.
+    pub fn new(book: &Book, plans: &[Plan]) -> Self {
         let zeros: Vec<Vec<f64>> = book.layers.iter().map(|l| vec![0.0; l.components]).collect();
-        let rests = vec![Vec::new(); book.layers.len()];
-        Watch {
+        let mut watch = Watch {
             tokens: Vec::new(),
-            rests,
+            rests: vec![Vec::new(); book.layers.len()],
             bits: zeros.clone(),
             errors: zeros,
             matches: vec![Matches::default(); CLASSES],
-            halves: HashMap::new(),
+        };
+        let mut halves: Vec<Vec<bool>> = Vec::with_capacity(plans.len());
+        for (number, plan) in plans.iter().enumerate() {
+            let half = |reference: &Option<Reference>| match reference {
+                Some(r) if r.class >= SAME => halves[r.column][r.token],
+                _ => number.is_multiple_of(2),
+            };
+            let own: Vec<bool> = plan.sources.iter().map(half).collect();
+            watch.column(plan, &own);
+            halves.push(own);
         }
+        watch
     }
 
-    /// Notes a column.
-    pub fn see(&mut self, number: usize, references: &Sources, linked: &Linked, seen: Vec<Vec<Seen>>) {
-        let half = |reference: &Option<Reference>| match reference {
-            Some(r) if r.class >= SAME => self.halves[&r.column][r.token],
-            _ => number.is_multiple_of(2),
-        };
-        let halves: Vec<bool> = references.iter().map(half).collect();
-        let first = usize::from(linked.raw_first);
-        let class = |source: &Option<Source>| source.as_ref().map_or(0, Source::class);
-        for (t, source) in linked.sources.iter().enumerate().skip(first) {
-            let own = &mut self.matches[class(source)];
-            own.tokens += 1;
-            // Columns are told apart: a run ends with its column.
+    fn column(&mut self, plan: &Plan, halves: &[bool]) {
+        let first = usize::from(plan.raw_first);
+        let tokens = plan.classes.iter().zip(&plan.steps).zip(halves).enumerate();
+        for (t, ((&class, &step), &half)) in tokens.skip(first) {
+            self.tokens.push(((class, step), half));
+            self.matches[class].tokens += 1;
+            // A run ends with its column.
             let goes_on = t > first
-                && match (&linked.sources[t - 1], source) {
-                    (Some(a), Some(b)) => std::ptr::eq(a.column, b.column) && a.token + 1 == b.token,
+                && match (plan.sources[t - 1], plan.sources[t]) {
+                    (Some(a), Some(b)) => a.column == b.column && a.token + 1 == b.token,
                     (None, None) => true,
                     _ => false,
                 };
-            own.runs += u64::from(!goes_on);
+            self.matches[class].runs += u64::from(!goes_on);
         }
-        let coded = linked.sources.iter().zip(&linked.steps).zip(&halves).skip(first);
-        self.tokens.extend(coded.map(|((s, step), half)| ((class(s), *step), *half)));
-        self.halves.insert(number, halves);
-        for (n, layer) in seen.into_iter().enumerate() {
-            let r = self.bits[n].len().max(1);
-            for (i, s) in layer.iter().enumerate() {
-                self.bits[n][i % r] += f64::from(s.bits);
-                self.errors[n][i % r] += f64::from(s.error).powi(2);
-                let source = &linked.sources[first + i / r];
-                self.matches[class(source)].bits += f64::from(s.bits);
-            }
-            self.rests[n].extend(layer.iter().map(|s| f16::from_f32(s.rest)));
+    }
+
+    /// Notes a layer, column by column.
+    pub fn layer(&mut self, n: usize, columns: Vec<Vec<Seen>>) {
+        let r = self.bits[n].len().max(1);
+        for (i, s) in columns.iter().flatten().enumerate() {
+            let ((class, _), _) = self.tokens[i / r];
+            self.bits[n][i % r] += f64::from(s.bits);
+            self.errors[n][i % r] += f64::from(s.error).powi(2);
+            self.matches[class].bits += f64::from(s.bits);
         }
+        self.rests[n] = columns.iter().flatten().map(|s| f16::from_f32(s.rest)).collect();
     }
 
     /// The codec against the bound.

@@ -3,9 +3,8 @@
 use super::links::references;
 use super::reference::{self, sightings};
 use crate::codec::CacheBatch;
-use crate::codec::columns::{columns, stripped};
+use crate::codec::columns::{columns, stripped_layer};
 use crate::error::Result;
-use rayon::prelude::*;
 
 /// Tokens to train on, in the order in which they would be coded.
 pub struct Corpus {
@@ -52,7 +51,7 @@ pub fn corpus_of(batch: &CacheBatch, folds: &[u8]) -> Result<Corpus> {
     let layers = batch.caches.first().map_or(0, |c| c.layers.len());
     let mut corpus = Corpus {
         width: 2 * batch.pool.shape().token_width(),
-        layers: vec![Vec::new(); layers],
+        layers: Vec::new(),
         raw: Vec::new(),
         fold: Vec::new(),
         source: Vec::new(),
@@ -69,9 +68,6 @@ pub fn corpus_of(batch: &CacheBatch, folds: &[u8]) -> Result<Corpus> {
             corpus.source.push(source);
         }
     }
-    let numbers: Vec<Vec<Vec<f32>>> = all.par_iter().map(|column| stripped(batch, column)).collect();
-    for column in numbers {
-        corpus.layers.iter_mut().zip(column).for_each(|(layer, own)| layer.extend(own));
-    }
+    corpus.layers = (0..layers).map(|layer| stripped_layer(batch, &all, layer)).collect();
     Ok(corpus)
 }

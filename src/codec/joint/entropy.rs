@@ -98,7 +98,7 @@ impl Counts {
     }
 
     /// Notes a component `x` steps from zero that became `q`.
-    pub fn see(&mut self, width: Width, context: usize, q: i32, x: f32) {
+    pub fn see(&mut self, width: Width, context: usize, q: i16, x: f32) {
         let magnitude = q.unsigned_abs();
         self.symbols[width.index][context][((magnitude >> width.shift) as usize).min(ESCAPE)] += 1.0;
         if magnitude > 0 && width.shift == 0 {
@@ -197,20 +197,31 @@ impl Tables {
     }
 
     /// The number, in steps, that a quantised one stands for.
-    pub fn rebuild(&self, width: Width, q: i32) -> f32 {
+    pub fn rebuild(&self, width: Width, q: i16) -> f32 {
         if q == 0 {
             return 0.0;
         }
         let magnitude = q.unsigned_abs() as usize;
         let offset =
             if width.shift == 0 { self.centroids[width.index][magnitude.min(CENTROIDS) - 1] } else { 0.0 };
-        (magnitude as f32 + offset).copysign(q as f32)
+        (magnitude as f32 + offset).copysign(f32::from(q))
     }
 
-    /// The whole number that `x` (in steps) becomes: the nearest, or the next smaller if that saves more bits than it costs
-    /// error at `lambda` squared steps a bit.
-    pub fn quantise(&self, width: Width, context: usize, x: f32, lambda: f32) -> i32 {
-        let nearest = x.abs().round().min(30_000.0) as i32;
+    /// The whole number whose rebuilt one is nearest to `x` (in steps).
+    pub fn nearest(&self, width: Width, x: f32) -> i16 {
+        let nearest = x.abs().round().min(30_000.0) as i16;
+        if nearest == 0 {
+            return 0;
+        }
+        let error = |m: i16| (x.abs() - self.rebuild(width, m)).abs();
+        let smaller = nearest - 1;
+        let best = if width.shift == 0 && error(smaller) < error(nearest) { smaller } else { nearest };
+        if x < 0.0 { -best } else { best }
+    }
+
+    /// [`Tables::nearest`], or a smaller one if that saves more bits than it costs error at `lambda` squared steps a bit.
+    pub fn quantise(&self, width: Width, context: usize, x: f32, lambda: f32) -> i16 {
+        let nearest = x.abs().round().min(30_000.0) as i16;
         if nearest == 0 {
             return 0;
         }
@@ -218,7 +229,7 @@ impl Tables {
             return if x < 0.0 { -nearest } else { nearest };
         }
         let table = self.table(width, context);
-        let price = |m: i32| {
+        let price = |m: i16| {
             let error = x.abs() - self.rebuild(width, m);
             error * error + lambda * table.cost[(m as usize).min(ESCAPE)]
         };
@@ -233,9 +244,9 @@ impl Tables {
     }
 
     /// Codes one quantised component and moves `neighbours` on.
-    pub fn code<C: Coder>(&self, coder: &mut C, width: Width, neighbours: &mut Neighbours, q: i32) -> i32 {
+    pub fn code<C: Coder>(&self, coder: &mut C, width: Width, neighbours: &mut Neighbours, q: i16) -> i16 {
         let table = self.table(width, neighbours.context());
-        let magnitude = q.unsigned_abs();
+        let magnitude = u32::from(q.unsigned_abs());
         let symbol = coder.symbol(&table.model, ((magnitude >> width.shift) as usize).min(ESCAPE));
         coder.spend(table.cost[symbol] + width.shift as f32);
         neighbours.see(symbol as u32, self.means[width.index]);
@@ -248,13 +259,13 @@ impl Tables {
         if magnitude == 0 {
             return 0;
         }
-        let magnitude = magnitude.min(1 << 24) as i32;
+        let magnitude = magnitude.min(i16::MAX as u32) as i16;
         if coder.bits(1, u32::from(q < 0)) == 1 { -magnitude } else { magnitude }
     }
 
     /// Moves `neighbours` on without coding.
-    pub fn pass(&self, width: Width, neighbours: &mut Neighbours, q: i32) {
-        let symbol = (q.unsigned_abs() >> width.shift).min(ESCAPE as u32);
+    pub fn pass(&self, width: Width, neighbours: &mut Neighbours, q: i16) {
+        let symbol = (u32::from(q.unsigned_abs()) >> width.shift).min(ESCAPE as u32);
         neighbours.see(symbol, self.means[width.index]);
     }
 }

@@ -1,8 +1,7 @@
 //! Which tokens refer to which: found by an encoder, written for a decoder.
 
-use super::column::{Components, Source};
 use super::entropy::Coder;
-use super::reference::{Index, MATCHES, Match, Place};
+use super::reference::{Index, MATCHES, Match, Place, class_of, sightings};
 use crate::codec::CacheBatch;
 use crate::codec::columns::Column;
 
@@ -16,6 +15,36 @@ pub struct Reference {
 
 /// Of each token of a column.
 pub type Sources = Vec<Option<Reference>>;
+
+/// What both sides know of a column before its numbers.
+pub struct Plan {
+    pub tokens: usize,
+    /// The first token is the first of its request: it is stored as it is.
+    pub raw_first: bool,
+    /// The quantiser's step for each token, in eighths of an octave.
+    pub steps: Vec<i32>,
+    pub sources: Sources,
+    /// Of each token's reference, by how much the texts before both agree and for how many sightings it stands; 0 for none.
+    pub classes: Vec<usize>,
+    /// For how many sightings each token stands.
+    pub sightings: Vec<u32>,
+}
+
+/// Plans of all columns, from the steps and the references of each.
+pub fn plans(columns: &[Column], steps: Vec<Vec<i32>>, references: Vec<Sources>) -> Vec<Plan> {
+    let mut plans: Vec<Plan> = Vec::with_capacity(columns.len());
+    for ((column, steps), sources) in columns.iter().zip(steps).zip(references) {
+        let (mut classes, mut seen) = (Vec::new(), Vec::new());
+        for source in &sources {
+            let before = source.map(|s| (s.class, plans[s.column].sightings[s.token]));
+            classes.push(before.map_or(0, |(matched, before)| class_of(matched, before)));
+            seen.push(before.map_or(1, |(matched, before)| sightings(matched, before)));
+        }
+        let raw_first = column.block == 0;
+        plans.push(Plan { tokens: column.tokens, raw_first, steps, sources, classes, sightings: seen });
+    }
+    plans
+}
 
 /// Finds the references of all columns, column by column; only requests of the same group refer to one another.
 pub fn references(
@@ -56,11 +85,11 @@ pub fn references(
 }
 
 /// Columns in groups, each of which refers to earlier groups only.
-pub fn waves(references: &[Sources]) -> Vec<Vec<usize>> {
-    let mut depth: Vec<usize> = Vec::with_capacity(references.len());
+pub fn waves(plans: &[Plan]) -> Vec<Vec<usize>> {
+    let mut depth: Vec<usize> = Vec::with_capacity(plans.len());
     let mut waves: Vec<Vec<usize>> = Vec::new();
-    for (number, own) in references.iter().enumerate() {
-        let deepest = own.iter().flatten().map(|r| depth[r.column] + 1).max().unwrap_or(0);
+    for (number, plan) in plans.iter().enumerate() {
+        let deepest = plan.sources.iter().flatten().map(|r| depth[r.column] + 1).max().unwrap_or(0);
         depth.push(deepest);
         if waves.len() <= deepest {
             waves.resize(deepest + 1, Vec::new());
@@ -96,12 +125,6 @@ pub fn code_references<C: Coder>(coder: &mut C, references: &Sources) -> Sources
         previous = known;
     }
     all
-}
-
-/// References as the column coder takes them.
-pub fn sources<'a>(references: &Sources, components: &'a [Components]) -> Vec<Option<Source<'a>>> {
-    let source = |r: Reference| Source { column: &components[r.column], token: r.token, matched: r.class };
-    references.iter().map(|r| r.map(source)).collect()
 }
 
 /// Whether a reference of a column's that was read can be followed.

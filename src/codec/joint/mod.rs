@@ -2,14 +2,14 @@
 
 pub mod book;
 mod bound;
-mod column;
 pub mod corpus;
 mod entropy;
+mod layers;
 mod links;
 pub mod reference;
 pub mod train;
 
-use super::columns::{Column, columns, store, stripped};
+use super::columns::{Column, charge, columns, store_layer, stripped_layer};
 use super::evict::Needs;
 use super::registry::{Method, Scale, Search, number};
 use super::trained::{TrainedOption, check_model};
@@ -17,12 +17,11 @@ use super::{CacheBatch, Codec, Coverage, Memo, Role};
 use crate::error::{Error, Result};
 use book::Book;
 pub use bound::{Bound, LayerBound, Matches, Parts};
-use column::{Components, Linked, Rebuilt, Wanted};
 pub use corpus::corpus_of;
 pub use entropy::eighths;
 use entropy::{Coder, Decoder, Encoder};
-use links::{Sources, code_references, references, sources, waves};
-use rayon::prelude::*;
+use layers::{Layers, Wanted};
+use links::{Plan, code_references, plans, references};
 use serde::Serialize;
 use std::collections::BTreeMap;
 use std::ops;
@@ -48,9 +47,6 @@ pub struct Joint {
     /// power; 0 for equal steps
     #[arg(long, default_value_t = 0.0, value_parser = number("a power", ops::Bound::Included(0.0), ops::Bound::Included(4.0)))]
     attention: f64,
-    /// Squared error, in steps, that a saved bit is worth in rounding
-    #[arg(long, default_value_t = 0.0, value_parser = number("a price", ops::Bound::Included(0.0_f32), ops::Bound::Included(100.0)))]
-    lambda: f32,
     /// Never refer to a request of another tenant
     #[arg(long, action = clap::ArgAction::Set, default_value_t = false, value_name = "BOOL")]
     within_tenant: bool,
@@ -111,7 +107,6 @@ pub fn rebuild(
         reference: true,
         spread: SPREAD,
         attention: 0.0,
-        lambda: 0.0,
         within_tenant: false,
         charge_tokens: 0,
     };
@@ -149,64 +144,48 @@ impl Codec for Coding {
         self.check(batch)?;
         let (all, _) = columns(batch)?;
         let unusable = || Error::argument("has a block that its codec cannot read");
-        let mut opened: Vec<Option<Decoder>> = Vec::with_capacity(all.len());
-        let mut steps = Vec::with_capacity(all.len());
-        let mut references: Vec<Sources> = Vec::with_capacity(all.len());
+        let (mut bytes, mut decoders) = (Vec::new(), Vec::new());
+        let (mut steps, mut references) = (Vec::new(), Vec::new());
         for (number, column) in all.iter().enumerate() {
-            let bytes = &batch.pool.payload(column.pages[0]).ok_or_else(unusable)?.bytes;
-            let mut coder = Decoder::new(bytes)?;
-            steps.push(code_steps(&mut coder, &vec![0; column.tokens]));
-            let own = code_references(&mut coder, &vec![None; column.tokens]);
-            if !own.iter().flatten().all(|r| links::sound(r, number, &all)) {
+            let own = batch.pool.payload(column.pages[0]).ok_or_else(unusable)?.bytes.clone();
+            let mut decoder = Decoder::new(&own)?;
+            steps.push(code_steps(&mut decoder, &vec![0; column.tokens]));
+            let sources = code_references(&mut decoder, &vec![None; column.tokens]);
+            if !sources.iter().flatten().all(|r| links::sound(r, number, &all)) {
                 return Err(unusable());
             }
-            references.push(own);
-            opened.push(Some(coder));
+            references.push(sources);
+            decoders.push(decoder);
+            bytes.push(own);
         }
-        let mut components: Vec<Components> = vec![Components::default(); all.len()];
-        for wave in waves(&references) {
-            let coders: Vec<(usize, Decoder)> =
-                wave.iter().filter_map(|&number| Some((number, opened[number].take()?))).collect();
-            let read: Vec<(usize, Rebuilt, bool)> = coders
-                .into_par_iter()
-                .map(|(number, mut coder)| {
-                    let column = &all[number];
-                    let linked = Linked {
-                        tokens: column.tokens,
-                        raw_first: column.block == 0,
-                        steps: steps[number].clone(),
-                        sources: sources(&references[number], &components),
-                    };
-                    let rebuilt = column::run(&self.book, &linked, &mut coder, None);
-                    (number, rebuilt, coder.failed())
-                })
-                .collect();
-            for (number, rebuilt, failed) in read {
-                if failed {
-                    return Err(unusable());
-                }
-                let bytes = batch.pool.payload(all[number].pages[0]).map(|p| p.bytes.clone());
-                store(batch, &all[number], &rebuilt.numbers, &rebuilt.bits, bytes.unwrap_or_default());
-                components[number] = rebuilt.components;
+        let plans = plans(&all, steps, references);
+        let mut coded = Layers::new(&self.book, &plans, decoders);
+        for n in 0..self.book.layers.len() {
+            let rebuilt = coded.next(None);
+            if coded.coders().any(Decoder::failed) {
+                return Err(unusable());
             }
+            store_layer(batch, &all, n, &rebuilt.numbers);
         }
+        // Which layers the bits are of is not written.
+        let bits = vec![0.0; self.book.layers.len()];
+        all.iter().zip(bytes).for_each(|(column, bytes)| charge(batch, column, &bits, bytes));
         Ok(())
     }
 
     fn encode(&self, batch: &mut CacheBatch, _memo: &Memo) -> Result<()> {
-        self.encode_all(batch, None)
+        self.encode_all(batch, false).map(|_| ())
     }
 
     fn bound(&self, batch: &mut CacheBatch) -> Result<Bound> {
-        let mut watch = bound::Watch::new(&self.book);
-        self.encode_all(batch, Some(&mut watch))?;
-        watch.bounds(&self.book)
+        let watch = self.encode_all(batch, true)?;
+        watch.map_or_else(|| Err(Error::argument("has nothing to encode")), |watch| watch.bounds(&self.book))
     }
 }
 
 impl Coding {
-    /// Encodes, and lets `watch` see every column.
-    fn encode_all(&self, batch: &mut CacheBatch, mut watch: Option<&mut bound::Watch>) -> Result<()> {
+    /// Encodes; `watch`es what is left of every column's components if it is asked to.
+    fn encode_all(&self, batch: &mut CacheBatch, watch: bool) -> Result<Option<bound::Watch>> {
         self.check(batch)?;
         let (all, of_requests) = columns(batch)?;
         if all.iter().any(|c| c.pages.iter().any(|p| batch.pool.payload(*p).is_some())) {
@@ -217,27 +196,24 @@ impl Coding {
         } else {
             all.iter().map(|c| vec![None; c.tokens]).collect()
         };
-        let steps = self.steps(batch, &all, &of_requests)?;
-        let mut components: Vec<Components> = vec![Components::default(); all.len()];
-        for wave in waves(&found) {
-            let coded: Vec<(Rebuilt, Vec<u8>)> = wave
-                .par_iter()
-                .map(|&number| {
-                    let column = &all[number];
-                    let linked = self.linked(column, &found[number], &steps[number], &components);
-                    self.encode_column(batch, column, &found[number], &linked, watch.is_some())
-                })
-                .collect();
-            for (&number, (mut rebuilt, bytes)) in wave.iter().zip(coded) {
-                if let Some(watch) = &mut watch {
-                    let linked = self.linked(&all[number], &found[number], &steps[number], &components);
-                    watch.see(number, &found[number], &linked, std::mem::take(&mut rebuilt.seen));
-                }
-                store(batch, &all[number], &rebuilt.numbers, &rebuilt.bits, bytes);
-                components[number] = rebuilt.components;
+        let plans = plans(&all, self.steps(batch, &all, &of_requests)?, found);
+        let mut watch = watch.then(|| bound::Watch::new(&self.book, &plans));
+        let mut coded = Layers::new(&self.book, &plans, plans.iter().map(opened).collect());
+        let mut bits = vec![Vec::with_capacity(self.book.layers.len()); all.len()];
+        for n in 0..self.book.layers.len() {
+            let numbers = stripped_layer(batch, &all, n);
+            let wanted = Wanted { numbers: &numbers, watch: watch.is_some() };
+            let rebuilt = coded.next(Some(wanted));
+            store_layer(batch, &all, n, &rebuilt.numbers);
+            bits.iter_mut().zip(rebuilt.bits).for_each(|(all, own)| all.push(own));
+            if let Some(watch) = &mut watch {
+                watch.layer(n, rebuilt.seen);
             }
         }
-        Ok(())
+        for ((column, bits), coder) in all.iter().zip(bits).zip(coded.into_coders()) {
+            charge(batch, column, &bits, coder.finish());
+        }
+        Ok(watch)
     }
 
     fn check(&self, batch: &CacheBatch) -> Result<()> {
@@ -272,39 +248,14 @@ impl Coding {
         }
         Ok(steps)
     }
+}
 
-    /// What both sides know of a column before its numbers.
-    fn linked<'a>(
-        &self,
-        column: &Column,
-        references: &Sources,
-        steps: &[i32],
-        components: &'a [Components],
-    ) -> Linked<'a> {
-        Linked {
-            tokens: column.tokens,
-            raw_first: column.block == 0,
-            steps: steps.to_vec(),
-            sources: sources(references, components),
-        }
-    }
-
-    fn encode_column(
-        &self,
-        batch: &CacheBatch,
-        column: &Column,
-        references: &Sources,
-        linked: &Linked,
-        watch: bool,
-    ) -> (Rebuilt, Vec<u8>) {
-        let numbers = stripped(batch, column);
-        let mut coder = Encoder::default();
-        code_steps(&mut coder, &linked.steps);
-        code_references(&mut coder, references);
-        let wanted = Wanted { numbers: &numbers, lambda: self.options.lambda, watch };
-        let rebuilt = column::run(&self.book, linked, &mut coder, Some(wanted));
-        (rebuilt, coder.finish())
-    }
+/// A column's stream, with what both sides must know before its numbers.
+fn opened(plan: &Plan) -> Encoder {
+    let mut encoder = Encoder::default();
+    code_steps(&mut encoder, &plan.steps);
+    code_references(&mut encoder, &plan.sources);
+    encoder
 }
 
 /// The furthest that a token's step is from its column's, in eighths of an octave.

@@ -6,6 +6,7 @@
 use super::book::{LayerBook, TableParts, both_ways};
 use super::corpus::Corpus;
 use super::entropy::{Counts, Neighbours, Tables, Width, eighths, from_eighths};
+use super::layers::side_by_side;
 use super::reference::{CLASSES, class_of};
 use crate::error::{Error, Result};
 use crate::interrupt;
@@ -90,7 +91,8 @@ fn layer(
 ) -> Result<Fitted> {
     let (width, tokens) = (corpus.width, corpus.tokens());
     let x = &corpus.layers[n];
-    let inputs = super::column::side_by_side(below, training.taps, tokens, width);
+    let nearest: Vec<&[f32]> = below.iter().rev().take(training.taps).map(|layer| &layer[..]).collect();
+    let inputs = side_by_side(&nearest, width);
     let (root, inverse) = roots(metric, width)?;
     let Predictor { rank, down, up, mean, predicted } =
         predictor(corpus, x, &inputs, training, (&root, &inverse))?;

@@ -3,7 +3,7 @@
 use super::book::Transform;
 use super::widths::Group;
 use crate::codec::quantize::{BitSink, BitSource, Cost, put_f16, take_f16};
-use crate::model::gemm::{View, product};
+use crate::model::gemm::{View, tiled};
 use half::f16;
 
 /// Scale and offset of a group of so many bits a code, as they are read back from f16.
@@ -17,24 +17,6 @@ pub fn levels(numbers: &[f32], bits: u32) -> (f32, f32) {
 pub fn quantised(x: f32, scale: f32, offset: f32, bits: u32) -> u32 {
     let most = ((1u32 << bits) - 1) as f32;
     if scale > 0.0 { ((x - offset) / scale).round().clamp(0.0, most) as u32 } else { 0 }
-}
-
-/// Tokens multiplied at a time. Fewer are filled up with zeros: what a token's numbers round to does not depend on its company.
-pub const ROWS: usize = 128;
-
-/// `a [rows, k]` times `b [k, n]`, every tile of the same shape.
-fn tiled(a: &[f32], b: View) -> Vec<f32> {
-    let (k, n) = (b.rows, b.columns);
-    let rows = a.len() / k;
-    let mut out = vec![0.0f32; rows * n];
-    for (a, out) in a.chunks(ROWS * k).zip(out.chunks_mut((ROWS * n).max(1))) {
-        let mut padded = a.to_vec();
-        padded.resize(ROWS * k, 0.0);
-        let mut tile = vec![0.0f32; ROWS * n];
-        product(View::row_major(&padded, ROWS, k), b, &mut tile);
-        out.copy_from_slice(&tile[..out.len()]);
-    }
-    out
 }
 
 /// The first `count` directions, as columns.
