@@ -75,8 +75,12 @@ fn stripped_page(batch: &CacheBatch, column: &Column, layer: usize) -> Vec<f32> 
     let mut keys = batch.pool.keys(page).into_owned();
     batch.ropes.layer(layer).strip_tokens(&mut keys, half, first_token(batch, column));
     let values = batch.pool.values(page);
-    let rows = keys.chunks_exact(half).zip(values.chunks_exact(half));
-    rows.flat_map(|(k, v)| k.iter().chain(v)).copied().collect()
+    let mut numbers = Vec::with_capacity(2 * keys.len());
+    for (keys, values) in keys.chunks_exact(half).zip(values.chunks_exact(half)) {
+        numbers.extend_from_slice(keys);
+        numbers.extend_from_slice(values);
+    }
+    numbers
 }
 
 /// Position of a column's first token.
@@ -125,10 +129,13 @@ pub fn charge(batch: &mut CacheBatch, column: &Column, bits: &[f64], bytes: Vec<
 /// Keys and values of a column in one layer at their positions.
 fn placed(batch: &CacheBatch, column: &Column, layer: usize, numbers: &[f32]) -> (Vec<f32>, Vec<f32>) {
     let half = batch.pool.shape().token_width();
-    let rows = numbers.chunks_exact(2 * half);
-    let mut keys: Vec<f32> = rows.clone().flat_map(|row| &row[..half]).copied().collect();
+    let (mut keys, mut values) = (Vec::new(), Vec::new());
+    for row in numbers.chunks_exact(2 * half) {
+        keys.extend_from_slice(&row[..half]);
+        values.extend_from_slice(&row[half..]);
+    }
     batch.ropes.layer(layer).rotate_tokens(&mut keys, half, first_token(batch, column));
-    (keys, rows.flat_map(|row| &row[half..]).copied().collect())
+    (keys, values)
 }
 
 /// A total in whole parts that go with `weights`; what rounding leaves goes to the first.

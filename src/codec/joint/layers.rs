@@ -2,15 +2,16 @@
 //!
 //! A token's `[K; V]` (keys without position) is predicted linearly from what was rebuilt of the layers below; what the prediction
 //! misses is turned into the layer's own components; these are predicted from the components of a reference token; what is left is
-//! quantised and coded. Only quantising follows references from column to column: products run over tiles of all tokens, and every
-//! column has a stream of its own.
+//! quantised and coded. Products run over tiles of all tokens, every column has a stream of its own, and quantising, which follows
+//! references from token to token, runs over a few components at a time.
 
 use super::book::{Book, LayerBook};
 use super::entropy::{Coder, Neighbours, Width, from_eighths};
-use super::links::{Plan, waves};
+use super::links::Plan;
 use crate::model::gemm::{ROWS, View, product};
 use half::f16;
 use rayon::prelude::*;
+use std::ops::Range;
 
 /// What is to be coded of a layer; a decoder has none.
 #[derive(Clone, Copy)]
@@ -48,11 +49,11 @@ pub struct Layers<'a, C> {
     plans: &'a [Plan],
     /// Of each column.
     streams: Vec<Stream<C>>,
-    /// Columns in groups, each of which refers to earlier groups only.
-    waves: Vec<Vec<usize>>,
-    /// Tokens of all columns, in whole tiles.
+    /// All columns' tokens.
+    places: Vec<Place>,
+    /// Their number, in whole tiles.
     rows: usize,
-    /// Layers that were rebuilt, the last ones: `[rows, width]`.
+    /// Layers that were rebuilt, the nearest first: `[rows, width]`.
     below: Vec<Vec<f32>>,
     /// Layers done.
     done: usize,
@@ -61,8 +62,23 @@ pub struct Layers<'a, C> {
 /// One column's bits, and what its tables go by.
 struct Stream<C> {
     coder: C,
+    /// Row of its first token.
+    first: usize,
     /// Of each token.
     neighbours: Vec<Neighbours>,
+}
+
+/// A token, as far as its components go by it.
+struct Place {
+    /// It is stored as it is and has no components.
+    raw: bool,
+    /// Of its reference.
+    class: usize,
+    /// Of the quantiser, in eighths of an octave.
+    step: i32,
+    sightings: u32,
+    /// Row of its reference, an earlier one.
+    source: Option<usize>,
 }
 
 /// One column of a layer.
@@ -72,90 +88,91 @@ struct Coded {
     quantised: Vec<i16>,
     /// Numbers of a first token, which stays as it is.
     raw: Vec<f32>,
-    /// Of each component, if they are to be watched.
+    /// Of each component of coded tokens, if they are to be watched.
     costs: Vec<f32>,
     bits: f64,
 }
 
-/// Components of one column, `[tokens, components]`.
-#[derive(Default)]
-struct Components {
-    own: Vec<f32>,
-    /// What later tokens are predicted from: means of all sightings.
-    means: Vec<f32>,
-    quantised: Vec<i16>,
-    /// What predictions leave and what is missed, in steps.
-    watched: Vec<(f32, f32)>,
+/// Where whole numbers come from, `[tokens, components]`.
+#[derive(Clone, Copy)]
+enum Origin<'a> {
+    /// An encoder's components.
+    Targets(&'a [f32]),
+    /// What a decoder read.
+    Read(&'a [i16]),
 }
+
+/// Components of all tokens, or some of them: `[tokens, components]`.
+struct Components {
+    quantised: Vec<i16>,
+    /// What predictions leave of an encoder's components, in steps.
+    rests: Vec<f32>,
+    rebuilt: Vec<f32>,
+}
+
+/// Components that are quantised together: enough to read memory in a row, few enough to share out.
+const SOME: usize = 16;
 
 impl<'a, C: Coder + Send + Sync> Layers<'a, C> {
     /// Columns whose steps and references are written, or read, already.
     pub fn new(book: &'a Book, plans: &'a [Plan], coders: Vec<C>) -> Self {
-        let tokens: usize = plans.iter().map(|plan| plan.tokens).sum();
-        let stream = |(coder, plan): (C, &Plan)| Stream {
+        let mut first = Vec::with_capacity(plans.len());
+        let mut places = Vec::new();
+        for plan in plans {
+            first.push(places.len());
+            for (t, source) in plan.sources.iter().enumerate() {
+                places.push(Place {
+                    raw: plan.raw_first && t == 0,
+                    class: plan.classes[t],
+                    step: plan.steps[t],
+                    sightings: plan.sightings[t],
+                    source: source.map(|s| first[s.column] + s.token),
+                });
+            }
+        }
+        let stream = |((coder, plan), first): ((C, &Plan), usize)| Stream {
             coder,
+            first,
             neighbours: vec![Neighbours::default(); plan.tokens],
         };
-        Layers {
-            book,
-            plans,
-            streams: coders.into_iter().zip(plans).map(stream).collect(),
-            waves: waves(plans),
-            rows: tokens.next_multiple_of(ROWS),
-            below: Vec::new(),
-            done: 0,
-        }
+        let rows = places.len().next_multiple_of(ROWS);
+        let streams = coders.into_iter().zip(plans).zip(first).map(stream).collect();
+        Layers { book, plans, streams, places, rows, below: Vec::new(), done: 0 }
     }
 
     /// Codes the next layer, or decodes it if nothing is `wanted`.
     pub fn next(&mut self, wanted: Option<Wanted>) -> Rebuilt {
-        let (book, plans) = (self.book, self.plans);
-        let (layer, width) = (&book.layers[self.done], book.width());
+        let (layer, width) = (&self.book.layers[self.done], self.book.width());
         let r = layer.components;
-        let padded = wanted.map(|wanted| {
-            let mut numbers = wanted.numbers.to_vec();
-            numbers.resize(self.rows * width, 0.0);
-            numbers
-        });
         let mut numbers = self.predicted(layer);
-        let targets = padded.as_ref().map(|x| self.innovations(layer, x, &numbers));
-        let (mut columns, coded) = match (&targets, wanted) {
-            (Some(targets), Some(wanted)) => {
-                let columns = self.components(|row, from, token| {
-                    quantise(book, layer, &targets[row * r..][..r], from, token, wanted)
-                });
-                let first = |at: usize| &wanted.numbers[at * width..][..width];
-                let coded =
-                    self.code(|number, at| Some((&columns[number].quantised[..], first(at))), wanted.watch);
-                (columns, coded)
+        let (components, coded) = match wanted {
+            Some(wanted) => {
+                let mut padded = wanted.numbers.to_vec();
+                padded.resize(self.rows * width, 0.0);
+                let targets = self.innovations(layer, &padded, &numbers);
+                let components = self.components(layer, Origin::Targets(&targets));
+                let coded = self.code(Some((&components.quantised, wanted.numbers)), wanted.watch);
+                (components, coded)
             }
-            _ => {
-                let coded = self.code(|_, _| None, false);
-                let columns = self.components(|_, from, token| {
-                    token.quantised.copy_from_slice(&coded[token.column].quantised[token.token * r..][..r]);
-                    rebuild(book, layer, from, token)
-                });
-                (columns, coded)
+            None => {
+                let coded = self.code(None, false);
+                let read: Vec<i16> = coded.iter().flat_map(|c| &c.quantised).copied().collect();
+                (self.components(layer, Origin::Read(&read)), coded)
             }
         };
-        self.add(layer, &columns, &mut numbers);
-        let mut at = 0;
-        for (plan, coded) in plans.iter().zip(&coded) {
-            if plan.raw_first {
-                numbers[at * width..][..width].copy_from_slice(&coded.raw);
-            }
-            at += plan.tokens;
+        self.add(layer, &components.rebuilt, &mut numbers);
+        for (stream, coded) in self.streams.iter().zip(&coded) {
+            numbers[stream.first * width..][..coded.raw.len()].copy_from_slice(&coded.raw);
         }
-        let seen = columns.iter_mut().zip(&coded).map(|(column, coded)| {
-            let watched = std::mem::take(&mut column.watched).into_iter().zip(&coded.costs);
-            watched.map(|((rest, error), bits)| Seen { rest, error, bits: *bits }).collect()
-        });
-        let seen = seen.collect();
+        let seen = match wanted.filter(|w| w.watch) {
+            Some(_) => self.seen(&components, &coded, r),
+            None => Vec::new(),
+        };
         self.below.insert(0, numbers.clone());
-        let taps = book.layers.get(self.done + 1).map_or(0, |next| next.taps(width));
+        let taps = self.book.layers.get(self.done + 1).map_or(0, |next| next.taps(width));
         self.below.truncate(taps);
         self.done += 1;
-        numbers.truncate(at * width);
+        numbers.truncate(self.places.len() * width);
         Rebuilt { numbers, bits: coded.iter().map(|c| c.bits).collect(), seen }
     }
 
@@ -202,95 +219,100 @@ impl<'a, C: Coder + Send + Sync> Layers<'a, C> {
         out
     }
 
-    /// Adds what components stand for. First tokens have none, so nothing is added to them.
-    fn add(&self, layer: &LayerBook, columns: &[Components], numbers: &mut [f32]) {
+    /// Adds what components (`[tokens, components]`) stand for. First tokens have none, so nothing is added to them.
+    fn add(&self, layer: &LayerBook, components: &[f32], numbers: &mut [f32]) {
         let (width, r) = (self.book.width(), layer.components);
-        let mut coded: Vec<f32> = Vec::with_capacity(self.rows * r);
-        columns.iter().for_each(|column| coded.extend_from_slice(&column.own));
-        coded.resize(self.rows * r, 0.0);
+        let mut padded = components.to_vec();
+        padded.resize(self.rows * r, 0.0);
         let by = View::row_major(&layer.synthesis, r, width);
-        let tiles = numbers.par_chunks_exact_mut(ROWS * width).zip(coded.par_chunks_exact(ROWS * r));
-        tiles.for_each(|(numbers, coded)| {
+        let tiles = numbers.par_chunks_exact_mut(ROWS * width).zip(padded.par_chunks_exact(ROWS * r));
+        tiles.for_each(|(numbers, components)| {
             let mut residual = vec![0.0; ROWS * width];
-            product(View::row_major(coded, ROWS, r), by, &mut residual);
+            product(View::row_major(components, ROWS, r), by, &mut residual);
             numbers.iter_mut().zip(&residual).for_each(|(x, e)| *x += e);
         });
     }
 
-    /// Components of all columns, each after those that it refers to. `token` makes those of a token, from its row and the components
-    /// of its reference.
-    fn components(&self, token: impl Fn(usize, Option<&[f32]>, &mut Token) + Sync) -> Vec<Components> {
-        let first = first_rows(self.plans);
-        let mut columns: Vec<Components> = Vec::new();
-        columns.resize_with(self.plans.len(), Components::default);
-        for wave in &self.waves {
-            let one = |&number: &usize| self.column(number, first[number], &columns, &token);
-            let made: Vec<Components> = wave.par_iter().map(one).collect();
-            for (&number, made) in wave.iter().zip(made) {
-                columns[number] = made;
+    /// All components: each token's after those of the token that it refers to.
+    fn components(&self, layer: &LayerBook, origin: Origin) -> Components {
+        let r = layer.components;
+        let ranges: Vec<Range<usize>> = (0..r).step_by(SOME).map(|k| k..(k + SOME).min(r)).collect();
+        let parts: Vec<Components> =
+            ranges.par_iter().map(|ks| self.some(layer, ks.clone(), origin)).collect();
+        Components {
+            quantised: side_by_side_parts(&ranges, parts.iter().map(|p| &p.quantised[..])),
+            rests: side_by_side_parts(&ranges, parts.iter().map(|p| &p.rests[..])),
+            rebuilt: side_by_side_parts(&ranges, parts.iter().map(|p| &p.rebuilt[..])),
+        }
+    }
+
+    /// Some components of every token.
+    fn some(&self, layer: &LayerBook, ks: Range<usize>, origin: Origin) -> Components {
+        let (r, wide, tables) = (layer.components, ks.len(), &self.book.tables);
+        let count = self.places.len() * wide;
+        let (mut quantised, mut rebuilt) = (vec![0i16; count], vec![0.0f32; count]);
+        let mut rests = vec![0.0f32; if matches!(origin, Origin::Targets(_)) { count } else { 0 }];
+        // What later tokens are predicted from: means of all sightings.
+        let mut means = vec![0.0f32; count];
+        for (t, place) in self.places.iter().enumerate().filter(|(_, place)| !place.raw) {
+            let delta = from_eighths(place.step);
+            let steps = 1.0 / delta;
+            let (past, means) = means.split_at_mut(t * wide);
+            let from = place.source.map(|s| &past[s * wide..][..wide]);
+            for i in 0..wide {
+                let (at, k) = (t * wide + i, ks.start + i);
+                let known = from.map_or(0.0, |from| from[i]);
+                let base = layer.gain[place.class * r + k] * known;
+                let width = Width::of(i32::from(layer.sigma[place.class * r + k]), place.step);
+                let q = match origin {
+                    Origin::Read(read) => read[t * r + k],
+                    Origin::Targets(targets) => {
+                        rests[at] = (targets[t * r + k] - base) * steps;
+                        width.map_or(0, |width| tables.nearest(width, rests[at]))
+                    }
+                };
+                quantised[at] = q;
+                rebuilt[at] = base + width.filter(|_| q != 0).map_or(0.0, |w| tables.rebuild(w, q) * delta);
+                means[i] = match place.sightings {
+                    1 => rebuilt[at],
+                    seen => known + (rebuilt[at] - known) / seen as f32,
+                };
             }
         }
-        columns
+        Components { quantised, rests, rebuilt }
     }
 
-    /// Those of one column, whose first token has row `first`; `before` has those that it refers to.
-    fn column(
-        &self,
-        number: usize,
-        first: usize,
-        before: &[Components],
-        token: &impl Fn(usize, Option<&[f32]>, &mut Token),
-    ) -> Components {
-        let (plan, r) = (&self.plans[number], self.book.layers[self.done].components);
-        let from = |t: usize| plan.sources[t].map(|s| &before[s.column].means[s.token * r..][..r]);
-        let (mut own, mut quantised) = (vec![0.0; plan.tokens * r], vec![0; plan.tokens * r]);
-        let mut watched = Vec::new();
-        for t in usize::from(plan.raw_first)..plan.tokens {
-            let mut place = Token {
-                column: number,
-                token: t,
-                class: plan.classes[t],
-                step: plan.steps[t],
-                quantised: &mut quantised[t * r..][..r],
-                components: &mut own[t * r..][..r],
-                watched: &mut watched,
+    /// What was coded of each column's components.
+    fn seen(&self, components: &Components, coded: &[Coded], r: usize) -> Vec<Vec<Seen>> {
+        let column = |(stream, coded): (&Stream<C>, &Coded)| {
+            let places = self.places[stream.first..][..stream.neighbours.len()].iter().enumerate();
+            let rows = places.filter(|(_, place)| !place.raw);
+            let all = rows.flat_map(|(t, place)| (0..r).map(move |k| ((stream.first + t) * r + k, k, place)));
+            let seen = |((at, k, place), bits): ((usize, usize, &Place), &f32)| {
+                let width =
+                    Width::of(i32::from(self.book.layers[self.done].sigma[place.class * r + k]), place.step);
+                let rebuilt =
+                    width.map_or(0.0, |width| self.book.tables.rebuild(width, components.quantised[at]));
+                Seen { rest: components.rests[at], error: components.rests[at] - rebuilt, bits: *bits }
             };
-            token(first + t, from(t), &mut place);
-        }
-        let mut means = own.clone();
-        for (t, seen) in plan.sightings.iter().enumerate().filter(|(_, seen)| **seen > 1) {
-            let before = from(t).into_iter().flatten();
-            let own = means[t * r..][..r].iter_mut().zip(before);
-            own.for_each(|(x, mean)| *x = mean + (*x - mean) / *seen as f32);
-        }
-        Components { own, means, quantised, watched }
+            all.zip(&coded.costs).map(seen).collect()
+        };
+        self.streams.iter().zip(coded).map(column).collect()
     }
 
-    /// Writes whole numbers, or reads them where there is no wish: those of a column, and the numbers of its first token.
-    fn code<'b>(
-        &mut self,
-        wish: impl Fn(usize, usize) -> Option<(&'b [i16], &'b [f32])> + Sync,
-        watch: bool,
-    ) -> Vec<Coded> {
+    /// Writes all columns' whole numbers (`[tokens, components]`) and the numbers of first tokens (`[tokens, width]`), or reads them
+    /// where there is no wish.
+    fn code(&mut self, wish: Option<(&[i16], &[f32])>, watch: bool) -> Vec<Coded> {
         let (book, n) = (self.book, self.done);
-        let first = first_rows(self.plans);
-        self.streams
-            .par_iter_mut()
-            .zip(self.plans)
-            .enumerate()
-            .map(|(number, (stream, plan))| stream.layer(book, n, plan, wish(number, first[number]), watch))
-            .collect()
+        let (r, width) = (book.layers[n].components, book.width());
+        let columns = self.streams.par_iter_mut().zip(self.plans);
+        let code = |(stream, plan): (&mut Stream<C>, &Plan)| {
+            let first = stream.first;
+            let own = wish.map(|(quantised, numbers)| (&quantised[first * r..], &numbers[first * width..]));
+            stream.layer(book, n, plan, own, watch)
+        };
+        columns.map(code).collect()
     }
-}
-
-/// Where each column begins in arrays of all tokens.
-fn first_rows(plans: &[Plan]) -> Vec<usize> {
-    let before = |sum: &mut usize, plan: &Plan| {
-        let first = *sum;
-        *sum += plan.tokens;
-        Some(first)
-    };
-    plans.iter().scan(0, before).collect()
 }
 
 impl<C: Coder> Stream<C> {
@@ -333,57 +355,20 @@ impl<C: Coder> Stream<C> {
     }
 }
 
-/// A token whose components are made.
-struct Token<'a> {
-    column: usize,
-    token: usize,
-    /// Of its reference.
-    class: usize,
-    /// Of the quantiser, in eighths of an octave.
-    step: i32,
-    quantised: &'a mut [i16],
-    components: &'a mut [f32],
-    watched: &'a mut Vec<(f32, f32)>,
-}
-
-/// An encoder's token: whole numbers for its `targets`, and the components that these stand for.
-fn quantise(
-    book: &Book,
-    layer: &LayerBook,
-    targets: &[f32],
-    from: Option<&[f32]>,
-    token: &mut Token,
-    wanted: Wanted,
-) {
-    let (r, steps) = (layer.components, 1.0 / from_eighths(token.step));
-    let sigma = &layer.sigma[token.class * r..][..r];
-    let gain = &layer.gain[token.class * r..][..r];
-    let rest = |k: usize| (targets[k] - from.map_or(0.0, |from| gain[k] * from[k])) * steps;
-    for ((k, sigma), q) in sigma.iter().enumerate().zip(token.quantised.iter_mut()) {
-        if let Some(width) = Width::of(i32::from(*sigma), token.step) {
-            *q = book.tables.nearest(width, rest(k));
+/// Parts of rows, each of some components, as whole rows.
+fn side_by_side_parts<'a, T: Copy + 'a>(
+    ranges: &[Range<usize>],
+    parts: impl Iterator<Item = &'a [T]>,
+) -> Vec<T> {
+    let parts: Vec<&[T]> = parts.collect();
+    let rows = parts.first().map_or(0, |part| part.len() / ranges[0].len());
+    let mut out = Vec::with_capacity(parts.iter().map(|part| part.len()).sum());
+    for t in 0..rows {
+        for (part, ks) in parts.iter().zip(ranges) {
+            out.extend_from_slice(&part[t * ks.len()..][..ks.len()]);
         }
     }
-    rebuild(book, layer, from, token);
-    if wanted.watch {
-        let watched = (0..r).map(|k| (rest(k), (targets[k] - token.components[k]) * steps));
-        token.watched.extend(watched);
-    }
-}
-
-/// The components that a token's whole numbers stand for.
-fn rebuild(book: &Book, layer: &LayerBook, from: Option<&[f32]>, token: &mut Token) {
-    let (r, delta) = (layer.components, from_eighths(token.step));
-    let sigma = &layer.sigma[token.class * r..][..r];
-    let gain = &layer.gain[token.class * r..][..r];
-    if let Some(from) = from {
-        token.components.iter_mut().zip(gain).zip(from).for_each(|((x, gain), from)| *x = gain * from);
-    }
-    for (k, &q) in token.quantised.iter().enumerate().filter(|(_, q)| **q != 0) {
-        if let Some(width) = Width::of(i32::from(sigma[k]), token.step) {
-            token.components[k] += book.tables.rebuild(width, q) * delta;
-        }
-    }
+    out
 }
 
 /// Numbers of layers side by side, as they are given: `[tokens, layers * width]`.

@@ -84,21 +84,6 @@ pub fn references(
         .collect()
 }
 
-/// Columns in groups, each of which refers to earlier groups only.
-pub fn waves(plans: &[Plan]) -> Vec<Vec<usize>> {
-    let mut depth: Vec<usize> = Vec::with_capacity(plans.len());
-    let mut waves: Vec<Vec<usize>> = Vec::new();
-    for (number, plan) in plans.iter().enumerate() {
-        let deepest = plan.sources.iter().flatten().map(|r| depth[r.column] + 1).max().unwrap_or(0);
-        depth.push(deepest);
-        if waves.len() <= deepest {
-            waves.resize(deepest + 1, Vec::new());
-        }
-        waves[deepest].push(number);
-    }
-    waves
-}
-
 /// Codes whether each token has a reference, whether it goes on where the one before it ended, and if not, where it is; or
 /// decodes it. Returns what a decoder knows.
 pub fn code_references<C: Coder>(coder: &mut C, references: &Sources) -> Sources {
