@@ -2,9 +2,11 @@
 //! neighbours came out. All choices are made in integers, so encoder and decoder agree on any machine.
 
 use crate::error::{Error, Result};
-use constriction::stream::model::{ContiguousCategoricalEntropyModel, UniformModel};
+use constriction::stream::model::{DecoderModel, EncoderModel, EntropyModel, UniformModel};
 use constriction::stream::queue::{DefaultRangeDecoder, DefaultRangeEncoder};
 use constriction::stream::{Decode, Encode};
+use std::borrow::Borrow;
+use std::num::NonZeroU32;
 
 /// Bits of a probability.
 const PRECISION: usize = 16;
@@ -51,7 +53,46 @@ pub fn from_eighths(code: i32) -> f32 {
     (f64::from(code) / 8.0).exp2() as f32
 }
 
-type Model = ContiguousCategoricalEntropyModel<u32, Vec<u32>, PRECISION>;
+/// Probabilities as the range coder takes them, each symbol's between two bounds; none is zero, and the last bound is
+/// 2^[`PRECISION`]. Most numbers are zero, so a decoder looks from below.
+pub struct Model {
+    bounds: [u32; SYMBOLS + 1],
+}
+
+impl Model {
+    /// `None` if these are no probabilities in units of 2^-16.
+    fn new(probabilities: &[u16]) -> Option<Self> {
+        let mut bounds = [0; SYMBOLS + 1];
+        for (s, p) in probabilities.iter().enumerate() {
+            *bounds.get_mut(s + 1)? = bounds[s] + u32::from(*p);
+        }
+        let sound = probabilities.iter().all(|p| *p > 0) && bounds[SYMBOLS] == 1 << PRECISION;
+        sound.then_some(Model { bounds })
+    }
+
+    fn width(&self, symbol: usize) -> NonZeroU32 {
+        NonZeroU32::new(self.bounds[symbol + 1] - self.bounds[symbol]).unwrap_or(NonZeroU32::MIN)
+    }
+}
+
+impl EntropyModel<PRECISION> for Model {
+    type Symbol = usize;
+    type Probability = u32;
+}
+
+impl EncoderModel<PRECISION> for Model {
+    fn left_cumulative_and_probability(&self, symbol: impl Borrow<usize>) -> Option<(u32, NonZeroU32)> {
+        let symbol = *symbol.borrow();
+        (symbol < SYMBOLS).then(|| (self.bounds[symbol], self.width(symbol)))
+    }
+}
+
+impl DecoderModel<PRECISION> for Model {
+    fn quantile_function(&self, quantile: u32) -> (usize, u32, NonZeroU32) {
+        let symbol = self.bounds[1..SYMBOLS].iter().take_while(|bound| quantile >= **bound).count();
+        (symbol, self.bounds[symbol], self.width(symbol))
+    }
+}
 
 struct Table {
     model: Model,
@@ -176,11 +217,7 @@ impl Tables {
             && centroids.iter().all(|c| c.is_finite())
             && means.iter().all(|mean| *mean <= (ESCAPE as u32) << 8);
         let table = |p: &[u16]| {
-            let fits =
-                p.iter().all(|p| *p > 0) && p.iter().map(|p| u32::from(*p)).sum::<u32>() == 1 << PRECISION;
-            let own = p.iter().map(|p| u32::from(*p));
-            let model =
-                fits.then(|| Model::from_nonzero_fixed_point_probabilities(own, false).ok()).flatten()?;
+            let model = Model::new(p)?;
             let cost = std::array::from_fn(|s| {
                 PRECISION as f32 - f32::from(p[s]).log2() + if s > 0 { 1.0 } else { 0.0 }
             });
@@ -285,8 +322,8 @@ impl Default for Neighbours {
 
 impl Neighbours {
     pub fn context(&self) -> usize {
-        let ratio = (self.seen + 32) * 16 / (self.expected + 32);
-        BOUNDS.iter().take_while(|b| ratio >= **b).count()
+        let (seen, expected) = ((self.seen + 32) * 16, self.expected + 32);
+        BOUNDS.iter().map(|bound| usize::from(seen >= bound * expected)).sum()
     }
 
     fn see(&mut self, symbol: u32, mean: u32) {
@@ -352,7 +389,7 @@ impl Coder for Encoder {
 
     fn symbol(&mut self, model: &Model, symbol: usize) -> usize {
         // Every symbol has a probability; writing to memory does not fail.
-        let _ = self.sink.encode_symbol(symbol, model.as_view());
+        let _ = self.sink.encode_symbol(symbol, model);
         symbol
     }
 
@@ -388,7 +425,7 @@ impl Decoder {
 
 impl Coder for Decoder {
     fn symbol(&mut self, model: &Model, _symbol: usize) -> usize {
-        self.source.decode_symbol(model.as_view()).unwrap_or_else(|_| {
+        self.source.decode_symbol(model).unwrap_or_else(|_| {
             self.failed = true;
             0
         })
