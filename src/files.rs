@@ -61,6 +61,12 @@ pub fn writable_folder(folder: &Path) -> Result<()> {
     fs::remove_file(&probe).at(folder)
 }
 
+/// [`writable_folder`] of the folder that `file` is to be written into.
+pub fn writable_beside(file: &Path) -> Result<()> {
+    let folder = file.parent().filter(|folder| !folder.as_os_str().is_empty());
+    writable_folder(folder.unwrap_or(Path::new(".")))
+}
+
 /// Longest text that is read, in bytes: a small archive can hold more than any machine has.
 const LONGEST_TEXT: u64 = 4 << 30;
 

@@ -157,7 +157,8 @@ fn a_decoded_dump_sweeps_like_any_other() {
     let dir = tempfile::tempdir().unwrap();
     let dump = dump(dir.path());
     let path = |name: &str| dir.path().join(name);
-    let (file, back) = (path("caches.kv"), path("back"));
+    // A folder that is not there yet is made.
+    let (file, back) = (path("folder/caches.kv"), path("back"));
     let said =
         succeed(&["encode", text(&dump), "--method", "prefix+int8", "--block-size", "4", "-o", text(&file)]);
     assert!(said.contains("CR audited") && said.contains("padding 0 bits"), "{said}");
@@ -245,7 +246,7 @@ fn a_codec_is_trained_the_same_twice_and_known_again() {
         succeed(&[&arguments[..], more].concat());
         out
     };
-    let (one, two) = (train("a.safetensors", "1", &[]), train("b.safetensors", "2", &[]));
+    let (one, two) = (train("codecs/a.safetensors", "1", &[]), train("b.safetensors", "2", &[]));
     let whole = |file: &Path| fs::read(file).unwrap();
     // The metadata hold the command, which differs; tensors do not.
     let tensors = |file: &Path| {

@@ -103,9 +103,7 @@ impl Args {
 pub fn run(args: Args, typed: Vec<String>) -> Result<()> {
     let (out, model_based) = (args.out.clone(), args.model_based);
     let options = args.options(typed)?;
-    if let Some(folder) = out.parent().filter(|f| !f.as_os_str().is_empty()) {
-        files::writable_folder(folder)?;
-    }
+    files::writable_beside(&out)?;
     let found = if model_based { calibrate_from_model(&options) } else { calibrate(&options) }?;
     for (thresholds, layers) in found {
         let path = if options.targets.len() == 1 { out.clone() } else { numbered(&out, &thresholds.target) };

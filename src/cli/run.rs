@@ -211,9 +211,6 @@ impl Steps<'_> {
             folders.push(folder.display().to_string());
         }
         let codec = self.codec_file();
-        if let Some(folder) = codec.parent() {
-            files::writable_folder(folder)?;
-        }
         let filled = [&folders[..], &[format!("--out={}", codec.display())]].concat();
         // It knows itself whether the file is there; experiments that train the same share it.
         let (line, command) = self.parse("train", &filled)?;

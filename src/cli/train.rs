@@ -4,6 +4,7 @@ use super::table::table;
 use super::{say, say_rows};
 use crate::codec::joint::eighths;
 use crate::codec::joint::train::Training;
+use crate::files;
 use crate::tables::write_csv;
 use crate::train::{Part, Sensitivity, SensitivityOptions, TrainOptions, sensitivity, train};
 use anyhow::Result;
@@ -99,6 +100,7 @@ pub fn run(args: Args, typed: Vec<String>) -> Result<()> {
 }
 
 pub fn run_sensitivity(args: SensitivityArgs) -> Result<()> {
+    files::writable_beside(&args.out)?;
     let rows =
         sensitivity(&SensitivityOptions { dump: args.dump, questions: args.questions, seed: args.seed })?;
     write_csv(&args.out, &rows)?;

@@ -45,6 +45,7 @@ pub struct Size {
 /// Chains that prefill anew (they need the model); damaged dumps; files that cannot be written.
 pub fn encode(options: &EncodeOptions) -> Result<Size> {
     let EncodeOptions { dump, chain, block_size, out } = options;
+    files::writable_beside(out)?;
     if chain.chunks().is_some() {
         let problem = format!("{} prefills anew and cannot encode caches of a dump; sweep it", chain.name());
         return Err(Error::argument(problem));

@@ -8,6 +8,7 @@ use super::panels::{PANEL, Panels};
 use gemm::Parallelism;
 use rayon::prelude::*;
 use std::cell::RefCell;
+use std::ops::Range;
 
 /// A read-only matrix view: element (i, j) lies at `data[i * row_stride + j * column_stride]`.
 #[derive(Clone, Copy)]
@@ -88,27 +89,42 @@ unsafe fn product_raw(a: View, b: View, out: *mut f32, out_stride: usize) {
     }
 }
 
-/// Rows that [`tiled`] multiplies at a time.
+/// Rows of a tile of [`for_tiles`].
 pub const ROWS: usize = 128;
 
-/// `a [rows, k]` times `b [k, n]`. All tiles have the same shape, the last one filled up with zeros: what a row rounds to depends
-/// neither on its company nor on threads.
-pub fn tiled(a: &[f32], b: View) -> Vec<f32> {
-    let (k, n) = (b.rows, b.columns);
-    let rows = a.len() / k.max(1);
-    let mut out = vec![0.0f32; rows * n];
-    let tiles = a.par_chunks((ROWS * k).max(1)).zip(out.par_chunks_mut((ROWS * n).max(1)));
-    tiles.for_each(|(a, out)| {
-        if a.len() == ROWS * k {
-            return product(View::row_major(a, ROWS, k), b, out);
-        }
-        let mut padded = a.to_vec();
-        padded.resize(ROWS * k, 0.0);
-        let mut tile = vec![0.0f32; ROWS * n];
-        product(View::row_major(&padded, ROWS, k), b, &mut tile);
-        out.copy_from_slice(&tile[..out.len()]);
-    });
+/// Tile after tile of `[rows, columns]`, in parallel: `change` gets a tile's rows and their numbers.
+pub fn for_tiles(numbers: &mut [f32], columns: usize, change: impl Fn(Range<usize>, &mut [f32]) + Sync) {
+    let rows = numbers.len() / columns.max(1);
+    let tiles = numbers.par_chunks_mut((ROWS * columns).max(1)).enumerate();
+    tiles.for_each(|(tile, numbers)| change(tile * ROWS..((tile + 1) * ROWS).min(rows), numbers));
+}
+
+/// `[rows, columns]`, made tile after tile as by [`for_tiles`].
+pub fn by_tiles(rows: usize, columns: usize, make: impl Fn(Range<usize>, &mut [f32]) + Sync) -> Vec<f32> {
+    let mut out = vec![0.0f32; rows * columns];
+    for_tiles(&mut out, columns, make);
     out
+}
+
+/// A tile's rows, `[at most ROWS, k]`, times `b [k, n]`. All tiles are multiplied in the same shape, filled up with zeros: what a row rounds
+/// to depends neither on its company nor on threads.
+pub fn tile_product(a: &[f32], b: View, out: &mut [f32]) {
+    let (k, n) = (b.rows, b.columns);
+    if a.len() == ROWS * k {
+        return product(View::row_major(a, ROWS, k), b, out);
+    }
+    let mut padded = a.to_vec();
+    padded.resize(ROWS * k, 0.0);
+    let mut tile = vec![0.0f32; ROWS * n];
+    product(View::row_major(&padded, ROWS, k), b, &mut tile);
+    out.copy_from_slice(&tile[..out.len()]);
+}
+
+/// `a [rows, k]` times `b [k, n]`, by tiles.
+pub fn tiled(a: &[f32], b: View) -> Vec<f32> {
+    let k = b.rows;
+    let tile = |rows: Range<usize>, out: &mut [f32]| tile_product(&a[rows.start * k..rows.end * k], b, out);
+    by_tiles(a.len() / k.max(1), b.columns, tile)
 }
 
 /// The weight of a linear layer, cut along its outputs into panels of 64, each `[inputs, panel outputs]`.

@@ -2,7 +2,8 @@
 
 use super::asked;
 use super::sensitivity::Sensitivity;
-use crate::block::{Part, by_head};
+use crate::block::Part;
+use crate::codec::CacheBatch;
 use crate::codec::joint::{corpus::Corpus, train::Metric};
 use crate::dump::Manifest;
 use crate::error::Result;
@@ -11,8 +12,7 @@ use crate::model::gemm::{View, product};
 use crate::model::kernels::causal_softmax;
 use crate::model::{Model, ModelConfig, Rope, Segment, Tapped};
 use crate::progress::{Progress, Unit};
-use crate::sweep::{load, targets};
-use ndarray::s;
+use crate::sweep::{Prompt, load, targets};
 use rayon::prelude::*;
 use std::path::Path;
 
@@ -40,35 +40,9 @@ pub fn base(dump: &Path, manifest: &Manifest, model: &Model) -> Result<Vec<Metri
         Progress::new("measuring what answers attend to", requests.len() as u64, Unit::Items("requests"));
     for i in requests {
         interrupt::check()?;
-        let (mut batch, prompts) = load(dump, model, manifest, &[i], BLOCK_SIZE)?;
+        let (batch, prompts) = load(dump, model, manifest, &[i], BLOCK_SIZE)?;
         let (targets, _) = targets(model, manifest, i, &[])?;
-        let cached = prompts[0].tokens.len() - 1;
-        let fed = [&prompts[0].tokens[cached..], &targets[..targets.len() - 1]].concat();
-        let mut queries: Vec<Vec<f32>> = Vec::with_capacity(config.layers);
-        let mut listen = |tapped: &Tapped| {
-            let own = tapped.queries.chunks_exact(tapped.stride).flat_map(|row| &row[..config.heads * d]);
-            queries.push(own.map(|x| x * config.attention_scale()).collect());
-        };
-        let mut segments = [Segment { cache: &mut batch.caches[0], tokens: &fed }];
-        let ran = model.decoder.forward(&mut batch.pool, &mut segments, Some(&mut listen));
-        ran.map_err(|f| f.of(|_| &manifest.requests[i].request.id))?;
-        let head = |n: usize, head: usize| -> Moments {
-            let blocks = batch.caches[0].layers[n].entries.len();
-            let numbers = |part: Part| -> Vec<f32> {
-                let block = |b: usize| batch.pool.numbers(batch.caches[0].layers[n].entries[b].block, part);
-                let rows: Vec<f32> = (0..blocks).flat_map(|b| block(b).into_owned()).collect();
-                by_head(&rows, kv_heads, d).slice(s![.., head, ..]).iter().copied().collect()
-            };
-            let (keys, values) = (numbers(Part::Key), numbers(Part::Value));
-            let group = config.heads / kv_heads;
-            let rows = queries[n].chunks_exact(config.heads * d);
-            let queries = rows.flat_map(|row| &row[head * group * d..][..group * d]).copied().collect();
-            let window = config.window(n).unwrap_or(usize::MAX);
-            let attention = Attention { d, group, cached, queries, keys, values, window };
-            attention.moments(model.decoder.ropes().layer(n), &grams[n][head])
-        };
-        let found: Vec<Vec<Moments>> =
-            (0..config.layers).into_par_iter().map(|n| (0..kv_heads).map(|h| head(n, h)).collect()).collect();
+        let found = answer(model, batch, &prompts[0], &targets, &grams)?;
         for (sum, found) in moments.iter_mut().flatten().zip(found.iter().flatten()) {
             sum.add(found);
         }
@@ -76,6 +50,47 @@ pub fn base(dump: &Path, manifest: &Manifest, model: &Model) -> Result<Vec<Metri
     }
     progress.finish();
     Ok(moments.iter().map(|heads| metric(heads, d)).collect())
+}
+
+/// Runs one request's answer through the model, and takes the moments of each layer's key/value heads.
+fn answer(
+    model: &Model,
+    mut batch: CacheBatch,
+    prompt: &Prompt,
+    targets: &[u32],
+    grams: &[Vec<Grams>],
+) -> Result<Vec<Vec<Moments>>> {
+    let config = model.decoder.config();
+    let (d, group) = (config.head_dim, config.heads / config.kv_heads);
+    let cached = prompt.tokens.len() - 1;
+    let fed = [&prompt.tokens[cached..], &targets[..targets.len() - 1]].concat();
+    let mut queries: Vec<Vec<f32>> = Vec::with_capacity(config.layers);
+    let mut listen = |tapped: &Tapped| {
+        let own = tapped.queries.chunks_exact(tapped.stride).flat_map(|row| &row[..config.heads * d]);
+        queries.push(own.map(|x| x * config.attention_scale()).collect());
+    };
+    let CacheBatch { pool, caches, .. } = &mut batch;
+    let mut segments = [Segment { cache: &mut caches[0], tokens: &fed }];
+    let ran = model.decoder.forward(pool, &mut segments, Some(&mut listen));
+    ran.map_err(|f| f.of(|_| &prompt.id))?;
+    let (pool, caches) = (&*pool, &*caches);
+    let head = |n: usize, head: usize| -> Moments {
+        let numbers = |part: Part| {
+            let mut all = Vec::new();
+            for entry in &caches[0].layers[n].entries {
+                pool.read_head(entry.block, part, head, pool.tokens(entry.block), &mut all);
+            }
+            all
+        };
+        let (keys, values) = (numbers(Part::Key), numbers(Part::Value));
+        let rows = queries[n].chunks_exact(config.heads * d);
+        let queries = rows.flat_map(|row| &row[head * group * d..][..group * d]).copied().collect();
+        let window = config.window(n).unwrap_or(usize::MAX);
+        let attention = Attention { d, group, cached, queries, keys, values, window };
+        attention.moments(model.decoder.ropes().layer(n), &grams[n][head])
+    };
+    let layer = |n: usize| (0..config.kv_heads).map(|h| head(n, h)).collect();
+    Ok((0..config.layers).into_par_iter().map(layer).collect())
 }
 
 /// Attention of one key/value head's queries: numbers token by token, queries scaled, `[rows, group, d]`.

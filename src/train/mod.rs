@@ -15,6 +15,7 @@ use crate::codec::joint::train::{Metric, Training, train as fit};
 use crate::dump::Manifest;
 use crate::dump::open_model;
 use crate::error::{Error, Result};
+use crate::files;
 use crate::model::Model;
 use crate::progress::{Progress, Unit};
 use std::path::{Path, PathBuf};
@@ -81,6 +82,7 @@ pub fn train(options: &TrainOptions) -> Result<Trained> {
             return Err(Error::file(dump, problem));
         }
     }
+    files::writable_beside(&options.out)?;
     let settings = serde_json::json!({
         "step": options.training.step,
         "taps": options.training.taps,

@@ -123,16 +123,16 @@ impl Watch {
         }
     }
 
-    /// Notes a layer, column by column.
-    pub fn layer(&mut self, n: usize, columns: Vec<Vec<Seen>>) {
+    /// Notes a layer: `[coded tokens, components]`.
+    pub fn layer(&mut self, n: usize, seen: &[Seen]) {
         let r = self.bits[n].len().max(1);
-        for (i, s) in columns.iter().flatten().enumerate() {
+        for (i, s) in seen.iter().enumerate() {
             let ((class, _), _) = self.tokens[i / r];
             self.bits[n][i % r] += f64::from(s.bits);
             self.errors[n][i % r] += f64::from(s.error).powi(2);
             self.matches[class].bits += f64::from(s.bits);
         }
-        self.rests[n] = columns.iter().flatten().map(|s| f16::from_f32(s.rest)).collect();
+        self.rests[n] = seen.iter().map(|s| f16::from_f32(s.rest)).collect();
     }
 
     /// The codec against the bound.

@@ -246,22 +246,17 @@ impl Tables {
 
     /// The whole number whose rebuilt one is nearest to `x` (in steps).
     pub fn nearest(&self, width: Width, x: f32) -> i16 {
-        let nearest = x.abs().round().min(30_000.0) as i16;
-        if nearest == 0 {
-            return 0;
-        }
-        let error = |m: i16| (x.abs() - self.rebuild(width, m)).abs();
-        let smaller = nearest - 1;
-        let best = if width.shift == 0 && error(smaller) < error(nearest) { smaller } else { nearest };
-        if x < 0.0 { -best } else { best }
+        // Where bits are worth nothing, contexts do not matter.
+        self.quantise(width, 0, x, 0.0)
     }
 
     /// [`Tables::nearest`], or a smaller one if that saves more bits than it costs error at `lambda` squared steps a bit.
     pub fn quantise(&self, width: Width, context: usize, x: f32, lambda: f32) -> i16 {
-        let nearest = x.abs().round().min(30_000.0) as i16;
-        if nearest == 0 {
+        // Most are.
+        if x.abs() < 0.5 {
             return 0;
         }
+        let nearest = x.abs().round().min(30_000.0) as i16;
         if width.shift > 0 {
             return if x < 0.0 { -nearest } else { nearest };
         }

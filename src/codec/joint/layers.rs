@@ -8,28 +8,27 @@
 use super::book::{Book, LayerBook};
 use super::entropy::{Coder, Neighbours, Width, from_eighths};
 use super::links::Plan;
-use crate::model::gemm::{ROWS, View, product};
+use crate::model::gemm::{View, by_tiles, for_tiles, tile_product};
 use half::f16;
 use rayon::prelude::*;
+use std::collections::BTreeMap;
 use std::ops::Range;
 
 /// What is to be coded of a layer; a decoder has none.
 #[derive(Clone, Copy)]
 pub struct Wanted<'a> {
-    /// `[tokens, width]`, column by column.
+    /// `[tokens, width]`, column by column: `[K; V]`, keys without position.
     pub numbers: &'a [f32],
-    /// Whether [`Rebuilt::seen`] is wanted.
+    /// Whether [`Spent::seen`] is wanted.
     pub watch: bool,
 }
 
-/// A layer as it is read back.
-pub struct Rebuilt {
-    /// `[tokens, width]`, column by column: `[K; V]`, keys without position.
-    pub numbers: Vec<f32>,
-    /// Bits of each column, estimated by the tables; only an encoder knows them.
+/// What an encoder knows of a layer.
+pub struct Spent {
+    /// Bits of each column, estimated by the tables.
     pub bits: Vec<f64>,
-    /// If it was asked for: what was coded of each column's components, `[coded tokens, components]`.
-    pub seen: Vec<Vec<Seen>>,
+    /// If it was asked for: what was coded of components, `[coded tokens, components]`, column by column.
+    pub seen: Vec<Seen>,
 }
 
 /// One component of a token as an encoder sees it, in steps of the quantiser.
@@ -46,14 +45,12 @@ pub struct Seen {
 /// A batch between two layers.
 pub struct Layers<'a, C> {
     book: &'a Book,
-    plans: &'a [Plan],
     /// Of each column.
     streams: Vec<Stream<C>>,
     /// All columns' tokens.
     places: Vec<Place>,
-    /// Their number, in whole tiles.
-    rows: usize,
-    /// Layers that were rebuilt, the nearest first: `[rows, width]`.
+    kinds: Vec<Kind>,
+    /// Layers that were rebuilt, the nearest first: `[tokens, width]`.
     below: Vec<Vec<f32>>,
     /// Layers done.
     done: usize,
@@ -72,14 +69,24 @@ struct Stream<C> {
 struct Place {
     /// It is stored as it is and has no components.
     raw: bool,
-    /// Of its reference.
-    class: usize,
-    /// Of the quantiser, in eighths of an octave.
-    step: i32,
+    /// A number into [`Layers::kinds`].
+    kind: usize,
     sightings: u32,
     /// Row of its reference, an earlier one.
     source: Option<usize>,
 }
+
+/// Tokens whose components are as wide.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+struct Kind {
+    /// Of their references.
+    class: usize,
+    /// Of the quantiser, in eighths of an octave.
+    step: i32,
+}
+
+/// Of each kind of tokens, how wide the components of a layer are: `[kinds][components]`.
+type Widths = Vec<Vec<Option<Width>>>;
 
 /// One column of a layer.
 #[derive(Default)]
@@ -102,12 +109,12 @@ enum Origin<'a> {
     Read(&'a [i16]),
 }
 
-/// Components of all tokens, or some of them: `[tokens, components]`.
-struct Components {
-    quantised: Vec<i16>,
-    /// What predictions leave of an encoder's components, in steps.
-    rests: Vec<f32>,
+/// A few components of all tokens: `[tokens, wide]`.
+struct Part {
+    wide: usize,
     rebuilt: Vec<f32>,
+    /// An encoder's.
+    quantised: Vec<i16>,
 }
 
 /// Components that are quantised together: enough to read memory in a row, few enough to share out.
@@ -115,65 +122,68 @@ const SOME: usize = 16;
 
 impl<'a, C: Coder + Send + Sync> Layers<'a, C> {
     /// Columns whose steps and references are written, or read, already.
-    pub fn new(book: &'a Book, plans: &'a [Plan], coders: Vec<C>) -> Self {
-        let mut first = Vec::with_capacity(plans.len());
-        let mut places = Vec::new();
-        for plan in plans {
-            first.push(places.len());
+    pub fn new(book: &'a Book, plans: &[Plan], coders: Vec<C>) -> Self {
+        let mut streams: Vec<Stream<C>> = Vec::with_capacity(plans.len());
+        let (mut places, mut kinds, mut numbers) = (Vec::new(), Vec::new(), BTreeMap::new());
+        for (plan, coder) in plans.iter().zip(coders) {
+            let first = places.len();
+            streams.push(Stream { coder, first, neighbours: vec![Neighbours::default(); plan.tokens] });
             for (t, source) in plan.sources.iter().enumerate() {
+                let kind = Kind { class: plan.classes[t], step: plan.steps[t] };
                 places.push(Place {
                     raw: plan.raw_first && t == 0,
-                    class: plan.classes[t],
-                    step: plan.steps[t],
+                    kind: *numbers.entry(kind).or_insert(kinds.len()),
                     sightings: plan.sightings[t],
-                    source: source.map(|s| first[s.column] + s.token),
+                    source: source.map(|s| streams[s.column].first + s.token),
                 });
+                if numbers.len() > kinds.len() {
+                    kinds.push(kind);
+                }
             }
         }
-        let stream = |((coder, plan), first): ((C, &Plan), usize)| Stream {
-            coder,
-            first,
-            neighbours: vec![Neighbours::default(); plan.tokens],
-        };
-        let rows = places.len().next_multiple_of(ROWS);
-        let streams = coders.into_iter().zip(plans).zip(first).map(stream).collect();
-        Layers { book, plans, streams, places, rows, below: Vec::new(), done: 0 }
+        Layers { book, streams, places, kinds, below: Vec::new(), done: 0 }
     }
 
     /// Codes the next layer, or decodes it if nothing is `wanted`.
-    pub fn next(&mut self, wanted: Option<Wanted>) -> Rebuilt {
-        let (layer, width) = (&self.book.layers[self.done], self.book.width());
-        let r = layer.components;
+    pub fn next(&mut self, wanted: Option<Wanted>) -> Spent {
+        let layer = &self.book.layers[self.done];
+        let widths = self.widths(layer);
         let mut numbers = self.predicted(layer);
-        let (components, coded) = match wanted {
-            Some(wanted) => {
-                let mut padded = wanted.numbers.to_vec();
-                padded.resize(self.rows * width, 0.0);
-                let targets = self.innovations(layer, &padded, &numbers);
-                let components = self.components(layer, Origin::Targets(&targets));
-                let coded = self.code(Some((&components.quantised, wanted.numbers)), wanted.watch);
-                (components, coded)
+        let (parts, coded, seen) = match wanted {
+            Some(Wanted { numbers: wanted, watch }) => {
+                let targets = innovations(layer, wanted, &numbers);
+                let parts = self.components(layer, &widths, Origin::Targets(&targets));
+                let quantised = beside(&parts, |part| &part.quantised);
+                let coded = self.code(&widths, Some((&quantised, wanted)), watch);
+                let seen = match watch {
+                    true => {
+                        let rebuilt = beside(&parts, |part| &part.rebuilt);
+                        self.seen(&widths, &targets, (&rebuilt, &quantised), &coded)
+                    }
+                    false => Vec::new(),
+                };
+                (parts, coded, seen)
             }
             None => {
-                let coded = self.code(None, false);
-                let read: Vec<i16> = coded.iter().flat_map(|c| &c.quantised).copied().collect();
-                (self.components(layer, Origin::Read(&read)), coded)
+                let coded = self.code(&widths, None, false);
+                let read: Vec<&[i16]> = coded.iter().map(|c| &c.quantised[..]).collect();
+                (self.components(layer, &widths, Origin::Read(&read.concat())), coded, Vec::new())
             }
         };
-        self.add(layer, &components.rebuilt, &mut numbers);
+        self.add(layer, &parts, &mut numbers);
         for (stream, coded) in self.streams.iter().zip(&coded) {
-            numbers[stream.first * width..][..coded.raw.len()].copy_from_slice(&coded.raw);
+            numbers[stream.first * self.book.width()..][..coded.raw.len()].copy_from_slice(&coded.raw);
         }
-        let seen = match wanted.filter(|w| w.watch) {
-            Some(_) => self.seen(&components, &coded, r),
-            None => Vec::new(),
-        };
-        self.below.insert(0, numbers.clone());
-        let taps = self.book.layers.get(self.done + 1).map_or(0, |next| next.taps(width));
-        self.below.truncate(taps);
         self.done += 1;
-        numbers.truncate(self.places.len() * width);
-        Rebuilt { numbers, bits: coded.iter().map(|c| c.bits).collect(), seen }
+        let taps = self.book.layers.get(self.done).map_or(0, |next| next.taps(self.book.width()));
+        self.below.insert(0, numbers);
+        self.below.truncate(taps.max(1));
+        Spent { bits: coded.iter().map(|c| c.bits).collect(), seen }
+    }
+
+    /// The layer that was coded last, as it is read back: `[tokens, width]`, column by column.
+    pub fn rebuilt(&self) -> &[f32] {
+        self.below.first().map_or(&[], |numbers| numbers)
     }
 
     pub fn into_coders(self) -> Vec<C> {
@@ -184,152 +194,144 @@ impl<'a, C: Coder + Send + Sync> Layers<'a, C> {
         self.streams.iter().map(|stream| &stream.coder)
     }
 
-    /// What the layers below say of a layer: `[rows, width]`.
+    fn widths(&self, layer: &LayerBook) -> Widths {
+        let r = layer.components;
+        let of = |kind: &Kind| {
+            let sigma = &layer.sigma[kind.class * r..][..r];
+            sigma.iter().map(|sigma| Width::of(i32::from(*sigma), kind.step)).collect()
+        };
+        self.kinds.iter().map(of).collect()
+    }
+
+    /// What the layers below say of a layer: `[tokens, width]`.
     fn predicted(&self, layer: &LayerBook) -> Vec<f32> {
         let (width, rank) = (self.book.width(), layer.rank);
-        let mut out = vec![0.0; self.rows * width];
-        out.par_chunks_exact_mut(ROWS * width).enumerate().for_each(|(tile, out)| {
+        by_tiles(self.places.len(), width, |rows, out| {
             if let Some(inputs) = layer.down.len().checked_div(rank) {
-                let below: Vec<&[f32]> =
-                    self.below.iter().map(|x| &x[tile * ROWS * width..][..ROWS * width]).collect();
-                let known = side_by_side(&below, width);
-                let mut between = vec![0.0; ROWS * rank];
-                let down = View::row_major(&layer.down, inputs, rank);
-                product(View::row_major(&known, ROWS, inputs), down, &mut between);
-                let up = View::row_major(&layer.up, rank, width);
-                product(View::row_major(&between, ROWS, rank), up, out);
+                let below = self.below.iter().map(|x| (&x[rows.start * width..rows.end * width], width));
+                let below = side_by_side(&below.collect::<Vec<_>>());
+                let mut between = vec![0.0; rows.len() * rank];
+                tile_product(&below, View::row_major(&layer.down, inputs, rank), &mut between);
+                tile_product(&between, View::row_major(&layer.up, rank, width), out);
             }
             for row in out.chunks_exact_mut(width) {
                 row.iter_mut().zip(&layer.mean).for_each(|(x, m)| *x += m);
             }
-        });
-        out
+        })
     }
 
-    /// Components of what a prediction misses: `[rows, components]`.
-    fn innovations(&self, layer: &LayerBook, x: &[f32], predicted: &[f32]) -> Vec<f32> {
-        let (width, r) = (self.book.width(), layer.components);
-        let by = View::row_major(&layer.analysis, width, r);
-        let mut out = vec![0.0; self.rows * r];
-        let tiles = out.par_chunks_exact_mut(ROWS * r).zip(x.par_chunks_exact(ROWS * width));
-        tiles.zip(predicted.par_chunks_exact(ROWS * width)).for_each(|((out, x), predicted)| {
-            let missed: Vec<f32> = x.iter().zip(predicted).map(|(x, p)| x - p).collect();
-            product(View::row_major(&missed, ROWS, width), by, out);
-        });
-        out
-    }
-
-    /// Adds what components (`[tokens, components]`) stand for. First tokens have none, so nothing is added to them.
-    fn add(&self, layer: &LayerBook, components: &[f32], numbers: &mut [f32]) {
-        let (width, r) = (self.book.width(), layer.components);
-        let mut padded = components.to_vec();
-        padded.resize(self.rows * r, 0.0);
-        let by = View::row_major(&layer.synthesis, r, width);
-        let tiles = numbers.par_chunks_exact_mut(ROWS * width).zip(padded.par_chunks_exact(ROWS * r));
-        tiles.for_each(|(numbers, components)| {
-            let mut residual = vec![0.0; ROWS * width];
-            product(View::row_major(components, ROWS, r), by, &mut residual);
-            numbers.iter_mut().zip(&residual).for_each(|(x, e)| *x += e);
+    /// Adds what components stand for. First tokens have none, so nothing is added to them.
+    fn add(&self, layer: &LayerBook, parts: &[Part], numbers: &mut [f32]) {
+        let width = self.book.width();
+        let synthesis = View::row_major(&layer.synthesis, layer.components, width);
+        for_tiles(numbers, width, |rows, numbers| {
+            let own = parts.iter().map(|p| (&p.rebuilt[rows.start * p.wide..rows.end * p.wide], p.wide));
+            let mut missed = vec![0.0; numbers.len()];
+            tile_product(&side_by_side(&own.collect::<Vec<_>>()), synthesis, &mut missed);
+            numbers.iter_mut().zip(&missed).for_each(|(x, e)| *x += e);
         });
     }
 
-    /// All components: each token's after those of the token that it refers to.
-    fn components(&self, layer: &LayerBook, origin: Origin) -> Components {
+    /// All components, a few at a time.
+    fn components(&self, layer: &LayerBook, widths: &Widths, origin: Origin) -> Vec<Part> {
         let r = layer.components;
-        let ranges: Vec<Range<usize>> = (0..r).step_by(SOME).map(|k| k..(k + SOME).min(r)).collect();
-        let parts: Vec<Components> =
-            ranges.par_iter().map(|ks| self.some(layer, ks.clone(), origin)).collect();
-        Components {
-            quantised: side_by_side_parts(&ranges, parts.iter().map(|p| &p.quantised[..])),
-            rests: side_by_side_parts(&ranges, parts.iter().map(|p| &p.rests[..])),
-            rebuilt: side_by_side_parts(&ranges, parts.iter().map(|p| &p.rebuilt[..])),
-        }
+        let parts: Vec<Range<usize>> = (0..r).step_by(SOME).map(|k| k..(k + SOME).min(r)).collect();
+        parts.into_par_iter().map(|ks| self.part(layer, widths, ks, origin)).collect()
     }
 
-    /// Some components of every token.
-    fn some(&self, layer: &LayerBook, ks: Range<usize>, origin: Origin) -> Components {
+    /// Components of every token, each token's after those of the token that it refers to.
+    fn part(&self, layer: &LayerBook, widths: &Widths, ks: Range<usize>, origin: Origin) -> Part {
         let (r, wide, tables) = (layer.components, ks.len(), &self.book.tables);
-        let count = self.places.len() * wide;
-        let (mut quantised, mut rebuilt) = (vec![0i16; count], vec![0.0f32; count]);
-        let mut rests = vec![0.0f32; if matches!(origin, Origin::Targets(_)) { count } else { 0 }];
-        // What later tokens are predicted from: means of all sightings.
-        let mut means = vec![0.0f32; count];
+        let (count, encodes) = (self.places.len() * wide, matches!(origin, Origin::Targets(_)));
+        let mut quantised = vec![0i16; if encodes { count } else { 0 }];
+        let (mut rebuilt, mut means) = (vec![0.0f32; count], vec![0.0f32; count]);
+        let steps: Vec<f32> = self.kinds.iter().map(|kind| from_eighths(kind.step)).collect();
         for (t, place) in self.places.iter().enumerate().filter(|(_, place)| !place.raw) {
-            let delta = from_eighths(place.step);
-            let steps = 1.0 / delta;
+            let (step, widths) = (steps[place.kind], &widths[place.kind][ks.clone()]);
+            let gain = &layer.gain[self.kinds[place.kind].class * r..][ks.clone()];
             let (past, means) = means.split_at_mut(t * wide);
-            let from = place.source.map(|s| &past[s * wide..][..wide]);
-            for i in 0..wide {
-                let (at, k) = (t * wide + i, ks.start + i);
-                let known = from.map_or(0.0, |from| from[i]);
-                let base = layer.gain[place.class * r + k] * known;
-                let width = Width::of(i32::from(layer.sigma[place.class * r + k]), place.step);
-                let q = match origin {
-                    Origin::Read(read) => read[t * r + k],
-                    Origin::Targets(targets) => {
-                        rests[at] = (targets[t * r + k] - base) * steps;
-                        width.map_or(0, |width| tables.nearest(width, rests[at]))
+            let known = place.source.map_or(&[0.0; SOME][..wide], |s| &past[s * wide..][..wide]);
+            let rebuilt = &mut rebuilt[t * wide..][..wide];
+            rebuilt.iter_mut().zip(gain).zip(known).for_each(|((x, gain), known)| *x = gain * known);
+            let q = match origin {
+                Origin::Read(read) => &read[t * r..][ks.clone()],
+                Origin::Targets(targets) => {
+                    let (targets, q) = (&targets[t * r..][ks.clone()], &mut quantised[t * wide..][..wide]);
+                    let steps = 1.0 / step;
+                    for (i, q) in q.iter_mut().enumerate() {
+                        let rest = (targets[i] - rebuilt[i]) * steps;
+                        *q = widths[i].map_or(0, |width| tables.nearest(width, rest));
                     }
-                };
-                quantised[at] = q;
-                rebuilt[at] = base + width.filter(|_| q != 0).map_or(0.0, |w| tables.rebuild(w, q) * delta);
-                means[i] = match place.sightings {
-                    1 => rebuilt[at],
-                    seen => known + (rebuilt[at] - known) / seen as f32,
-                };
+                    &*q
+                }
+            };
+            for ((x, q), width) in rebuilt.iter_mut().zip(q).zip(widths) {
+                // Most are zero.
+                if let Some(width) = width.filter(|_| *q != 0) {
+                    *x += tables.rebuild(width, *q) * step;
+                }
+            }
+            // What later tokens are predicted from: means of all sightings.
+            let seen = place.sightings as f32;
+            for ((mean, x), known) in means.iter_mut().zip(&*rebuilt).zip(known) {
+                *mean = if place.sightings == 1 { *x } else { known + (x - known) / seen };
             }
         }
-        Components { quantised, rests, rebuilt }
+        Part { wide, rebuilt, quantised }
     }
 
-    /// What was coded of each column's components.
-    fn seen(&self, components: &Components, coded: &[Coded], r: usize) -> Vec<Vec<Seen>> {
-        let column = |(stream, coded): (&Stream<C>, &Coded)| {
-            let places = self.places[stream.first..][..stream.neighbours.len()].iter().enumerate();
-            let rows = places.filter(|(_, place)| !place.raw);
-            let all = rows.flat_map(|(t, place)| (0..r).map(move |k| ((stream.first + t) * r + k, k, place)));
-            let seen = |((at, k, place), bits): ((usize, usize, &Place), &f32)| {
-                let width =
-                    Width::of(i32::from(self.book.layers[self.done].sigma[place.class * r + k]), place.step);
-                let rebuilt =
-                    width.map_or(0.0, |width| self.book.tables.rebuild(width, components.quantised[at]));
-                Seen { rest: components.rests[at], error: components.rests[at] - rebuilt, bits: *bits }
-            };
-            all.zip(&coded.costs).map(seen).collect()
+    /// What was coded of components that should have been `targets` and became `rebuilt`: all `[tokens, components]`.
+    fn seen(
+        &self,
+        widths: &Widths,
+        targets: &[f32],
+        (rebuilt, quantised): (&[f32], &[i16]),
+        coded: &[Coded],
+    ) -> Vec<Seen> {
+        let r = widths.first().map_or(0, Vec::len);
+        let rows = self.places.iter().enumerate().filter(|(_, place)| !place.raw);
+        let all = rows.flat_map(|(t, place)| (0..r).map(move |k| (t * r + k, place.kind, k)));
+        let costs = coded.iter().flat_map(|coded| &coded.costs);
+        let seen = |((at, kind, k), bits): ((usize, usize, usize), &f32)| {
+            let error = (targets[at] - rebuilt[at]) / from_eighths(self.kinds[kind].step);
+            let said = widths[kind][k].map_or(0.0, |width| self.book.tables.rebuild(width, quantised[at]));
+            Seen { rest: error + said, error, bits: *bits }
         };
-        self.streams.iter().zip(coded).map(column).collect()
+        all.zip(costs).map(seen).collect()
     }
 
     /// Writes all columns' whole numbers (`[tokens, components]`) and the numbers of first tokens (`[tokens, width]`), or reads them
     /// where there is no wish.
-    fn code(&mut self, wish: Option<(&[i16], &[f32])>, watch: bool) -> Vec<Coded> {
-        let (book, n) = (self.book, self.done);
-        let (r, width) = (book.layers[n].components, book.width());
-        let columns = self.streams.par_iter_mut().zip(self.plans);
-        let code = |(stream, plan): (&mut Stream<C>, &Plan)| {
-            let first = stream.first;
-            let own = wish.map(|(quantised, numbers)| (&quantised[first * r..], &numbers[first * width..]));
-            stream.layer(book, n, plan, own, watch)
+    fn code(&mut self, widths: &Widths, wish: Option<(&[i16], &[f32])>, watch: bool) -> Vec<Coded> {
+        let (book, places) = (self.book, &self.places);
+        let (r, width) = (book.layers[self.done].components, book.width());
+        let code = |stream: &mut Stream<C>| {
+            let places = &places[stream.first..][..stream.neighbours.len()];
+            let own = wish.map(|(quantised, numbers)| {
+                (&quantised[stream.first * r..], &numbers[stream.first * width..][..width])
+            });
+            stream.layer(book, places, widths, own, watch)
         };
-        columns.map(code).collect()
+        self.streams.par_iter_mut().map(code).collect()
     }
 }
 
 impl<C: Coder> Stream<C> {
+    /// Codes a layer of a column: whole numbers (`[tokens, components]`), and the numbers of its first token (`[width]`) if that stays
+    /// as it is.
     fn layer(
         &mut self,
         book: &Book,
-        n: usize,
-        plan: &Plan,
+        places: &[Place],
+        widths: &Widths,
         wish: Option<(&[i16], &[f32])>,
         watch: bool,
     ) -> Coded {
-        let (layer, coder) = (&book.layers[n], &mut self.coder);
-        let r = layer.components;
+        let (coder, r) = (&mut self.coder, widths.first().map_or(0, Vec::len));
         let before = coder.spent();
-        let mut coded = Coded { quantised: vec![0; plan.tokens * r], ..Coded::default() };
-        for (t, neighbours) in self.neighbours.iter_mut().enumerate() {
-            if plan.raw_first && t == 0 {
+        let mut coded = Coded { quantised: vec![0; places.len() * r], ..Coded::default() };
+        for (t, (place, neighbours)) in places.iter().zip(&mut self.neighbours).enumerate() {
+            if place.raw {
                 let number = |i: usize| {
                     let wish = wish.map_or(0, |(_, raw)| f16::from_f32(raw[i]).to_bits());
                     coder.spend(16.0);
@@ -338,12 +340,12 @@ impl<C: Coder> Stream<C> {
                 coded.raw = (0..book.width()).map(number).collect();
                 continue;
             }
-            let sigma = &layer.sigma[plan.classes[t] * r..][..r];
-            for (k, out) in coded.quantised[t * r..][..r].iter_mut().enumerate() {
+            let own = t * r..(t + 1) * r;
+            let wish = wish.map(|(quantised, _)| &quantised[own.clone()]);
+            for (k, (out, width)) in coded.quantised[own].iter_mut().zip(&widths[place.kind]).enumerate() {
                 let spent = coder.spent();
-                if let Some(width) = Width::of(i32::from(sigma[k]), plan.steps[t]) {
-                    let wish = wish.map_or(0, |(quantised, _)| quantised[t * r + k]);
-                    *out = book.tables.code(coder, width, neighbours, wish);
+                if let Some(width) = width {
+                    *out = book.tables.code(coder, *width, neighbours, wish.map_or(0, |wish| wish[k]));
                 }
                 if watch {
                     coded.costs.push((coder.spent() - spent) as f32);
@@ -355,29 +357,30 @@ impl<C: Coder> Stream<C> {
     }
 }
 
-/// Parts of rows, each of some components, as whole rows.
-fn side_by_side_parts<'a, T: Copy + 'a>(
-    ranges: &[Range<usize>],
-    parts: impl Iterator<Item = &'a [T]>,
-) -> Vec<T> {
-    let parts: Vec<&[T]> = parts.collect();
-    let rows = parts.first().map_or(0, |part| part.len() / ranges[0].len());
-    let mut out = Vec::with_capacity(parts.iter().map(|part| part.len()).sum());
-    for t in 0..rows {
-        for (part, ks) in parts.iter().zip(ranges) {
-            out.extend_from_slice(&part[t * ks.len()..][..ks.len()]);
-        }
-    }
-    out
+/// Components of what a prediction misses: `[tokens, components]`.
+fn innovations(layer: &LayerBook, x: &[f32], predicted: &[f32]) -> Vec<f32> {
+    let (width, r) = (layer.mean.len(), layer.components);
+    by_tiles(x.len() / width, r, |rows, out| {
+        let all = rows.start * width..rows.end * width;
+        let missed: Vec<f32> = x[all.clone()].iter().zip(&predicted[all]).map(|(x, p)| x - p).collect();
+        tile_product(&missed, View::row_major(&layer.analysis, width, r), out);
+    })
 }
 
-/// Numbers of layers side by side, as they are given: `[tokens, layers * width]`.
-pub fn side_by_side(layers: &[&[f32]], width: usize) -> Vec<f32> {
-    let tokens = layers.first().map_or(0, |layer| layer.len() / width);
-    let mut out = Vec::with_capacity(tokens * layers.len() * width);
-    for t in 0..tokens {
-        for layer in layers {
-            out.extend_from_slice(&layer[t * width..][..width]);
+/// What parts have of all components: `[tokens, components]`.
+fn beside<T: Copy + Default>(parts: &[Part], of: impl Fn(&Part) -> &[T]) -> Vec<T> {
+    side_by_side(&parts.iter().map(|part| (of(part), part.wide)).collect::<Vec<_>>())
+}
+
+/// Matrices of as many rows, each with its columns, side by side.
+pub fn side_by_side<T: Copy + Default>(parts: &[(&[T], usize)]) -> Vec<T> {
+    let wide: usize = parts.iter().map(|(_, columns)| columns).sum();
+    let mut out = vec![T::default(); parts.iter().map(|(part, _)| part.len()).sum()];
+    for (t, mut out) in out.chunks_mut(wide.max(1)).enumerate() {
+        for (part, columns) in parts {
+            let (own, rest) = out.split_at_mut(*columns);
+            own.copy_from_slice(&part[t * columns..][..*columns]);
+            out = rest;
         }
     }
     out

@@ -161,11 +161,11 @@ impl Codec for Coding {
         let plans = plans(&all, steps, references);
         let mut coded = Layers::new(&self.book, &plans, decoders);
         for n in 0..self.book.layers.len() {
-            let rebuilt = coded.next(None);
+            coded.next(None);
             if coded.coders().any(Decoder::failed) {
                 return Err(unusable());
             }
-            store_layer(batch, &all, n, &rebuilt.numbers);
+            store_layer(batch, &all, n, coded.rebuilt());
         }
         // Which layers the bits are of is not written.
         let bits = vec![0.0; self.book.layers.len()];
@@ -174,18 +174,22 @@ impl Codec for Coding {
     }
 
     fn encode(&self, batch: &mut CacheBatch, _memo: &Memo) -> Result<()> {
-        self.encode_all(batch, false).map(|_| ())
+        let (all, plans) = self.plan(batch)?;
+        self.code(batch, &all, &plans, None);
+        Ok(())
     }
 
     fn bound(&self, batch: &mut CacheBatch) -> Result<Bound> {
-        let watch = self.encode_all(batch, true)?;
-        watch.map_or_else(|| Err(Error::argument("has nothing to encode")), |watch| watch.bounds(&self.book))
+        let (all, plans) = self.plan(batch)?;
+        let mut watch = bound::Watch::new(&self.book, &plans);
+        self.code(batch, &all, &plans, Some(&mut watch));
+        watch.bounds(&self.book)
     }
 }
 
 impl Coding {
-    /// Encodes; `watch`es what is left of every column's components if it is asked to.
-    fn encode_all(&self, batch: &mut CacheBatch, watch: bool) -> Result<Option<bound::Watch>> {
+    /// A batch's columns, and how each is to be coded.
+    fn plan(&self, batch: &CacheBatch) -> Result<(Vec<Column>, Vec<Plan>)> {
         self.check(batch)?;
         let (all, of_requests) = columns(batch)?;
         if all.iter().any(|c| c.pages.iter().any(|p| batch.pool.payload(*p).is_some())) {
@@ -197,23 +201,31 @@ impl Coding {
             all.iter().map(|c| vec![None; c.tokens]).collect()
         };
         let plans = plans(&all, self.steps(batch, &all, &of_requests)?, found);
-        let mut watch = watch.then(|| bound::Watch::new(&self.book, &plans));
-        let mut coded = Layers::new(&self.book, &plans, plans.iter().map(opened).collect());
+        Ok((all, plans))
+    }
+
+    /// Encodes columns, and lets `watch` see what is left of every component.
+    fn code(
+        &self,
+        batch: &mut CacheBatch,
+        all: &[Column],
+        plans: &[Plan],
+        mut watch: Option<&mut bound::Watch>,
+    ) {
+        let mut coded = Layers::new(&self.book, plans, plans.iter().map(opened).collect());
         let mut bits = vec![Vec::with_capacity(self.book.layers.len()); all.len()];
         for n in 0..self.book.layers.len() {
-            let numbers = stripped_layer(batch, &all, n);
-            let wanted = Wanted { numbers: &numbers, watch: watch.is_some() };
-            let rebuilt = coded.next(Some(wanted));
-            store_layer(batch, &all, n, &rebuilt.numbers);
-            bits.iter_mut().zip(rebuilt.bits).for_each(|(all, own)| all.push(own));
+            let numbers = stripped_layer(batch, all, n);
+            let spent = coded.next(Some(Wanted { numbers: &numbers, watch: watch.is_some() }));
+            store_layer(batch, all, n, coded.rebuilt());
+            bits.iter_mut().zip(spent.bits).for_each(|(all, own)| all.push(own));
             if let Some(watch) = &mut watch {
-                watch.layer(n, rebuilt.seen);
+                watch.layer(n, &spent.seen);
             }
         }
         for ((column, bits), coder) in all.iter().zip(bits).zip(coded.into_coders()) {
             charge(batch, column, &bits, coder.finish());
         }
-        Ok(watch)
     }
 
     fn check(&self, batch: &CacheBatch) -> Result<()> {

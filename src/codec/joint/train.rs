@@ -10,7 +10,7 @@ use super::layers::side_by_side;
 use super::reference::{CLASSES, class_of};
 use crate::error::{Error, Result};
 use crate::interrupt;
-use crate::model::gemm::{View, product};
+use crate::model::gemm::{View, product, tiled};
 use faer::linalg::solvers::Solve;
 use faer::{Mat, Side};
 use half::f16;
@@ -91,8 +91,9 @@ fn layer(
 ) -> Result<Fitted> {
     let (width, tokens) = (corpus.width, corpus.tokens());
     let x = &corpus.layers[n];
-    let nearest: Vec<&[f32]> = below.iter().rev().take(training.taps).map(|layer| &layer[..]).collect();
-    let inputs = side_by_side(&nearest, width);
+    let nearest: Vec<(&[f32], usize)> =
+        below.iter().rev().take(training.taps).map(|layer| (&layer[..], width)).collect();
+    let inputs = side_by_side(&nearest);
     let (root, inverse) = roots(metric, width)?;
     let Predictor { rank, down, up, mean, predicted } =
         predictor(corpus, x, &inputs, training, (&root, &inverse))?;
@@ -196,14 +197,9 @@ fn gains(corpus: &Corpus, seen_by: &[u32], u: &[f32], plain: &[f32], r: usize, s
     both.iter().zip(&own).map(|(b, o)| (b / (o + prior)).clamp(0.0, 1.0) as f32).collect()
 }
 
-/// `[rows, inner] * [inner, columns]`, in parallel by rows.
+/// `[rows, inner] * [inner, columns]`.
 fn times(a: &[f32], inner: usize, b: &[f32], columns: usize) -> Vec<f32> {
-    let rows = a.len() / inner.max(1);
-    let mut out = vec![0.0; rows * columns];
-    out.par_chunks_mut(ROWS * columns).zip(a.par_chunks(ROWS * inner)).for_each(|(out, a)| {
-        product(View::row_major(a, a.len() / inner, inner), View::row_major(b, inner, columns), out);
-    });
-    out
+    tiled(a, View::row_major(b, inner, columns))
 }
 
 /// `a^T * b` over some rows, in f64: `[a columns, b columns]`. Sums of [`ROWS`] rows are f32, the rest is not.
