@@ -72,7 +72,7 @@ fn a_pool_that_packs_holds_bytes_alone_and_reads_the_same_numbers() {
     let encoded = |packs: bool| {
         let mut batch = plain_copy(&made_up(7, 4, 60, 16, &["a"]));
         if packs {
-            batch.pool.pack_coded();
+            batch.pool.pack_coded(false);
         }
         Int8 {}.codec().unwrap().encode(&mut batch, &Memo::default()).unwrap();
         batch

@@ -63,13 +63,23 @@ pub struct BlockPool {
     slots: Vec<Slot>,
     free: Vec<u32>,
     bytes: usize,
-    /// Whether coded pages let go of numbers that can be read from their bytes.
-    packs: bool,
+    /// Bytes that pages gave back, ever.
+    freed_bytes: u64,
+    /// Present if coded pages let go of numbers that can be read from their bytes: whether keys may be read channel by channel.
+    packs: Option<bool>,
 }
 
 impl BlockPool {
     pub fn new(shape: BlockShape, storage: Storage) -> Self {
-        BlockPool { shape, storage, slots: Vec::new(), free: Vec::new(), bytes: 0, packs: false }
+        BlockPool {
+            shape,
+            storage,
+            slots: Vec::new(),
+            free: Vec::new(),
+            bytes: 0,
+            freed_bytes: 0,
+            packs: None,
+        }
     }
 
     pub fn shape(&self) -> BlockShape {
@@ -124,6 +134,8 @@ impl BlockPool {
     }
 
     fn put(&mut self, id: BlockId, page: Page) {
+        // A page that replaces another lies beside it until that one is dropped.
+        self.freed_bytes += self.page(id).bytes() as u64;
         self.bytes = self.bytes - self.page(id).bytes() + page.bytes();
         self.slots[id.0 as usize].data = Arc::new(page);
     }
@@ -140,7 +152,7 @@ impl BlockPool {
     ) {
         debug_assert_eq!(keys.len(), self.page(id).len());
         let mut page = Page::coded(keys, values, payload, reader);
-        if self.packs && page.is_packable() {
+        if self.packs.is_some() && page.is_packable() {
             page.pack();
         }
         self.put(id, page);
@@ -153,18 +165,10 @@ impl BlockPool {
         self.bytes = self.bytes - before + self.page(id).bytes();
     }
 
-    /// From now on, pages that are coded hold their bytes alone where these can be read in place: less memory, slower reading.
-    pub fn pack_coded(&mut self) {
-        self.packs = true;
-    }
-
-    /// Lets go of a page's numbers if they can be read from its bytes.
-    pub fn pack(&mut self, id: BlockId) {
-        let before = self.page(id).bytes();
-        if self.page(id).is_packable() {
-            Arc::make_mut(&mut self.slots[id.0 as usize].data).pack();
-        }
-        self.bytes = self.bytes - before + self.page(id).bytes();
+    /// From now on, pages that are coded hold their bytes alone where these can be read in place: less memory, slower reading. Keys may be
+    /// read channel by channel if `by_channel`: faster, but scores that are summed so round otherwise.
+    pub fn pack_coded(&mut self, by_channel: bool) {
+        self.packs = Some(by_channel);
     }
 
     /// What a page is read from, if it is not 16 bits a number.
@@ -189,6 +193,7 @@ impl BlockPool {
         slot.references -= 1;
         if slot.references == 0 {
             self.bytes -= slot.data.bytes();
+            self.freed_bytes += slot.data.bytes() as u64;
             *slot = Slot::default();
             self.free.push(id.0);
         }
@@ -233,11 +238,9 @@ impl BlockPool {
         self.page(id).read_head(part, head, widths, tokens, out);
     }
 
-    /// Appends keys of one head of a block channel by channel (`[head_dim, tokens]`), where that is how they are stored.
-    ///
-    /// Never in a pool that packs: scores that are summed channel by channel round otherwise, and packing must not change a sweep.
+    /// Appends keys of one head of a block channel by channel (`[head_dim, tokens]`), where they are stored so and may be read so.
     pub fn read_by_channel(&self, id: BlockId, head: usize, out: &mut Vec<f32>) -> bool {
-        !self.packs && self.page(id).read_by_channel(head, out)
+        self.packs == Some(true) && self.page(id).read_by_channel(head, out)
     }
 
     /// Whether two blocks hold the same numbers.
@@ -273,6 +276,11 @@ impl BlockPool {
     /// Bytes of memory of all live blocks' numbers and payloads; an open block counts as full.
     pub fn bytes(&self) -> usize {
         self.bytes
+    }
+
+    /// Bytes that pages gave back since the pool was made: those of freed pages, and of pages that were stored in another form.
+    pub fn freed_bytes(&self) -> u64 {
+        self.freed_bytes
     }
 
     /// KV numbers (keys and values) held by all live blocks.
@@ -326,6 +334,6 @@ mod tests {
         let a = pool.append(a, &[1.0, 1.0], &[2.0, 2.0]);
         assert_eq!(pool.bytes(), 16);
         pool.release(a);
-        assert_eq!(pool.bytes(), 0);
+        assert_eq!((pool.bytes(), pool.freed_bytes()), (0, 16));
     }
 }

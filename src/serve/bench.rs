@@ -12,7 +12,7 @@ use crate::codec::Chain;
 use crate::error::{Error, Result};
 use crate::files;
 use crate::lock::FolderLock;
-use crate::memory::resident;
+use crate::memory::{give_back, resident};
 use crate::model::Model;
 use crate::model::kernels::instructions;
 use crate::progress::{Progress, Unit};
@@ -159,7 +159,7 @@ impl Server<'_> {
             Some(seconds) => seconds.clone(),
             None => arrivals.times(load.jobs.len(), options.draw.seed + repeat as u64),
         };
-        give_memory_back();
+        give_back();
         let rss_before = resident().0;
         let jobs = load.jobs.iter().zip(&times);
         let arrivals: Vec<Arrival> =
@@ -387,13 +387,4 @@ fn manifest(options: &BenchOptions, model: &Model, set: &PromptSet) -> Result<Va
         "quality": [options.quality_requests, options.quality_tokens],
         "threads": rayon::current_num_threads(),
     }))
-}
-
-/// Memory that the allocator keeps goes back to the system, so that what a run takes can be seen.
-fn give_memory_back() {
-    #[cfg(all(target_os = "linux", target_env = "gnu"))]
-    // SAFETY: takes no pointers; glibc documents it as safe to call at any time, from any thread.
-    unsafe {
-        libc::malloc_trim(0);
-    }
 }

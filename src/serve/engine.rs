@@ -12,6 +12,7 @@ use super::tier;
 use crate::block::{BlockId, BlockPool, Entry, RequestCache, Storage};
 use crate::codec::{CacheBatch, Codec, Memo};
 use crate::error::Result;
+use crate::memory::give_back;
 use crate::model::{Model, Segment};
 use std::collections::{HashMap, VecDeque};
 use std::time::Instant;
@@ -55,21 +56,29 @@ pub struct Engine<'m> {
     /// Events of jobs that ended outside of a step.
     ended: Vec<Event>,
     counts: Counts,
+    /// What the pool had freed when memory was last given back.
+    given_back: u64,
 }
+
+/// Freed bytes in the pool after which memory goes back to the system: what lies between pages is used again only by what fits.
+const GIVE_BACK: u64 = 16 << 20;
 
 impl<'m> Engine<'m> {
     pub fn new(model: &'m Model, limits: Limits, policy: Policy) -> Self {
+        let mut pool = BlockPool::new(model.decoder.block_shape(limits.block_size), Storage::F16);
+        pool.pack_coded(true);
         Engine {
             model,
             limits,
             policy,
-            pool: BlockPool::new(model.decoder.block_shape(limits.block_size), Storage::F16),
+            pool,
             prefix: PrefixCache::default(),
             tenants: HashMap::new(),
             waiting: VecDeque::new(),
             running: Vec::new(),
             ended: Vec::new(),
             counts: Counts::default(),
+            given_back: 0,
         }
     }
 
@@ -153,6 +162,10 @@ impl<'m> Engine<'m> {
         if plan.iter().any(|n| *n > 0) {
             self.counts.steps += 1;
             events.extend(self.forward(&plan)?);
+        }
+        if self.pool.freed_bytes() - self.given_back >= GIVE_BACK {
+            give_back();
+            self.given_back = self.pool.freed_bytes();
         }
         Ok(events)
     }
@@ -453,13 +466,7 @@ impl<'m> Engine<'m> {
         if let Some(cache) = batch.caches.pop() {
             sequence.cache = cache;
         }
-        coded?;
-        for table in &sequence.cache.layers {
-            for entry in &table.entries {
-                self.pool.pack(entry.block);
-            }
-        }
-        Ok(())
+        coded
     }
 
     fn release(&mut self, sequence: &mut Sequence) {

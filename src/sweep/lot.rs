@@ -92,7 +92,8 @@ impl<'a> Lot<'a> {
         let (batch, mut prompts) = load(&options.dump, model, manifest, requests, packing.block_size)?;
         let mut base = Base::new(model, batch, &prompts, packing.first_token)?;
         if options.memory.is_some() {
-            base.batch.pool.pack_coded();
+            // Packing must not change a sweep.
+            base.batch.pool.pack_coded(false);
         }
         let shared = |within_tenant| {
             let codec = Prefix { within_tenant };

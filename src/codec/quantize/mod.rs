@@ -193,7 +193,7 @@ impl<Q: Quantizer + 'static> Codec for Quantized<Q> {
 }
 
 /// Pages whose numbers are held before they go into the pool, which may pack them.
-const WRITTEN: usize = 4096;
+const WRITTEN: usize = 256;
 
 /// All pages that tables list, each once, with the layer of the first table that does.
 fn pages(batch: &CacheBatch) -> Vec<(BlockId, PageShape)> {
