@@ -45,6 +45,14 @@ pub struct Payload {
     pub side_bits: u64,
 }
 
+impl Payload {
+    /// Without what a growing vector has to spare: pages are held for long, and count their bytes alone.
+    fn trimmed(mut self) -> Self {
+        self.bytes.shrink_to_fit();
+        self
+    }
+}
+
 /// Reads the numbers of a page from its bytes.
 pub trait ReadPage: Send + Sync {
     /// Appends keys or values: of one head `[tokens, head_dim]`, or of all `[tokens, kv_heads, head_dim]`.
@@ -102,6 +110,7 @@ impl Page {
         payload: Payload,
         reader: Option<Arc<dyn ReadPage>>,
     ) -> Self {
+        let payload = payload.trimmed();
         Page { numbers: Numbers::F32([keys, values]), payload: Some(payload), reader }
     }
 
@@ -130,7 +139,7 @@ impl Page {
 
     /// Puts another payload in place of the one it has.
     pub fn charge(&mut self, payload: Payload) {
-        self.payload = Some(payload);
+        self.payload = Some(payload.trimmed());
     }
 
     /// Whether it holds numbers that can be read from the payload.

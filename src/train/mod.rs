@@ -82,7 +82,6 @@ pub fn train(options: &TrainOptions) -> Result<Trained> {
             return Err(Error::file(dump, problem));
         }
     }
-    files::writable_beside(&options.out)?;
     let settings = serde_json::json!({
         "step": options.training.step,
         "taps": options.training.taps,
@@ -100,6 +99,7 @@ pub fn train(options: &TrainOptions) -> Result<Trained> {
     if let (Some(trained), None) = (&trained, directions) {
         return Ok(trained.clone());
     }
+    files::writable_beside(&options.out)?;
     let model = open_model(&options.dumps[0], None, first)?;
     let corpus = collect::corpus(&options.dumps, &manifests, &model)?;
     let trained = match trained {

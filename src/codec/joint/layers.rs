@@ -132,13 +132,13 @@ impl<'a, C: Coder + Send + Sync> Layers<'a, C> {
                 let kind = Kind { class: plan.classes[t], step: plan.steps[t] };
                 places.push(Place {
                     raw: plan.raw_first && t == 0,
-                    kind: *numbers.entry(kind).or_insert(kinds.len()),
+                    kind: *numbers.entry(kind).or_insert_with(|| {
+                        kinds.push(kind);
+                        kinds.len() - 1
+                    }),
                     sightings: plan.sightings[t],
                     source: source.map(|s| streams[s.column].first + s.token),
                 });
-                if numbers.len() > kinds.len() {
-                    kinds.push(kind);
-                }
             }
         }
         Layers { book, streams, places, kinds, below: Vec::new(), done: 0 }

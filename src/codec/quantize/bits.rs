@@ -41,8 +41,6 @@ impl BitSink {
         if !self.bits.is_multiple_of(8) {
             self.bytes.push(self.pending as u8);
         }
-        // Pages are kept: what a growing vector has to spare would be too.
-        self.bytes.shrink_to_fit();
         (self.bytes, self.bits - self.side_bits, self.side_bits)
     }
 }
