@@ -74,6 +74,26 @@ pub fn give_back() {
     }
 }
 
+/// The system takes the whole pages of a stretch of memory back; it stays its owner's, with other numbers in it.
+///
+/// # Safety
+/// The stretch is the caller's alone, in memory that no file stands behind, and what it holds is not read before it is written again.
+pub unsafe fn discard(start: *mut u8, bytes: usize) {
+    #[cfg(target_os = "linux")]
+    {
+        // SAFETY: takes no pointers.
+        let page = usize::try_from(unsafe { libc::sysconf(libc::_SC_PAGESIZE) }).unwrap_or(1 << 16);
+        let before = start.align_offset(page);
+        let whole = bytes.saturating_sub(before) / page * page;
+        if whole > 0 {
+            // SAFETY: whole pages within a stretch that is the caller's. Whether the system does it makes no difference to what is read.
+            unsafe { libc::madvise(start.add(before).cast(), whole, libc::MADV_DONTNEED) };
+        }
+    }
+    #[cfg(not(target_os = "linux"))]
+    let _ = (start, bytes);
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -6,6 +6,7 @@
 pub(crate) mod halves;
 mod page;
 mod pool;
+mod slab;
 mod table;
 
 pub use page::{Part, Payload, ReadPage, Storage};

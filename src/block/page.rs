@@ -1,6 +1,7 @@
 //! What a physical block holds: numbers in f32 or f16, or bytes that they are read from.
 
 use super::halves;
+use super::slab::{Halves, Slab};
 use half::f16;
 use half::slice::HalfFloatSliceExt;
 use std::borrow::Cow;
@@ -37,6 +38,13 @@ impl Storage {
     }
 }
 
+/// Where a pool's numbers go.
+#[derive(Debug, Clone)]
+pub(super) enum Store {
+    F32,
+    F16(Arc<Slab>),
+}
+
 /// An encoded page: its bytes, and how many of their bits are codes of numbers and how many scales and the like.
 #[derive(Debug, Default, Clone, PartialEq, Eq)]
 pub struct Payload {
@@ -46,10 +54,10 @@ pub struct Payload {
 }
 
 impl Payload {
-    /// Without what a growing vector has to spare: pages are held for long, and count their bytes alone.
-    fn trimmed(mut self) -> Self {
-        self.bytes.shrink_to_fit();
-        self
+    /// Without what a growing vector has to spare: pages are held for long, and count their bytes alone. Copied, since what is cut off in place
+    /// would be a hole behind every page.
+    fn trimmed(self) -> Self {
+        Payload { bytes: self.bytes.as_slice().to_vec(), ..self }
     }
 }
 
@@ -68,7 +76,7 @@ pub trait ReadPage: Send + Sync {
 #[derive(Clone)]
 enum Numbers {
     F32([Vec<f32>; 2]),
-    F16([Vec<f16>; 2]),
+    F16(Halves),
     /// None: they are read from the payload, so many of keys and as many of values.
     Packed(usize),
 }
@@ -95,10 +103,14 @@ impl std::fmt::Debug for Page {
 }
 
 impl Page {
-    pub fn new(storage: Storage, keys: &[f32], values: &[f32]) -> Self {
-        let numbers = match storage {
-            Storage::F32 => Numbers::F32([keys.to_vec(), values.to_vec()]),
-            Storage::F16 => Numbers::F16([halves(keys), halves(values)]),
+    pub fn new(store: &Store, keys: &[f32], values: &[f32]) -> Self {
+        let numbers = match store {
+            Store::F32 => Numbers::F32([keys.to_vec(), values.to_vec()]),
+            Store::F16(slab) => {
+                let mut own = slab.take();
+                own.push([&halves(keys), &halves(values)]);
+                Numbers::F16(own)
+            }
         };
         Page { numbers, payload: None, reader: None }
     }
@@ -118,7 +130,7 @@ impl Page {
     pub fn len(&self) -> usize {
         match &self.numbers {
             Numbers::F32([keys, _]) => keys.len(),
-            Numbers::F16([keys, _]) => keys.len(),
+            Numbers::F16(own) => own.len(),
             Numbers::Packed(len) => *len,
         }
     }
@@ -127,7 +139,7 @@ impl Page {
     pub fn bytes(&self) -> usize {
         let numbers = match &self.numbers {
             Numbers::F32(parts) => parts.iter().map(|p| p.capacity() * size_of::<f32>()).sum(),
-            Numbers::F16(parts) => parts.iter().map(|p| p.capacity() * size_of::<f16>()).sum(),
+            Numbers::F16(own) => own.bytes(),
             Numbers::Packed(_) => 0,
         };
         numbers + self.payload.as_ref().map_or(0, |p| p.bytes.len())
@@ -156,7 +168,7 @@ impl Page {
     pub fn read(&self, part: Part) -> Cow<'_, [f32]> {
         match &self.numbers {
             Numbers::F32(parts) => Cow::Borrowed(&parts[part as usize]),
-            Numbers::F16(parts) => Cow::Owned(parts[part as usize].to_f32_vec()),
+            Numbers::F16(own) => Cow::Owned(own.parts()[part as usize].to_f32_vec()),
             Numbers::Packed(len) => {
                 let mut out = Vec::with_capacity(*len);
                 self.unpack(part, None, &mut out);
@@ -188,9 +200,9 @@ impl Page {
                     out.extend_from_slice(&row[at..at + head_dim]);
                 }
             }
-            Numbers::F16(parts) => {
+            Numbers::F16(own) => {
                 out.resize(from + tokens * head_dim, 0.0);
-                halves::read_head(&parts[part as usize], width, at, head_dim, &mut out[from..]);
+                halves::read_head(own.parts()[part as usize], width, at, head_dim, &mut out[from..]);
             }
             Numbers::Packed(_) => {
                 self.unpack(part, Some(head), out);
@@ -213,7 +225,7 @@ impl Page {
     pub fn same(&self, other: &Page) -> bool {
         match (&self.numbers, &other.numbers) {
             (Numbers::F32(a), Numbers::F32(b)) => a == b,
-            (Numbers::F16(a), Numbers::F16(b)) => a == b,
+            (Numbers::F16(a), Numbers::F16(b)) => a.parts() == b.parts(),
             _ => Part::BOTH.iter().all(|&part| self.read(part) == other.read(part)),
         }
     }
@@ -223,7 +235,7 @@ impl Page {
         let from = self.len().saturating_sub(count);
         match &self.numbers {
             Numbers::F32(parts) => parts[part as usize][from..].to_vec(),
-            Numbers::F16(parts) => parts[part as usize][from..].to_f32_vec(),
+            Numbers::F16(own) => own.parts()[part as usize][from..].to_f32_vec(),
             Numbers::Packed(_) => self.read(part)[from..].to_vec(),
         }
     }
@@ -236,19 +248,17 @@ impl Page {
             *self = Page { numbers: Numbers::F32([keys, values]), payload: None, reader: None };
         }
         match &mut self.numbers {
-            Numbers::F32(parts) => grow(parts, rows, width, |row| storage.round(row)),
-            Numbers::F16(parts) => grow(parts, rows, width, halves),
+            Numbers::F32(parts) => {
+                for (part, row) in parts.iter_mut().zip(rows) {
+                    if part.capacity() < width {
+                        part.reserve_exact(width - part.len());
+                    }
+                    part.extend(storage.round(row));
+                }
+            }
+            Numbers::F16(own) => own.push([&halves(rows[0]), &halves(rows[1])]),
             Numbers::Packed(_) => {}
         }
-    }
-}
-
-fn grow<T>(parts: &mut [Vec<T>; 2], rows: [&[f32]; 2], width: usize, convert: impl Fn(&[f32]) -> Vec<T>) {
-    for (part, row) in parts.iter_mut().zip(rows) {
-        if part.capacity() < width {
-            part.reserve_exact(width - part.len());
-        }
-        part.extend(convert(row));
     }
 }
 

@@ -1,6 +1,7 @@
 //! The pool of physical blocks.
 
-use super::page::{Page, Part, Payload, ReadPage, Storage};
+use super::page::{Page, Part, Payload, ReadPage, Storage, Store};
+use super::slab::Slab;
 use half::f16;
 use ndarray::{ArrayView1, ArrayView3};
 use std::borrow::Cow;
@@ -58,7 +59,7 @@ struct Slot {
 /// Reference-counted physical blocks. Memory of a block goes back to the allocator with its last reference.
 #[derive(Debug, Clone)]
 pub struct BlockPool {
-    storage: Storage,
+    store: Store,
     shape: BlockShape,
     slots: Vec<Slot>,
     free: Vec<u32>,
@@ -71,24 +72,27 @@ pub struct BlockPool {
 
 impl BlockPool {
     pub fn new(shape: BlockShape, storage: Storage) -> Self {
-        BlockPool {
-            shape,
-            storage,
-            slots: Vec::new(),
-            free: Vec::new(),
-            bytes: 0,
-            freed_bytes: 0,
-            packs: None,
-        }
+        let store = match storage {
+            Storage::F32 => Store::F32,
+            Storage::F16 => Store::F16(Slab::new(shape.block_width())),
+        };
+        BlockPool { shape, store, slots: Vec::new(), free: Vec::new(), bytes: 0, freed_bytes: 0, packs: None }
     }
 
     pub fn shape(&self) -> BlockShape {
         self.shape
     }
 
+    fn storage(&self) -> Storage {
+        match self.store {
+            Store::F32 => Storage::F32,
+            Store::F16(_) => Storage::F16,
+        }
+    }
+
     /// The largest number, either sign, that the pool can hold.
     pub fn most(&self) -> f32 {
-        match self.storage {
+        match self.storage() {
             Storage::F32 => f32::MAX,
             Storage::F16 => f16::MAX.to_f32(),
         }
@@ -102,15 +106,15 @@ impl BlockPool {
         assert_eq!(keys.len(), values.len());
         assert_eq!(keys.len() % self.shape.token_width(), 0);
         assert!(keys.len() <= self.shape.block_width());
-        let page = Page::new(self.storage, keys, values);
+        let page = Page::new(&self.store, keys, values);
         self.insert(page)
     }
 
     /// Stores the first token of a block that will grow, with one reference and room for a whole block: what it counts as
     /// does not change as it fills.
     pub fn open(&mut self, key: &[f32], value: &[f32]) -> BlockId {
-        let mut page = Page::new(self.storage, &[], &[]);
-        page.append(self.storage, [key, value], self.shape.block_width());
+        let mut page = Page::new(&self.store, &[], &[]);
+        page.append(self.storage(), [key, value], self.shape.block_width());
         self.insert(page)
     }
 
@@ -178,7 +182,7 @@ impl BlockPool {
 
     /// What numbers become when they go into the pool.
     pub fn round(&self, numbers: &[f32]) -> Vec<f32> {
-        self.storage.round(numbers)
+        self.storage().round(numbers)
     }
 
     /// Adds a reference.
@@ -209,10 +213,10 @@ impl BlockPool {
             id
         };
         assert!(self.tokens(id) < self.shape.block_size, "block is full");
-        let before = self.page(id).bytes();
+        let (before, storage) = (self.page(id).bytes(), self.storage());
         // Copies the numbers if a clone of the pool still shares them.
         let page = Arc::make_mut(&mut self.slots[id.0 as usize].data);
-        page.append(self.storage, [key, value], self.shape.block_width());
+        page.append(storage, [key, value], self.shape.block_width());
         self.bytes = self.bytes - before + page.bytes();
         id
     }
@@ -273,7 +277,7 @@ impl BlockPool {
         self.slots.len() - self.free.len()
     }
 
-    /// Bytes of memory of all live blocks' numbers and payloads; an open block counts as full.
+    /// Bytes of memory of all live blocks' numbers and payloads; a block of f16 counts as full, since it has room for that.
     pub fn bytes(&self) -> usize {
         self.bytes
     }
@@ -281,6 +285,13 @@ impl BlockPool {
     /// Bytes that pages gave back since the pool was made: those of freed pages, and of pages that were stored in another form.
     pub fn freed_bytes(&self) -> u64 {
         self.freed_bytes
+    }
+
+    /// Gives memory that freed pages left back to the system.
+    pub fn give_back(&self) {
+        if let Store::F16(slab) = &self.store {
+            slab.give_back();
+        }
     }
 
     /// KV numbers (keys and values) held by all live blocks.
@@ -330,9 +341,9 @@ mod tests {
         let mut pool = pool();
         let a = pool.allocate(&[0.1, 1.0], &[0.3, 2.0]);
         assert_eq!(pool.keys(a)[0], f16::from_f32(0.1).to_f32());
-        assert_eq!(pool.bytes(), 8, "two keys and two values");
+        assert_eq!(pool.bytes(), 16, "two tokens of two keys and two values each");
         let a = pool.append(a, &[1.0, 1.0], &[2.0, 2.0]);
-        assert_eq!(pool.bytes(), 16);
+        assert_eq!((pool.tokens(a), pool.bytes()), (2, 16));
         pool.release(a);
         assert_eq!((pool.bytes(), pool.freed_bytes()), (0, 16));
     }

@@ -12,7 +12,6 @@ use super::tier;
 use crate::block::{BlockId, BlockPool, Entry, RequestCache, Storage};
 use crate::codec::{CacheBatch, Codec, Memo};
 use crate::error::Result;
-use crate::memory::give_back;
 use crate::model::{Model, Segment};
 use std::collections::{HashMap, VecDeque};
 use std::time::Instant;
@@ -60,8 +59,8 @@ pub struct Engine<'m> {
     given_back: u64,
 }
 
-/// Freed bytes in the pool after which memory goes back to the system: what lies between pages is used again only by what fits.
-const GIVE_BACK: u64 = 16 << 20;
+/// Freed bytes in the pool after which its memory goes back to the system.
+const GIVE_BACK: u64 = 4 << 20;
 
 impl<'m> Engine<'m> {
     pub fn new(model: &'m Model, limits: Limits, policy: Policy) -> Self {
@@ -164,7 +163,7 @@ impl<'m> Engine<'m> {
             events.extend(self.forward(&plan)?);
         }
         if self.pool.freed_bytes() - self.given_back >= GIVE_BACK {
-            give_back();
+            self.pool.give_back();
             self.given_back = self.pool.freed_bytes();
         }
         Ok(events)
