@@ -94,7 +94,7 @@ fig-joint-accuracy *FLAGS:
 fig-rag *FLAGS:
     {{experiment}} {{FLAGS}} experiments/rag.toml
 
-# Every method on one plane: few-shot questions, retrieval-augmented prompts, long documents (an hour to an hour and a half; --quick: four to seven minutes)
+# Every method on one plane: few-shot questions, retrieval-augmented prompts, long documents (an hour to an hour and a half; --quick: four minutes)
 rd-plane *FLAGS:
     {{experiment}} {{FLAGS}} experiments/rd-few-shot.toml experiments/rd-rag.toml experiments/rd-long.toml
 

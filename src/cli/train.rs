@@ -4,10 +4,12 @@ use super::table::table;
 use super::{say, say_rows};
 use crate::codec::joint::eighths;
 use crate::codec::joint::train::Training;
+use crate::codec::registry::number;
 use crate::files;
 use crate::tables::write_csv;
-use crate::train::{Part, Sensitivity, SensitivityOptions, TrainOptions, sensitivity, train};
+use crate::train::{EVEN, Part, Sensitivity, SensitivityOptions, TrainOptions, sensitivity, train};
 use anyhow::Result;
+use std::ops::Bound;
 use std::path::PathBuf;
 
 /// Train a joint codec for a model: predictors, components, tables and how much errors matter (docs/joint.md).
@@ -46,6 +48,9 @@ pub struct Args {
     /// Most numbers between the two factors of a predictor
     #[arg(long, default_value_t = 128)]
     rank: usize,
+    /// Share of the weights of errors that is taken as if answers attended to all tokens alike
+    #[arg(long, default_value_t = EVEN, value_parser = number("a share", Bound::Included(0.0), Bound::Included(1.0)), value_name = "SHARE")]
+    even: f64,
     /// How often sensitivities are measured again, with the codec's own errors
     #[arg(long, default_value_t = 1)]
     rounds: usize,
@@ -84,6 +89,7 @@ pub fn run(args: Args, typed: Vec<String>) -> Result<()> {
         without: args.without,
         kvtc: args.kvtc.then_some(args.directions.max(1)),
         questions: args.questions,
+        even: args.even,
         rounds: args.rounds,
         seed: args.seed,
         command: typed,

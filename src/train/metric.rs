@@ -20,17 +20,18 @@ use std::path::Path;
 const REQUESTS: usize = 96;
 /// Blocks that caches are read in; numbers do not depend on it.
 const BLOCK_SIZE: usize = 64;
-/// The share of what errors would do if answers attended to all tokens alike: what a few answers do not look at is not free.
-const EVEN: f64 = 0.1;
+/// The usual share of what errors would do if answers attended to all tokens alike: what a few answers do not look at is not free.
+pub const EVEN: f64 = 0.1;
 
 /// Second moments of what errors in keys without position, and in values, do to the attention outputs behind `W_o` of an answer's
 /// tokens, to first order and summed over cached tokens. With attention `a` of query `q` to token `j`, output `o` and any direction `c`
 /// behind `W_o`, a value's error moves the output along `c` by `a W_o^T c`, a key's by `a (W_o^T c . (v_j - o)) q`, `q` turned back by
-/// the token's position; heads that read the same keys add up. Each layer's keys, and its values, are scaled to a mean weight of one.
+/// the token's position; heads that read the same keys add up. Of all this a share `even` is taken as if answers attended to all tokens
+/// alike. Each layer's keys, and its values, are scaled to a mean weight of one.
 ///
 /// # Errors
 /// Damaged dumps; dumps without questions; Ctrl-C.
-pub fn base(dump: &Path, manifest: &Manifest, model: &Model) -> Result<Vec<Metric>> {
+pub fn base(dump: &Path, manifest: &Manifest, model: &Model, even: f64) -> Result<Vec<Metric>> {
     let config = model.decoder.config();
     let (d, kv_heads) = (config.head_dim, config.kv_heads);
     let grams: Vec<Vec<Grams>> = (0..config.layers).map(|n| output_grams(model, n)).collect();
@@ -49,7 +50,7 @@ pub fn base(dump: &Path, manifest: &Manifest, model: &Model) -> Result<Vec<Metri
         progress.increment();
     }
     progress.finish();
-    Ok(moments.iter().map(|heads| metric(heads, d)).collect())
+    Ok(moments.iter().map(|heads| metric(heads, d, even)).collect())
 }
 
 /// Runs one request's answer through the model, and takes the moments of each layer's key/value heads.
@@ -232,14 +233,14 @@ fn add_symmetric(sum: &mut [f64], matrix: &[f32], same: bool, times: f64) {
     }
 }
 
-/// Keys' and values' weights of a layer, [`EVEN`] of them spread evenly.
-fn metric(heads: &[Moments], d: usize) -> Metric {
+/// Keys' and values' weights of a layer, a `share` of them spread evenly.
+fn metric(heads: &[Moments], d: usize, share: f64) -> Metric {
     let part = |own: fn(&Moments) -> &Vec<f64>, even: fn(&Moments) -> &Vec<f64>| {
         let mut own: Metric = heads.iter().map(|h| own(h).clone()).collect();
         let mut even: Metric = heads.iter().map(|h| even(h).clone()).collect();
         [&mut own, &mut even].into_iter().for_each(|part| to_mean_one(part, d));
         for (x, even) in own.iter_mut().flatten().zip(even.iter().flatten()) {
-            *x = (1.0 - EVEN) * *x + EVEN * even;
+            *x = (1.0 - share) * *x + share * even;
         }
         own
     };

@@ -5,6 +5,7 @@ mod metric;
 mod sensitivity;
 mod transform;
 
+pub use metric::EVEN;
 pub use sensitivity::{Sensitivity, SensitivityOptions, sensitivity};
 
 use crate::codec::TrainedFile;
@@ -52,6 +53,8 @@ pub struct TrainOptions {
     pub kvtc: Option<usize>,
     /// Requests whose answers errors are measured on.
     pub questions: usize,
+    /// The share of the metric that is taken as if answers attended to all tokens alike.
+    pub even: f64,
     /// How often errors are weighted anew by what the codec's own errors do.
     pub rounds: usize,
     pub seed: u64,
@@ -89,6 +92,7 @@ pub fn train(options: &TrainOptions) -> Result<Trained> {
         "ridge": options.training.ridge,
         "rank": options.training.rank,
         "questions": options.questions,
+        "even": options.even,
         "rounds": options.rounds,
         "seed": options.seed,
         "metric": "answers",
@@ -129,7 +133,7 @@ fn joint(
         Ok::<_, Error>(fitted)
     };
     let training = options.training;
-    let mut metrics = metric::base(&options.dumps[0], first, model)?;
+    let mut metrics = metric::base(&options.dumps[0], first, model, options.even)?;
     let bench = sensitivity::Bench::new(&options.dumps[0], first, model, options.questions)?;
     let noise = bench.measure(&metrics, options.seed)?;
     metric::weigh(&mut metrics, &noise);

@@ -52,7 +52,7 @@ pub struct SensitivityOptions {
 pub fn sensitivity(options: &SensitivityOptions) -> Result<Vec<Sensitivity>> {
     let manifest = Manifest::read(&options.dump)?;
     let model = open_model(&options.dump, None, &manifest)?;
-    let base = metric::base(&options.dump, &manifest, &model)?;
+    let base = metric::base(&options.dump, &manifest, &model, metric::EVEN)?;
     Bench::new(&options.dump, &manifest, &model, options.questions)?.measure(&base, options.seed)
 }
 
