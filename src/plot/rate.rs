@@ -35,14 +35,21 @@ impl Figure for Rate<'_> {
         let prefixes = t.prefixes();
         let ratios = points.iter().map(|p| p.cr_paper.max(p.cr_audited));
         let top = ratios.chain(prefixes.iter().map(|(p, _)| p.cr_audited)).fold(1.0, f64::max);
-        let (name, axis, legend_at) = match self.dial {
-            "tau" => ("threshold", "threshold tau on similarity", SeriesLabelPosition::UpperRight),
-            "max-error" => (
-                "error budget",
-                "largest relative squared error of a block's keys and of its values",
-                SeriesLabelPosition::UpperLeft,
-            ),
-            other => (other, other, SeriesLabelPosition::UpperRight),
+        let (name, axis) = match self.dial {
+            "tau" => ("threshold", "threshold tau on similarity"),
+            "max-error" => {
+                ("error budget", "largest relative squared error of a block's keys and of its values")
+            }
+            other => (other, other),
+        };
+        // Dials are of any size: steps are thousandths. A single point needs room too.
+        let spare = if high > low { 0.05 * (high - low) } else { 0.05 * high.abs().max(0.02) };
+        // Where no line is: ratios that rise with their dial lie high above what the paper counts.
+        let end = |end: f64| points.iter().filter(|p| at(p) == end).map(|p| p.cr_audited).fold(0.0, f64::max);
+        let legend_at = match self.dial {
+            "max-error" => SeriesLabelPosition::UpperLeft,
+            _ if end(high) > end(low) => SeriesLabelPosition::MiddleRight,
+            _ => SeriesLabelPosition::UpperRight,
         };
         let title = format!("Compression ratio against {name} ({})", t.title);
         let mut chart = ChartBuilder::on(root)
@@ -50,14 +57,14 @@ impl Figure for Rate<'_> {
             .margin(12)
             .x_label_area_size(52)
             .y_label_area_size(70)
-            .build_cartesian_2d(low - 0.02..high + 0.02, (0.9..top * 1.6).log_scale())
+            .build_cartesian_2d(low - spare..high + spare, (0.9..top * 1.6).log_scale())
             .map_err(said)?;
         axes(&mut chart, axis, "compression ratio (log axis)")?;
         for (n, (prefix, series)) in prefixes.into_iter().enumerate() {
             let color = series.map_or(GREY, series_color);
             let cr = prefix.cr_audited;
             let line =
-                DashedLineSeries::new([(low - 0.02, cr), (high + 0.02, cr)], 6, 4, color.stroke_width(2));
+                DashedLineSeries::new([(low - spare, cr), (high + spare, cr)], 6, 4, color.stroke_width(2));
             let drawn = chart.draw_series(line).map_err(said)?;
             if n == 0 {
                 drawn
