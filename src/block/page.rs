@@ -108,7 +108,7 @@ impl Page {
             Store::F32 => Numbers::F32([keys.to_vec(), values.to_vec()]),
             Store::F16(slab) => {
                 let mut own = slab.take();
-                own.push([&halves(keys), &halves(values)]);
+                own.push([keys, values]);
                 Numbers::F16(own)
             }
         };
@@ -256,7 +256,7 @@ impl Page {
                     part.extend(storage.round(row));
                 }
             }
-            Numbers::F16(own) => own.push([&halves(rows[0]), &halves(rows[1])]),
+            Numbers::F16(own) => own.push(rows),
             Numbers::Packed(_) => {}
         }
     }
