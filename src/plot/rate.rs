@@ -45,10 +45,13 @@ impl Figure for Rate<'_> {
         // Dials are of any size: steps are thousandths. A single point needs room too.
         let spare = if high > low { 0.05 * (high - low) } else { 0.05 * high.abs().max(0.02) };
         // Where no line is: ratios that rise with their dial lie high above what the paper counts.
-        let end = |end: f64| points.iter().filter(|p| at(p) == end).map(|p| p.cr_audited).fold(0.0, f64::max);
+        let rises = |s: &[Point]| match s {
+            [first, .., last] => (at(last) - at(first)) * (last.cr_audited - first.cr_audited) > 0.0,
+            _ => false,
+        };
         let legend_at = match self.dial {
             "max-error" => SeriesLabelPosition::UpperLeft,
-            _ if end(high) > end(low) => SeriesLabelPosition::MiddleRight,
+            _ if self.series().any(rises) => SeriesLabelPosition::MiddleRight,
             _ => SeriesLabelPosition::UpperRight,
         };
         let title = format!("Compression ratio against {name} ({})", t.title);
