@@ -110,7 +110,7 @@ fig-rd-rag *FLAGS:
 fig-rd-long *FLAGS:
     {{experiment}} {{FLAGS}} experiments/rd-long.toml
 
-# Serving under budgets that hold four to sixteen uncompressed requests, at loads, and retrieval-augmented prompts; what moving a cache takes (an hour)
+# Serving under budgets that hold four to sixteen uncompressed requests, at loads, retrieval-augmented prompts and conversations; what moving a cache takes (an hour and a half)
 fig-serve:
     {{kvfuse}} dump --data squad:{{xquad}} --half first --requests 120 --shots 3 --dtype f16 -o dumps/serve-training
     {{kvfuse}} train dumps/serve-training -o dumps/codecs/serve.safetensors
@@ -121,6 +121,8 @@ fig-serve:
     {{kvfuse}} plot results/serve-load
     {{kvfuse}} serve-bench --data squad:{{xquad}} --half second --requests 20 --passages 4 --pool 16 --output-len 48 --ignore-eos --method 'none,prefix,prefix+bff:tau=0.9,prefix+kivi:bits=4,prefix+joint:codec=dumps/codecs/serve.safetensors,step=0.006,reference=false' --request-rate 1 --goodput ttft:5000 tpot:500 --repeats 1 -o results/serve-rag
     {{kvfuse}} plot results/serve-rag
+    {{kvfuse}} serve-bench --data squad:{{xquad}} --half second --turns 4 --requests 96 --output-len 16 --ignore-eos --method 'none,prefix,prefix+bff:tau=0.9,prefix+kivi:bits=4,prefix+joint:codec=dumps/codecs/serve.safetensors,step=0.006,reference=false' --budget-requests 4,8 --max-concurrency 4 --repeats 2 -o results/serve-turns
+    {{kvfuse}} plot results/serve-turns
     {{kvfuse}} dump --data squad:{{xquad}} --half second --requests 8 --shots 3 --dtype f16 -o dumps/migration
     {{kvfuse}} migrate dumps/migration --method 'none,int8,kivi:bits=4|2,joint:codec=dumps/codecs/serve.safetensors,step=0.006' -o results/migration
     {{kvfuse}} plot results/migration

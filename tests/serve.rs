@@ -48,7 +48,8 @@ fn limits(budget_columns: usize, block_size: usize, step_tokens: usize, running:
 }
 
 fn answers(jobs: &[Job], limits: Limits, chain: &str) -> (Vec<Vec<u32>>, kvfuse::serve::Counts) {
-    let arrivals: Vec<Arrival> = jobs.iter().map(|job| Arrival { seconds: 0.0, job: job.clone() }).collect();
+    let arrivals: Vec<Arrival> =
+        jobs.iter().map(|job| Arrival { seconds: 0.0, after: None, job: job.clone() }).collect();
     let policy = policy(chain, limits.block_size);
     let outcome = serve(model(), limits, policy, &arrivals, usize::MAX).unwrap();
     (outcome.answers, outcome.counts)
@@ -99,7 +100,8 @@ fn little_memory_means_preemptions_and_hits_are_counted() {
 fn a_prompt_beyond_the_budget_fails_and_the_others_are_served() {
     let mut jobs = jobs(3, 1, 1);
     jobs[1].prompt = vec![7; 400];
-    let arrivals: Vec<Arrival> = jobs.iter().map(|job| Arrival { seconds: 0.0, job: job.clone() }).collect();
+    let arrivals: Vec<Arrival> =
+        jobs.iter().map(|job| Arrival { seconds: 0.0, after: None, job: job.clone() }).collect();
     let outcome = serve(model(), limits(14, 8, 64, 8), policy("prefix", 8), &arrivals, 8).unwrap();
     let failed: Vec<bool> = outcome.served.iter().map(|s| s.failed).collect();
     assert_eq!(failed, [false, true, false]);
@@ -164,7 +166,7 @@ fn fewer_bits_take_less_of_the_pool() {
         .collect();
     let bytes = |chain: &str| {
         let arrivals: Vec<Arrival> =
-            long.iter().map(|job| Arrival { seconds: 0.0, job: job.clone() }).collect();
+            long.iter().map(|job| Arrival { seconds: 0.0, after: None, job: job.clone() }).collect();
         let mut engine = Engine::new(model(), limits(1000, 16, 10_000, 64), policy(chain, 16));
         arrivals.into_iter().for_each(|a| engine.submit(a.job));
         engine.step().unwrap();
@@ -345,4 +347,28 @@ fn a_trace_is_replayed() {
     refused(&["--passages", "2"], &["--passages", "--trace"]);
     let bad = [&serve[..3], &["--trace", "sharegpt:x", "-o", text(&out)]].concat();
     common::refuse(&bad, &["sharegpt:x", "mooncake:FILE"]);
+}
+
+/// A turn of a conversation comes when the turn before has ended, and finds its prompt in the prefix cache.
+#[test]
+fn turns_follow_each_other() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("out");
+    let serve = "--turns 3 --requests 9 --shots 0 --repeats 1 --output-len 6 --ignore-eos --block-size 8 --quality-requests 2";
+    let model =
+        ["serve-bench", "--model", text(small_model()), "--method", "prefix", "--budget-requests", "20"];
+    let arguments: Vec<&str> = model.into_iter().chain(serve.split(' ')).chain(["-o", text(&out)]).collect();
+    succeed(&arguments);
+    let rows = kvfuse::tables::Columns::read(&out.join("serve_requests.csv")).unwrap();
+    let of = |name: &str| rows.floats(name).unwrap();
+    let (arrivals, ends, inputs) = (of("arrival_seconds"), of("end_seconds"), of("input_tokens"));
+    // Three conversations: first turns, second ones, third ones.
+    for i in 3..9 {
+        assert_eq!(arrivals[i], ends[i - 3], "{i}");
+        assert!(inputs[i] > inputs[i - 3]);
+    }
+    let runs = kvfuse::tables::Columns::read(&out.join("serve.csv")).unwrap();
+    let hits = runs.floats("prefix_hit_tokens").unwrap()[0];
+    let before: f64 = inputs[..6].iter().map(|tokens| (tokens - 8.0).max(0.0)).sum();
+    assert!(hits >= before, "{hits} {before}");
 }

@@ -28,6 +28,10 @@ pub struct DrawArgs {
     /// Put this many passages into every prompt, the question's own among them, in random order: retrieval-augmented generation
     #[arg(long, value_name = "K")]
     pub passages: Option<usize>,
+    /// Ask in conversations of so many turns about one passage: the prompt of a turn holds the turns before it, with their reference
+    /// answers
+    #[arg(long, value_name = "T", conflicts_with_all = ["passages", "length"])]
+    pub turns: Option<usize>,
     /// Only questions about one half of the data's passages, as the file has them: train on one, test on the other
     #[arg(long, value_enum)]
     pub half: Option<Half>,
@@ -56,6 +60,7 @@ impl DrawArgs {
             length: self.length,
             passages: self.passages,
             pool: self.pool,
+            turns: self.turns,
             half: self.half,
             continuation: self.continuation,
             needles: self.needles,

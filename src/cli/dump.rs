@@ -114,6 +114,7 @@ fn default_name(args: &Args) -> Result<String> {
         ("-m", args.draw.needles - args.draw.needles.min(1)),
         ("-t", args.draw.tenants),
         ("-p", args.shift),
+        ("-q", args.draw.turns.unwrap_or(0)),
         ("-c", args.draw.continuation.unwrap_or(0)),
     ];
     let optional = optional.iter().filter(|(_, n)| *n > 0).map(|(name, n)| format!("{name}{n}"));

@@ -1,9 +1,8 @@
 //! One drawing, two files: PNG and SVG, with a font of our own so that a bare machine can draw.
 
+use super::palette;
 use crate::error::{Error, Result};
 use crate::files;
-use image::ImageEncoder;
-use image::codecs::png::{CompressionType, FilterType, PngEncoder};
 use plotters::coord::Shift;
 use plotters::coord::ranged1d::ValueFormatter;
 use plotters::prelude::*;
@@ -45,11 +44,7 @@ pub fn save(figure: &impl Figure, folder: &Path, name: &str, of: &str) -> Result
     let mut pixels = vec![0u8; (width * height * 3) as usize];
     draw(figure, of, &BitMapBackend::with_buffer(&mut pixels, (width, height)).into_drawing_area())
         .map_err(failed(&png))?;
-    let mut encoded = Vec::new();
-    // Flat colours compress best unfiltered: half of what the encoder's defaults make.
-    PngEncoder::new_with_quality(&mut encoded, CompressionType::Best, FilterType::NoFilter)
-        .write_image(&pixels, width, height, image::ColorType::Rgb8)
-        .map_err(|e| failed(&png)(e.to_string()))?;
+    let encoded = palette::png(&pixels, width, height).map_err(|e| failed(&png)(e.to_string()))?;
     files::write_atomically(&png, |out| out.write_all(&encoded))?;
 
     let mut text = String::new();

@@ -7,6 +7,7 @@ mod family;
 mod heatmap;
 mod loads;
 mod migration;
+mod palette;
 mod positions;
 mod prediction;
 mod rate;

@@ -192,7 +192,8 @@ impl Figure for Timeline {
             axes(&mut chart, "seconds", name)?;
             for (i, run) in self.runs.iter().enumerate() {
                 let color = series_color(i);
-                let line = LineSeries::new(run.iter().map(|p| (p.0, value(p))), color.stroke_width(2));
+                // Thin: thick lines are drawn with mitred corners, which stand out far above and below a sudden change.
+                let line = LineSeries::new(run.iter().map(|p| (p.0, value(p))), color.stroke_width(1));
                 chart
                     .draw_series(line)
                     .map_err(said)?

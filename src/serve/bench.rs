@@ -161,9 +161,13 @@ impl Server<'_> {
         };
         give_back();
         let rss_before = resident().0;
-        let jobs = load.jobs.iter().zip(&times);
+        let arrival = |((job, &seconds), after): ((&Job, &f64), Option<usize>)| Arrival {
+            seconds,
+            after,
+            job: job.clone(),
+        };
         let arrivals: Vec<Arrival> =
-            jobs.map(|(job, &seconds)| Arrival { seconds, job: job.clone() }).collect();
+            load.jobs.iter().zip(&times).zip(load.set.followed()).map(arrival).collect();
         let outcome = serve(model, limits, policy.clone(), &arrivals, options.concurrency)?;
         let mut fields = fields(&outcome.served, outcome.duration, options.goal, &options.percentiles);
         engine_fields(&mut fields, &outcome, rss_before);

@@ -59,6 +59,9 @@ pub struct Engine<'m> {
     given_back: u64,
 }
 
+/// Coded columns up to this part of the budget do not make way for one more request while others run: a column of pages takes the room of
+/// some thirty coded ones.
+const KEPT_SHARE: usize = 4;
 /// Freed bytes in the pool after which its memory goes back to the system.
 const GIVE_BACK: u64 = 4 << 20;
 
@@ -194,7 +197,9 @@ impl<'m> Engine<'m> {
             }
             // Room is left for the prompts of those that run, and for their next tokens.
             let spare: usize = self.running.iter().map(|s| s.columns_due(size)).sum();
-            if !self.make_room(needed + spare * self.column_bytes())? {
+            // One more request is not worth what many others would have to compute again.
+            let kept = if self.running.is_empty() { 0 } else { self.limits.budget_bytes / KEPT_SHARE };
+            if !self.make_room(needed + spare * self.column_bytes(), kept)? {
                 found.iter().for_each(|&id| self.prefix.give(id));
                 self.waiting.push_front(sequence);
                 break;
@@ -219,6 +224,9 @@ impl<'m> Engine<'m> {
                 self.counts.prefix_hits += hits;
             }
             found.iter().for_each(|&id| self.prefix.want(id));
+            if self.policy.prefix {
+                self.prefix.asked(sequence.tenant, &sequence.tokens, size, whole);
+            }
             sequence.columns = found;
             due += sequence.due();
             self.running.push(sequence);
@@ -239,14 +247,15 @@ impl<'m> Engine<'m> {
         Ok(())
     }
 
-    /// Frees what is cold until so many bytes are free; whether they are.
-    fn make_room(&mut self, bytes: usize) -> Result<bool> {
+    /// Frees what is cold until so many bytes are free; whether they are. Coded columns go last, down to `kept` bytes of them.
+    fn make_room(&mut self, bytes: usize, kept: usize) -> Result<bool> {
         while self.bytes() + bytes > self.limits.budget_bytes {
             let coldest = self.prefix.coldest();
             if let Some(id) = coldest {
                 self.keep_coded(id)?;
             }
-            let Some(id) = coldest.or_else(|| self.prefix.coldest_coded()) else { return Ok(false) };
+            let coded = || self.prefix.coldest_coded().filter(|_| self.prefix.coded_bytes() > kept);
+            let Some(id) = coldest.or_else(coded) else { return Ok(false) };
             let known = self.prefix.columns();
             self.prefix.free(&mut self.pool, id);
             self.counts.dropped_columns += (known - self.prefix.columns()) as u64;
@@ -288,7 +297,7 @@ impl<'m> Engine<'m> {
                 (s.cache.tokens + n).div_ceil(size) - s.cache.tokens.div_ceil(size)
             };
             let columns: usize = plan.iter().zip(&self.running).map(opened).sum();
-            if self.make_room(columns * self.column_bytes())? {
+            if self.make_room(columns * self.column_bytes(), 0)? {
                 return Ok(plan);
             }
             // Who came last waits again.

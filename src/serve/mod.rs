@@ -12,6 +12,7 @@ mod policy;
 mod prefix;
 mod quality;
 mod record;
+mod returns;
 mod roofline;
 mod run;
 mod tier;

@@ -3,6 +3,7 @@
 //! A node is a *column*: one block of tokens in all layers. What nobody uses goes when room is needed, least recently used
 //! first, leaves before what they stand on. A column that goes may leave its encoded form behind (the second tier).
 
+use super::returns::{Chain, Returns, chain};
 use crate::block::{BlockPool, Entry, Payload};
 use std::collections::HashMap;
 
@@ -19,6 +20,7 @@ pub struct Node {
     /// Blocks before it.
     pub block: usize,
     pub tenant: usize,
+    chain: Chain,
     parent: Option<NodeId>,
     /// Columns that stand on it, and how many of these have pages.
     children: usize,
@@ -26,7 +28,7 @@ pub struct Node {
     /// Running requests that read it.
     users: usize,
     used: u64,
-    /// Whether it was, or will be, read by more than the request that made it: only then is it worth coding.
+    /// Whether it was, or will be, read by more than the request that made it: it is worth coding.
     wanted: bool,
 }
 
@@ -47,6 +49,7 @@ pub struct PrefixCache {
     next: NodeId,
     clock: u64,
     coded_bytes: usize,
+    returns: Returns,
 }
 
 impl PrefixCache {
@@ -61,6 +64,16 @@ impl PrefixCache {
             parent = Some(node);
         }
         found
+    }
+
+    /// A request asks for its first `blocks` blocks, whether they are there or not.
+    pub fn asked(&mut self, tenant: usize, tokens: &[u32], size: usize, blocks: usize) {
+        let mut before = None;
+        for own in tokens.chunks_exact(size).take(blocks) {
+            let own = chain(tenant, before, own);
+            self.returns.asked(own);
+            before = Some(own);
+        }
     }
 
     pub fn node(&self, id: NodeId) -> Option<&Node> {
@@ -117,6 +130,7 @@ impl PrefixCache {
         let id = match self.by_tokens.get(&key) {
             Some(&id) => id,
             None => {
+                let before = own.parent.and_then(|p| self.nodes.get(&p)).map(|p| p.chain);
                 let id = self.next;
                 self.next += 1;
                 let node = Node {
@@ -125,6 +139,7 @@ impl PrefixCache {
                     tokens: own.tokens.into(),
                     block: own.block,
                     tenant: own.tenant,
+                    chain: chain(own.tenant, before, own.tokens),
                     parent: own.parent,
                     children: 0,
                     paged_children: 0,
@@ -167,6 +182,9 @@ impl PrefixCache {
     /// Lets go of a cold column: of its pages if it is coded, of all if it is not or has none.
     pub fn free(&mut self, pool: &mut BlockPool, id: NodeId) {
         let Some(node) = self.nodes.get_mut(&id) else { return };
+        if node.pages.is_some() {
+            self.returns.went(node.chain);
+        }
         if node.coded.is_none() || node.pages.is_none() {
             self.drop_column(pool, id);
             return;
@@ -192,14 +210,20 @@ impl PrefixCache {
         self.nodes.iter().filter(|n| free(n.1)).min_by_key(|n| n.1.used).map(|n| *n.0)
     }
 
-    /// A cold column and those before it that nobody reads and nothing else stands on, as far as they are worth coding and not
-    /// coded; first things first.
+    /// A cold column and those before it that nobody reads and nothing else stands on, as far as they are worth coding (a second
+    /// request has found them, or enough of those that went came back) and not coded; first things first.
     pub fn cold_run(&self, id: NodeId) -> Vec<NodeId> {
+        let pays = self.returns.pays();
         let mut run = Vec::new();
         let mut at = Some(id);
         while let Some((id, node)) = at.and_then(|id| Some((id, self.nodes.get(&id)?))) {
             let alone = run.is_empty() || node.children == 1;
-            if node.users > 0 || !alone || !node.wanted || node.coded.is_some() || node.pages.is_none() {
+            if node.users > 0
+                || !alone
+                || !(node.wanted || pays)
+                || node.coded.is_some()
+                || node.pages.is_none()
+            {
                 break;
             }
             run.push(id);

@@ -15,6 +15,8 @@ use std::time::{Duration, Instant};
 #[derive(Debug, Clone)]
 pub struct Arrival {
     pub seconds: f64,
+    /// The one that must have ended before: the turn of the conversation before it.
+    pub after: Option<usize>,
     pub job: Job,
 }
 
@@ -45,7 +47,8 @@ pub struct Outcome {
 /// Seconds between two looks at the engine.
 const LOOK_EVERY: f64 = 0.1;
 
-/// Serves all requests; at most `concurrency` are in the engine at once. Jobs must be numbered as they come.
+/// Serves all requests; at most `concurrency` are in the engine at once. Jobs must be numbered as they come. A turn of a conversation
+/// comes when its time has come and the turn before has ended.
 ///
 /// # Errors
 /// What the engine fails on; an interruption.
@@ -71,21 +74,27 @@ pub fn serve(
         max_concurrent: 0,
     };
     let started = Instant::now();
-    let (mut next, mut inside) = (0, 0);
-    while next < n || inside > 0 {
+    let mut left: Vec<usize> = (0..n).collect();
+    let mut inside = 0;
+    while !left.is_empty() || inside > 0 {
         interrupt::check()?;
         let now = started.elapsed().as_secs_f64();
-        while next < n && inside < concurrency && arrivals[next].seconds <= now {
+        left.retain(|&i| {
+            let arrival = &arrivals[i];
+            let before = arrival.after.map(|before| &out.served[before]);
+            if inside == concurrency || arrival.seconds > now || before.is_some_and(|b| b.end == 0.0) {
+                return true;
+            }
             // With all at once and few let in, a client sends its next when its last has ended.
-            let served = &mut out.served[next];
-            served.arrival = if served.arrival > 0.0 { served.arrival } else { now };
-            engine.submit(arrivals[next].job.clone());
-            next += 1;
+            let ready = arrival.seconds.max(before.map_or(0.0, |b| b.end));
+            out.served[i].arrival = if ready > 0.0 { ready } else { now };
+            engine.submit(arrival.job.clone());
             inside += 1;
-        }
+            false
+        });
         if inside == 0 {
-            let wait = arrivals[next].seconds - now;
-            std::thread::sleep(Duration::from_secs_f64(wait.clamp(0.0, 0.05)));
+            let wait = left.iter().map(|&i| arrivals[i].seconds - now).fold(0.05, f64::min);
+            std::thread::sleep(Duration::from_secs_f64(wait.max(0.0)));
             continue;
         }
         for event in engine.step()? {

@@ -69,6 +69,7 @@ impl TraceOptions {
         let (_, path) = self.source()?;
         let fixed = [
             ("--passages", draw.passages.is_some()),
+            ("--turns", draw.turns.is_some()),
             ("--length", draw.length.is_some()),
             ("--limit", draw.limit.is_some()),
             ("--continuation", draw.continuation.is_some()),

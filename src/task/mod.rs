@@ -11,6 +11,7 @@ mod qa;
 mod ruler;
 mod score;
 mod squad;
+mod turns;
 
 pub use filler::Filler;
 pub use metric::Metric;
@@ -22,6 +23,7 @@ use rand::SeedableRng;
 use rand::seq::SliceRandom;
 use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -39,6 +41,9 @@ pub struct Request {
     /// Whose request it is; empty if nobody's in particular.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub tenant: String,
+    /// Id of the request whose turn of the conversation came before; empty if none did.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub follows: String,
     /// How its answer is scored.
     #[serde(default, skip_serializing_if = "is_f1")]
     pub metric: Metric,
@@ -66,6 +71,7 @@ impl Request {
             contexts: vec![context_checksum(&prompt)],
             prompt,
             tenant: String::new(),
+            follows: String::new(),
             metric: Metric::F1,
             classes: Vec::new(),
             answer_tokens: None,
@@ -99,6 +105,15 @@ pub struct PromptSet {
     pub answer_tokens: Option<usize>,
 }
 
+impl PromptSet {
+    /// For every request the index of the one that it follows in a conversation.
+    pub fn followed(&self) -> Vec<Option<usize>> {
+        let index: BTreeMap<&str, usize> =
+            self.requests.iter().enumerate().map(|(i, r)| (&r.id[..], i)).collect();
+        self.requests.iter().map(|r| index.get(&r.follows[..]).copied()).collect()
+    }
+}
+
 /// Kinds of data that a file holds.
 const FILES: [&str; 5] = ["squad", "longbench", "ruler", "text", "prompts"];
 const BUILTIN_QA: &str = include_str!("../../data/qa.json");
@@ -121,6 +136,9 @@ pub struct Draw {
     /// generation); `pool` of 0: all there are.
     pub passages: Option<usize>,
     pub pool: usize,
+    /// Turns of a conversation about one passage, of which each is a request.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub turns: Option<usize>,
     /// Only questions about the first, or the last, half of the data's passages; other passages are not seen at all.
     pub half: Option<Half>,
     /// Tokens at the end of a window of text whose likelihood is measured.
@@ -153,6 +171,7 @@ impl Draw {
             length: None,
             passages: None,
             pool: 0,
+            turns: None,
             half: None,
             continuation: None,
             needles: 1,
@@ -176,6 +195,7 @@ impl Draw {
         }
         let misplaced = [
             ("--passages", self.passages.is_some(), matches!(source, ("builtin", "qa") | ("squad", _))),
+            ("--turns", self.turns.is_some(), matches!(source, ("builtin", "qa") | ("squad", _))),
             ("--half", self.half.is_some(), matches!(source, ("builtin" | "squad", _))),
             (
                 "--continuation",
@@ -183,9 +203,15 @@ impl Draw {
                 matches!(source, ("builtin", "text") | ("text", _)),
             ),
         ];
-        match misplaced.iter().find(|(_, given, fits)| *given && !fits) {
-            Some((name, ..)) => Err(Error::argument(format!("{name} does not go with --data {}", self.spec))),
-            None => Ok(()),
+        if let Some((name, ..)) = misplaced.iter().find(|(_, given, fits)| *given && !fits) {
+            return Err(Error::argument(format!("{name} does not go with --data {}", self.spec)));
+        }
+        match self.turns {
+            Some(0) => Err(Error::argument("--turns must be at least 1")),
+            Some(_) if self.passages.is_some() || self.length.is_some() => {
+                Err(Error::argument("--turns ask about one passage; leave out --passages and --length"))
+            }
+            _ => Ok(()),
         }
     }
 
@@ -301,7 +327,11 @@ pub fn prose(draw: &Draw) -> Result<(String, String)> {
 fn deal(requests: &mut [Request], draw: &Draw) {
     let mut labels: Vec<usize> = (0..requests.len()).map(|i| i % draw.tenants + 1).collect();
     labels.shuffle(&mut ChaCha8Rng::seed_from_u64(draw.seed));
+    let mut dealt: BTreeMap<String, usize> = BTreeMap::new();
     for (request, label) in requests.iter_mut().zip(labels) {
+        // A conversation is one tenant's.
+        let label = dealt.get(&request.follows).copied().unwrap_or(label);
+        dealt.insert(request.id.clone(), label);
         request.tenant = format!("tenant-{label}");
     }
 }

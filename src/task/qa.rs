@@ -1,7 +1,7 @@
 //! Few-shot plain-text prompts over passages.
 
 use super::squad::{Passage, Question};
-use super::{Draw, PromptSet, Request, checksum, context_checksum};
+use super::{Draw, PromptSet, Request, checksum, context_checksum, turns};
 use crate::error::{Error, Result};
 use rand::seq::SliceRandom;
 use rand::{RngExt, SeedableRng};
@@ -54,6 +54,18 @@ pub fn draw(
         |&i: &usize| format!("{} {}\n\n", unanswered(&[&all[i].passage], &all[i].question), all[i].answer);
     let preamble: String = chosen.iter().map(example).collect();
 
+    let set = |requests: Vec<Request>, template: &str| PromptSet {
+        requests,
+        template: template.to_owned(),
+        shots: chosen.iter().map(|i| format!("shot-{}", i + 1)).collect(),
+        stop: Some("\n".to_owned()),
+        sha256: checksum(text),
+        answer_tokens: None,
+    };
+    if let Some(turns) = options.turns {
+        let requests = turns::requests(passages, &preamble, options, turns, &mut rng)?;
+        return Ok(set(requests, turns::TEMPLATE));
+    }
     let pool = match options.passages {
         Some(count) => pool(passages.len(), count, options, &mut rng)?,
         None => (0..passages.len()).collect(),
@@ -92,14 +104,8 @@ pub fn draw(
             ..Request::raw(question.id.clone(), preamble.clone() + &unanswered(&texts, &question.text))
         })
     };
-    Ok(PromptSet {
-        requests: questions[..requests].iter().map(request).collect::<Result<_>>()?,
-        template: TEMPLATE.to_owned(),
-        shots: chosen.iter().map(|i| format!("shot-{}", i + 1)).collect(),
-        stop: Some("\n".to_owned()),
-        sha256: checksum(text),
-        answer_tokens: None,
-    })
+    let requests = questions[..requests].iter().map(request).collect::<Result<_>>()?;
+    Ok(set(requests, TEMPLATE))
 }
 
 /// The passages that a retriever can find: so many of all, drawn by seed, in order.
