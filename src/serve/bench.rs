@@ -196,6 +196,7 @@ impl Load {
 }
 
 fn load(model: &Model, options: &BenchOptions) -> Result<Load> {
+    // The `i`th of `all` requests whose quality can be measured.
     let watched = |i: usize, all: usize| {
         let spread = (all / options.quality_requests.max(1)).max(1);
         let watched = i.is_multiple_of(spread) && i / spread < options.quality_requests;
@@ -220,6 +221,9 @@ fn load(model: &Model, options: &BenchOptions) -> Result<Load> {
         return fits(model, load);
     }
     let set = task::load(&options.draw, &|text| Ok(model.tokenizer.encode(text)?.len()))?;
+    // Of conversations later turns: first ones find the preamble alone.
+    let first = set.requests.iter().take_while(|r| r.follows.is_empty()).count();
+    let skipped = if first < set.requests.len() { first } else { 0 };
     let job = |(i, request): (usize, &task::Request)| -> Result<Job> {
         let prompt = model.tokenizer.encode_prompt(&request.prompt)?;
         let usual = request.answer_tokens.or(set.answer_tokens).unwrap_or(crate::sweep::ANSWER_TOKENS);
@@ -230,7 +234,7 @@ fn load(model: &Model, options: &BenchOptions) -> Result<Load> {
             max_tokens: options.output_tokens.unwrap_or(usual),
             stop: if options.ignore_end { Vec::new() } else { set.stop.iter().cloned().collect() },
             ignore_end: options.ignore_end,
-            keep_logits: watched(i, set.requests.len()),
+            keep_logits: i.checked_sub(skipped).map_or(0, |i| watched(i, set.requests.len() - skipped)),
         })
     };
     let jobs: Vec<Job> = set.requests.iter().enumerate().map(job).collect::<Result<_>>()?;

@@ -202,6 +202,11 @@ impl<'m> Engine<'m> {
             if !self.make_room(needed + spare * self.column_bytes(), kept)? {
                 found.iter().for_each(|&id| self.prefix.give(id));
                 self.waiting.push_front(sequence);
+                if self.running.is_empty() && self.prefix.columns() > 0 {
+                    // It fits by itself: what it found is coded and takes the room that it needs.
+                    self.prefix.clear(&mut self.pool);
+                    continue;
+                }
                 break;
             }
             self.decode(&found)?;
@@ -224,7 +229,7 @@ impl<'m> Engine<'m> {
                 self.counts.prefix_hits += hits;
             }
             found.iter().for_each(|&id| self.prefix.want(id));
-            if self.policy.prefix {
+            if self.policy.prefix && !sequence.preempted {
                 self.prefix.asked(sequence.tenant, &sequence.tokens, size, whole);
             }
             sequence.columns = found;
@@ -299,6 +304,9 @@ impl<'m> Engine<'m> {
             let columns: usize = plan.iter().zip(&self.running).map(opened).sum();
             if self.make_room(columns * self.column_bytes(), 0)? {
                 return Ok(plan);
+            }
+            if self.prefix.forget_payloads() {
+                continue;
             }
             // Who came last waits again.
             let Some(mut last) = self.running.pop() else { return Ok(Vec::new()) };

@@ -179,6 +179,15 @@ impl PrefixCache {
         node.coded = Some(payloads);
     }
 
+    /// Lets go of what columns with pages are coded as; whether there was any.
+    pub fn forget_payloads(&mut self) -> bool {
+        let before = self.coded_bytes;
+        for node in self.nodes.values_mut().filter(|n| n.pages.is_some()) {
+            self.coded_bytes -= node.coded.take().as_deref().map_or(0, bytes_of);
+        }
+        self.coded_bytes < before
+    }
+
     /// Lets go of a cold column: of its pages if it is coded, of all if it is not or has none.
     pub fn free(&mut self, pool: &mut BlockPool, id: NodeId) {
         let Some(node) = self.nodes.get_mut(&id) else { return };

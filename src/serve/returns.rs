@@ -1,11 +1,11 @@
 //! How often columns come back whose pages went: what decides whether a cold column is worth coding.
 
-use std::collections::{HashSet, VecDeque};
+use std::collections::{HashMap, VecDeque};
 use std::hash::{DefaultHasher, Hash, Hasher};
 
-/// Coding a column takes about a fifth of what computing it takes, decoding it an eighth (results/migration): coding pays from one in
-/// five that comes back, and is done from one in so many.
-const WORTH: u64 = 4;
+/// A column comes back as one of so many at least, if it is to be coded. Coding takes a fifth to a third of what computing takes, decoding
+/// an eighth to a sixth (results/migration, results/serve-turns): it pays from one in two to five.
+const WORTH: u64 = 3;
 /// Columns that are coded before anything is known.
 const TRIAL: u64 = 256;
 /// Columns that are remembered when their pages have gone; beyond as many, what was counted weighs half.
@@ -26,8 +26,10 @@ pub fn chain(tenant: usize, before: Option<Chain>, tokens: &[u32]) -> Chain {
 pub struct Returns {
     gone: u64,
     back: u64,
-    away: HashSet<Chain>,
-    order: VecDeque<Chain>,
+    /// When they went, counted in columns.
+    away: HashMap<Chain, u64>,
+    order: VecDeque<(Chain, u64)>,
+    clock: u64,
 }
 
 impl Returns {
@@ -38,13 +40,14 @@ impl Returns {
 
     /// A column's pages go.
     pub fn went(&mut self, chain: Chain) {
-        if !self.away.insert(chain) {
-            return;
+        self.clock += 1;
+        if self.away.insert(chain, self.clock).is_none() {
+            self.gone += 1;
         }
-        self.gone += 1;
-        self.order.push_back(chain);
+        self.order.push_back((chain, self.clock));
         if self.order.len() > MEMORY
-            && let Some(oldest) = self.order.pop_front()
+            && let Some((oldest, when)) = self.order.pop_front()
+            && self.away.get(&oldest) == Some(&when)
         {
             self.away.remove(&oldest);
         }
@@ -56,13 +59,14 @@ impl Returns {
 
     /// A request asks for a column.
     pub fn asked(&mut self, chain: Chain) {
-        self.back += u64::from(self.away.remove(&chain));
+        self.back += u64::from(self.away.remove(&chain).is_some());
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::collections::HashSet;
 
     #[test]
     fn coding_pays_while_enough_comes_back() {
@@ -72,10 +76,10 @@ mod tests {
         assert!(returns.pays(), "on trial");
         names[256..700].iter().for_each(|c| returns.went(*c));
         assert!(!returns.pays(), "nothing came back");
-        names[..120].iter().for_each(|c| returns.asked(*c));
-        names[..120].iter().for_each(|c| returns.asked(*c));
+        names[..150].iter().for_each(|c| returns.asked(*c));
+        names[..150].iter().for_each(|c| returns.asked(*c));
         assert!(returns.pays(), "enough came back");
-        assert_eq!(returns.back, 120, "nobody comes back twice from going once");
+        assert_eq!(returns.back, 150, "nobody comes back twice from going once");
         for round in 0..3 * MEMORY as u64 {
             returns.went(chain(1, Some(round), &[3]));
         }

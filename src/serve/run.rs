@@ -87,7 +87,7 @@ pub fn serve(
             }
             // With all at once and few let in, a client sends its next when its last has ended.
             let ready = arrival.seconds.max(before.map_or(0.0, |b| b.end));
-            out.served[i].arrival = if ready > 0.0 { ready } else { now };
+            out.served[i].arrival = if arrival.seconds > 0.0 { ready } else { now };
             engine.submit(arrival.job.clone());
             inside += 1;
             false

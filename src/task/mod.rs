@@ -108,9 +108,14 @@ pub struct PromptSet {
 impl PromptSet {
     /// For every request the index of the one that it follows in a conversation.
     pub fn followed(&self) -> Vec<Option<usize>> {
-        let index: BTreeMap<&str, usize> =
-            self.requests.iter().enumerate().map(|(i, r)| (&r.id[..], i)).collect();
-        self.requests.iter().map(|r| index.get(&r.follows[..]).copied()).collect()
+        let mut earlier: BTreeMap<&str, usize> = BTreeMap::new();
+        let mut all = Vec::with_capacity(self.requests.len());
+        for (i, request) in self.requests.iter().enumerate() {
+            let follows = Some(&request.follows[..]).filter(|id| !id.is_empty());
+            all.push(follows.and_then(|id| earlier.get(id).copied()));
+            earlier.insert(&request.id, i);
+        }
+        all
     }
 }
 
@@ -325,14 +330,19 @@ pub fn prose(draw: &Draw) -> Result<(String, String)> {
 
 /// Deals requests to tenants, as evenly as can be, by seed.
 fn deal(requests: &mut [Request], draw: &Draw) {
-    let mut labels: Vec<usize> = (0..requests.len()).map(|i| i % draw.tenants + 1).collect();
+    let first = requests.iter().filter(|r| r.follows.is_empty()).count();
+    let mut labels: Vec<usize> = (0..first).map(|i| i % draw.tenants + 1).collect();
     labels.shuffle(&mut ChaCha8Rng::seed_from_u64(draw.seed));
-    let mut dealt: BTreeMap<String, usize> = BTreeMap::new();
-    for (request, label) in requests.iter_mut().zip(labels) {
+    let mut labels = labels.into_iter();
+    let mut dealt: BTreeMap<String, String> = BTreeMap::new();
+    for request in requests {
         // A conversation is one tenant's.
-        let label = dealt.get(&request.follows).copied().unwrap_or(label);
-        dealt.insert(request.id.clone(), label);
-        request.tenant = format!("tenant-{label}");
+        let tenant = match dealt.get(&request.follows).filter(|_| !request.follows.is_empty()) {
+            Some(tenant) => tenant.clone(),
+            None => labels.next().map(|label| format!("tenant-{label}")).unwrap_or_default(),
+        };
+        dealt.insert(request.id.clone(), tenant.clone());
+        request.tenant = tenant;
     }
 }
 

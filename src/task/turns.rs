@@ -11,8 +11,9 @@ pub const TEMPLATE: &str =
     "Passage: {passage}\nQuestion: {question}\nAnswer: {answer}\nQuestion: {question}\nAnswer: {answer}";
 
 /// Requests in conversations of `turns` questions about one passage each, all behind one preamble (the system prompt). First turns
-/// come first, in an order drawn by seed, then second ones, and so on: between two turns of a conversation lie those of all others.
-/// Earlier turns are answered with their references, so that prompts are the same whatever a method makes a model say.
+/// come first, then second ones, and so on, each time in another order drawn by seed: between two turns of a conversation lie as
+/// many others as there are conversations, on average. Earlier turns are answered with their references, so that prompts are the
+/// same whatever a method makes a model say.
 ///
 /// # Errors
 /// More requests than the passages have turns for.
@@ -55,8 +56,13 @@ pub fn requests(
             ..Request::raw(question.id.clone(), prompt)
         }
     };
-    let all = (0..turns).flat_map(|turn| conversations.iter().map(move |c| (turn, c)));
-    Ok(all.map(|(turn, c)| request(turn, c)).take(wanted).collect())
+    let mut all = Vec::with_capacity(wanted);
+    for turn in 0..turns {
+        all.extend(conversations.iter().map(|c| request(turn, c)));
+        conversations.shuffle(rng);
+    }
+    all.truncate(wanted);
+    Ok(all)
 }
 
 #[cfg(test)]
