@@ -48,9 +48,12 @@ fn limits(budget_columns: usize, block_size: usize, step_tokens: usize, running:
     Limits { block_size, budget_bytes: budget_columns * column, running, step_tokens }
 }
 
+fn at_once(jobs: &[Job]) -> Vec<Arrival> {
+    jobs.iter().map(|job| Arrival { seconds: 0.0, after: None, job: job.clone() }).collect()
+}
+
 fn answers(jobs: &[Job], limits: Limits, chain: &str) -> (Vec<Vec<u32>>, kvfuse::serve::Counts) {
-    let arrivals: Vec<Arrival> =
-        jobs.iter().map(|job| Arrival { seconds: 0.0, after: None, job: job.clone() }).collect();
+    let arrivals = at_once(jobs);
     let policy = policy(chain, limits.block_size);
     let outcome = serve(model(), limits, policy, &arrivals, usize::MAX).unwrap();
     (outcome.answers, outcome.counts)
@@ -101,11 +104,32 @@ fn little_memory_means_preemptions_and_hits_are_counted() {
 fn a_prompt_beyond_the_budget_fails_and_the_others_are_served() {
     let mut jobs = jobs(3, 1, 1);
     jobs[1].prompt = vec![7; 400];
-    let arrivals: Vec<Arrival> =
-        jobs.iter().map(|job| Arrival { seconds: 0.0, after: None, job: job.clone() }).collect();
+    let arrivals = at_once(&jobs);
     let outcome = serve(model(), limits(14, 8, 64, 8), policy("prefix", 8), &arrivals, 8).unwrap();
     let failed: Vec<bool> = outcome.served.iter().map(|s| s.failed).collect();
     assert_eq!(failed, [false, true, false]);
+}
+
+/// A request that fits by itself is served even if all that it finds is coded and takes room besides its pages.
+#[test]
+fn what_is_found_coded_keeps_no_request_waiting() {
+    let job = |id: u64, from: u32, tokens: u32| Job {
+        id,
+        tenant: String::new(),
+        prompt: (from..from + tokens).collect(),
+        max_tokens: 1,
+        stop: Vec::new(),
+        ignore_end: true,
+        keep_logits: 0,
+    };
+    let mut engine = Engine::new(model(), limits(10, 8, 100, 4), policy("prefix+cachegen", 8));
+    // The second request takes the pages of the first, which stay coded; the third finds them.
+    for job in [job(0, 0, 76), job(1, 100, 40), job(2, 0, 76)] {
+        engine.submit(job);
+        let ended = (0..100).flat_map(|_| engine.step().unwrap()).find_map(|event| event.finish);
+        assert_eq!(ended, Some(Finish::Length));
+    }
+    assert!(engine.counts().encoded_columns > 0 && engine.counts().prefix_queries == 192);
 }
 
 /// Requests come, are called off and end at random, under every kind of chain; references stay right, and all pages come back.
@@ -166,10 +190,8 @@ fn fewer_bits_take_less_of_the_pool() {
         })
         .collect();
     let bytes = |chain: &str| {
-        let arrivals: Vec<Arrival> =
-            long.iter().map(|job| Arrival { seconds: 0.0, after: None, job: job.clone() }).collect();
         let mut engine = Engine::new(model(), limits(1000, 16, 10_000, 64), policy(chain, 16));
-        arrivals.into_iter().for_each(|a| engine.submit(a.job));
+        long.iter().for_each(|job| engine.submit(job.clone()));
         engine.step().unwrap();
         engine.bytes()
     };

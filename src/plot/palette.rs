@@ -20,7 +20,7 @@ fn indexed(pixels: &[Color]) -> (Vec<Color>, Vec<u8>) {
     (palette, indices)
 }
 
-/// RGB pixels as PNG: a third of what it would take with three bytes a pixel.
+/// RGB pixels as PNG: less than half of what it would take with three bytes a pixel.
 pub fn png(pixels: &[u8], width: u32, height: u32) -> io::Result<Vec<u8>> {
     let (palette, indices) = indexed(pixels.as_chunks().0);
     let mut encoded = Vec::new();

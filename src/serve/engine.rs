@@ -229,7 +229,8 @@ impl<'m> Engine<'m> {
                 self.counts.prefix_hits += hits;
             }
             found.iter().for_each(|&id| self.prefix.want(id));
-            if self.policy.prefix && !sequence.preempted {
+            // Only a second tier asks what comes back.
+            if self.policy.tier.is_some() && !sequence.preempted {
                 self.prefix.asked(sequence.tenant, &sequence.tokens, size, whole);
             }
             sequence.columns = found;

@@ -4,7 +4,7 @@ use std::collections::{HashMap, VecDeque};
 use std::hash::{DefaultHasher, Hash, Hasher};
 
 /// A column comes back as one of so many at least, if it is to be coded. Coding takes a fifth to a third of what computing takes, decoding
-/// an eighth to a sixth (results/migration, results/serve-turns): it pays from one in two to five.
+/// an eighth to a sixth (results/migration, results/serve-turns): it pays from one in five, or from one in two.
 const WORTH: u64 = 3;
 /// Columns that are coded before anything is known.
 const TRIAL: u64 = 256;

@@ -86,8 +86,8 @@ pub fn serve(
                 return true;
             }
             // With all at once and few let in, a client sends its next when its last has ended.
-            let ready = arrival.seconds.max(before.map_or(0.0, |b| b.end));
-            out.served[i].arrival = if arrival.seconds > 0.0 { ready } else { now };
+            let ended = before.map_or(0.0, |b| b.end);
+            out.served[i].arrival = if arrival.seconds > 0.0 { arrival.seconds.max(ended) } else { now };
             engine.submit(arrival.job.clone());
             inside += 1;
             false

@@ -108,15 +108,19 @@ pub struct PromptSet {
 impl PromptSet {
     /// For every request the index of the one that it follows in a conversation.
     pub fn followed(&self) -> Vec<Option<usize>> {
-        let mut earlier: BTreeMap<&str, usize> = BTreeMap::new();
-        let mut all = Vec::with_capacity(self.requests.len());
-        for (i, request) in self.requests.iter().enumerate() {
-            let follows = Some(&request.follows[..]).filter(|id| !id.is_empty());
-            all.push(follows.and_then(|id| earlier.get(id).copied()));
-            earlier.insert(&request.id, i);
-        }
-        all
+        followed(&self.requests)
     }
+}
+
+fn followed(requests: &[Request]) -> Vec<Option<usize>> {
+    let mut earlier: BTreeMap<&str, usize> = BTreeMap::new();
+    let mut all = Vec::with_capacity(requests.len());
+    for (i, request) in requests.iter().enumerate() {
+        let follows = Some(&request.follows[..]).filter(|id| !id.is_empty());
+        all.push(follows.and_then(|id| earlier.get(id).copied()));
+        earlier.insert(&request.id, i);
+    }
+    all
 }
 
 /// Kinds of data that a file holds.
@@ -198,9 +202,10 @@ impl Draw {
             }
             _ => return Err(self.unknown()),
         }
+        let asks = matches!(source, ("builtin", "qa") | ("squad", _));
         let misplaced = [
-            ("--passages", self.passages.is_some(), matches!(source, ("builtin", "qa") | ("squad", _))),
-            ("--turns", self.turns.is_some(), matches!(source, ("builtin", "qa") | ("squad", _))),
+            ("--passages", self.passages.is_some(), asks),
+            ("--turns", self.turns.is_some(), asks),
             ("--half", self.half.is_some(), matches!(source, ("builtin" | "squad", _))),
             (
                 "--continuation",
@@ -330,19 +335,16 @@ pub fn prose(draw: &Draw) -> Result<(String, String)> {
 
 /// Deals requests to tenants, as evenly as can be, by seed.
 fn deal(requests: &mut [Request], draw: &Draw) {
-    let first = requests.iter().filter(|r| r.follows.is_empty()).count();
-    let mut labels: Vec<usize> = (0..first).map(|i| i % draw.tenants + 1).collect();
+    let followed = followed(requests);
+    // A conversation is one tenant's.
+    let (first, later): (Vec<usize>, Vec<usize>) = (0..requests.len()).partition(|&i| followed[i].is_none());
+    let mut labels: Vec<usize> = (0..first.len()).map(|i| i % draw.tenants + 1).collect();
     labels.shuffle(&mut ChaCha8Rng::seed_from_u64(draw.seed));
-    let mut labels = labels.into_iter();
-    let mut dealt: BTreeMap<String, String> = BTreeMap::new();
-    for request in requests {
-        // A conversation is one tenant's.
-        let tenant = match dealt.get(&request.follows).filter(|_| !request.follows.is_empty()) {
-            Some(tenant) => tenant.clone(),
-            None => labels.next().map(|label| format!("tenant-{label}")).unwrap_or_default(),
-        };
-        dealt.insert(request.id.clone(), tenant.clone());
-        request.tenant = tenant;
+    for (i, label) in first.into_iter().zip(labels) {
+        requests[i].tenant = format!("tenant-{label}");
+    }
+    for i in later {
+        requests[i].tenant = followed[i].map(|before| requests[before].tenant.clone()).unwrap_or_default();
     }
 }
 

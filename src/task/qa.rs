@@ -24,7 +24,8 @@ struct Shot {
     answer: String,
 }
 
-fn unanswered(passages: &[&str], question: &str) -> String {
+/// A question behind passages, up to where its answer begins.
+pub fn unanswered(passages: &[&str], question: &str) -> String {
     let passages: String = passages.iter().map(|p| format!("Passage: {p}\n")).collect();
     format!("{passages}Question: {question}\nAnswer:")
 }

@@ -1,5 +1,6 @@
 //! Conversations: every turn is a request that has the turns before it in its prompt.
 
+use super::qa::unanswered;
 use super::squad::{Passage, Question};
 use super::{Draw, Request, context_checksum};
 use crate::error::{Error, Result};
@@ -41,13 +42,11 @@ pub fn requests(
     }
     conversations.truncate(wanted.div_ceil(turns));
     let request = |turn: usize, (passage, questions): &(&Passage, Vec<&Question>)| {
-        let before: String = questions[..turn]
-            .iter()
-            .map(|q| format!("Question: {}\nAnswer: {}\n", q.text, q.references[0]))
-            .collect();
+        let mut prompt = preamble.to_owned() + &unanswered(&[&passage.text], &questions[0].text);
+        for pair in questions[..=turn].windows(2) {
+            prompt += &format!(" {}\n{}", pair[0].references[0], unanswered(&[], &pair[1].text));
+        }
         let question = questions[turn];
-        let prompt =
-            format!("{preamble}Passage: {}\n{before}Question: {}\nAnswer:", passage.text, question.text);
         Request {
             question: question.text.clone(),
             references: question.references.clone(),
