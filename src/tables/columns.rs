@@ -6,6 +6,7 @@ use polars::prelude::*;
 use serde::Serialize;
 use serde_json::Value;
 use std::fs;
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 /// Writes rows as CSV, one column a field in declaration order; what a row does not have is an empty cell.
@@ -63,7 +64,15 @@ fn column(name: &str, rows: &[serde_json::Map<String, Value>]) -> Column {
 
 /// Reads a CSV file with a header.
 pub fn read_csv(path: &Path) -> Result<DataFrame> {
-    let bytes = fs::read(path).at(path)?;
+    let bytes = match fs::read(path) {
+        Err(e) if e.kind() == ErrorKind::NotFound => {
+            return Err(Error::file(
+                path,
+                "there is no such table; name one that is there, or the folder of one",
+            ));
+        }
+        read => read.at(path)?,
+    };
     CsvReadOptions::default()
         .with_infer_schema_length(None)
         .into_reader_with_file_handle(std::io::Cursor::new(bytes))

@@ -334,14 +334,19 @@ pub fn made_up(
 
 /// The same numbers in a new pool, without payloads.
 pub fn plain_copy(batch: &CacheBatch) -> CacheBatch {
+    copied(batch, |value| value)
+}
+
+/// Other values in a new pool, without payloads.
+pub fn copied(batch: &CacheBatch, value: impl Fn(f32) -> f32) -> CacheBatch {
     let mut copy = CacheBatch::empty(batch.pool.shape(), Storage::F16, batch.ropes.clone());
     for (request, cache) in batch.caches.iter().enumerate() {
         let mut own = RequestCache { layers: Vec::new(), tokens: cache.tokens };
         for old in &cache.layers {
             let mut table = BlockTable::default();
             for entry in &old.entries {
-                table
-                    .push(copy.pool.allocate(&batch.pool.keys(entry.block), &batch.pool.values(entry.block)));
+                let values: Vec<f32> = batch.pool.values(entry.block).iter().map(|v| value(*v)).collect();
+                table.push(copy.pool.allocate(&batch.pool.keys(entry.block), &values));
             }
             own.layers.push(table);
         }

@@ -14,13 +14,10 @@ use serde::{Deserialize, Serialize};
 use std::path::Path;
 
 /// Raised whenever a file of an older version would decode to something else.
-pub const SCHEMA: u32 = 2;
+pub const SCHEMA: u32 = 3;
 
 /// What the file's metadata call it.
 const KIND: &str = "kvfuse_joint";
-
-/// Heads of more numbers than this have metrics so uneven that components in bytes do not undo each other.
-const WIDE: usize = 128;
 
 /// Where a codec comes from and what it fits.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -56,7 +53,7 @@ pub struct LayerBook {
     pub components: usize,
     /// Symmetric roots of the metric, head by head: `[2 * kv_heads][head_dim, head_dim]`, keys first.
     pub root: Vec<Vec<f32>>,
-    /// Orthonormal columns: `[width, components]`.
+    /// Columns that are orthonormal but for their rounding to bytes: `[width, components]`.
     pub turn: Vec<f32>,
     /// `[width, components]`: what is missed to components; follows from `root` and `turn`. Only encoders need it.
     pub analysis: Vec<f32>,
@@ -131,6 +128,15 @@ fn bytes_by_column(numbers: &[f32], columns: usize) -> (Vec<u8>, Vec<f32>) {
     (bytes, factors)
 }
 
+/// Rows of numbers as a file gives them back. What is made up for elsewhere, as a predictor's mean input is by what is added to its
+/// prediction, has to be made up for by these.
+pub fn in_bytes(numbers: &[f32], columns: usize) -> Vec<f32> {
+    let (bytes, factors) = bytes_by_column(numbers, columns);
+    let row =
+        |row: &[u8]| -> Vec<f32> { row.iter().zip(&factors).map(|(b, f)| f32::from(*b as i8) * f).collect() };
+    bytes.chunks_exact(columns.max(1)).flat_map(row).collect()
+}
+
 /// Writes a codec; what is read back is what encoders and decoders use.
 pub fn write(path: &Path, origin: &Origin, layers: &[LayerBook], tables: &TableParts) -> Result<()> {
     let width = 2 * origin.kv_heads * origin.head_dim;
@@ -155,13 +161,9 @@ pub fn write(path: &Path, origin: &Origin, layers: &[LayerBook], tables: &TableP
         let d = origin.head_dim;
         add("root", Dtype::F16, vec![2 * origin.kv_heads, d, d], halves::to_bytes(&scaled));
         add("root_factor", Dtype::F32, vec![1], f32_bytes(&[scale]));
-        if origin.head_dim > WIDE {
-            add("turn", Dtype::F16, vec![width, r], halves::to_bytes(&layer.turn));
-        } else {
-            let (bytes, factors) = bytes_by_column(&layer.turn, r);
-            add("turn", Dtype::I8, vec![width, r], bytes);
-            add("turn_factors", Dtype::F32, vec![r], f32_bytes(&factors));
-        }
+        let (bytes, factors) = bytes_by_column(&layer.turn, r);
+        add("turn", Dtype::I8, vec![width, r], bytes);
+        add("turn_factors", Dtype::F32, vec![r], f32_bytes(&factors));
         let sigma = layer.sigma.iter().flat_map(|s| s.to_le_bytes()).collect();
         add("sigma", Dtype::I16, vec![CLASSES, r], sigma);
         add("gain", Dtype::F16, vec![CLASSES, r], halves::to_bytes(&layer.gain));
@@ -197,12 +199,11 @@ fn layer(tensors: &Tensors, n: usize, heads: usize, d: usize) -> Result<LayerBoo
     let root = tensors.f16(&name("root"), &[heads, d, d])?;
     let root: Vec<Vec<f32>> =
         root.chunks_exact(d * d).map(|block| block.iter().map(|x| x * scale).collect()).collect();
-    let turn = match d > WIDE {
-        true => tensors.f16(&name("turn"), &[width, components])?,
-        false => tensors.i8(&name("turn"), width, components)?,
-    };
-    let (analysis, synthesis) = both_ways(&root, &turn, components)
-        .ok_or_else(|| tensors.bad(&format!("layer {n} has a metric that cannot be inverted")))?;
+    let turn = tensors.i8(&name("turn"), width, components)?;
+    let (analysis, synthesis) = both_ways(&root, &turn, components).ok_or_else(|| {
+        tensors
+            .bad(&format!("layer {n} has a metric that cannot be inverted, or components that are not apart"))
+    })?;
     let sigma = tensors.bytes(&name("sigma"), Dtype::I16, &[CLASSES, components])?;
     Ok(LayerBook {
         mean: tensors.f32(&name("mean"), &[width])?,
@@ -219,9 +220,24 @@ fn layer(tensors: &Tensors, n: usize, heads: usize, d: usize) -> Result<LayerBoo
     })
 }
 
-/// `root * turn` and `turn^T * root^-1`, for roots head by head. `None` if a root has no inverse.
+/// The orthonormal columns that are nearest to given ones, `[rows, columns]`: `turn (turn^T turn)^-1/2`. So large components leave
+/// nothing of themselves in others, where roots of a metric would make much of it. `None` if they are dependent.
+fn orthonormal(turn: &[f32], columns: usize) -> Option<Vec<f32>> {
+    let rows = turn.len() / columns.max(1);
+    let turn = Mat::from_fn(rows, columns, |i, k| f64::from(turn[i * columns + k]));
+    let eigen = (turn.transpose() * &turn).self_adjoint_eigen(Side::Lower).ok()?;
+    let (vectors, values) = (eigen.U(), eigen.S());
+    let scaled = Mat::from_fn(columns, columns, |i, k| vectors[(i, k)] / values[k].sqrt());
+    let nearest = &turn * (&scaled * vectors.transpose());
+    let places = (0..rows).flat_map(|i| (0..columns).map(move |k| (i, k)));
+    let numbers: Vec<f32> = places.map(|at| nearest[at] as f32).collect();
+    numbers.iter().all(|x| x.is_finite()).then_some(numbers)
+}
+
+/// `root * turn` and `turn^T * root^-1`, for roots head by head and a turn made orthonormal. `None` if a root has no inverse.
 pub fn both_ways(root: &[Vec<f32>], turn: &[f32], components: usize) -> Option<(Vec<f32>, Vec<f32>)> {
     let d = root.first()?.len().isqrt();
+    let turn = &orthonormal(turn, components)?[..];
     let (mut analysis, mut synthesis) = (Vec::new(), vec![0.0; turn.len()]);
     let width = root.len() * d;
     for (h, block) in root.iter().enumerate() {

@@ -3,7 +3,7 @@
 //! Everything that describes residuals is measured out of fold: a token's residual comes from a predictor that has not seen its text. So
 //! tables fit new text, not the training text.
 
-use super::book::{LayerBook, TableParts, both_ways};
+use super::book::{LayerBook, TableParts, both_ways, in_bytes};
 use super::corpus::Corpus;
 use super::entropy::{Counts, Neighbours, Tables, Width, eighths, from_eighths};
 use super::layers::side_by_side;
@@ -319,7 +319,8 @@ fn predictor(
     let leading = Mat::from_fn(width, rank, |i, k| eigen.U()[(i, kept.get(k).copied().unwrap_or(width - 1))]);
     let into = root * &leading;
     let back = leading.transpose() * inverse;
-    let (down, up) = (flat(&(&full * &into)), flat(&back));
+    // As files hold them: the mean below makes up for just these, and means of keys can be a hundred times what varies.
+    let (down, up) = (in_bytes(&flat(&(&full * &into)), rank), in_bytes(&flat(&back), width));
     let solved: Vec<Vec<f32>> = solved.iter().map(|a| flat(&(a * &into * &back))).collect();
     let mut predicted: Vec<f32> = (0..tokens).flat_map(|_| mean32.iter().copied()).collect();
     for (rows, a) in folds.iter().zip(&solved) {
@@ -371,7 +372,7 @@ fn components(
     let kept: Vec<usize> = (0..width).rev().filter(|&k| values[k] > least * least).collect();
     let r = kept.len().max(1);
     let turn = Mat::from_fn(width, r, |i, k| vectors[(i, kept.get(k).copied().unwrap_or(width - 1))]);
-    Ok((flat(&turn), r))
+    Ok((in_bytes(&flat(&turn), r), r))
 }
 
 /// The symmetric root of a metric and its inverse, `[width, width]`.
