@@ -89,15 +89,13 @@ impl Chain {
         Ok(chains)
     }
 
-    /// Checks a text as far as that goes before files that it names are there.
+    /// Checks a text as far as that goes without the files that it names: an experiment may be about to write them anew.
     pub fn check_text(text: &str) -> Result<()> {
         for written in parse(text)? {
             let mut files = false;
             for stage in &written {
                 let names: Vec<String> = known(text, stage)?.files();
-                files |= stage.options.iter().any(|o| {
-                    names.contains(&o.name) && o.values.iter().any(|v| !std::path::Path::new(v).exists())
-                });
+                files |= stage.options.iter().any(|o| names.contains(&o.name));
             }
             if !files {
                 expand(text, written)?;
