@@ -27,6 +27,11 @@ pub trait TrainedFile: Send + Sync + Sized + 'static {
 /// Files in use by their SHA-256: arms of a grid name the same one each, and a large one is held once.
 static IN_USE: Mutex<BTreeMap<String, Weak<dyn Any + Send + Sync>>> = Mutex::new(BTreeMap::new());
 
+/// Numbers that are kept as rows of signed bytes with a factor a column.
+pub fn from_bytes(bytes: &[u8], factors: &[f32]) -> Vec<f32> {
+    bytes.iter().zip(factors.iter().cycle()).map(|(b, f)| f32::from(*b as i8) * f).collect()
+}
+
 /// The file's contents, those that are in use already if they are the same; and its SHA-256.
 fn shared<B: TrainedFile>(path: &Path) -> Result<(Arc<B>, String)> {
     let map = files::map(path)?;
@@ -199,6 +204,6 @@ impl<'a> Tensors<'a> {
     pub fn i8(&self, name: &str, rows: usize, columns: usize) -> Result<Vec<f32>> {
         let bytes = self.bytes(name, Dtype::I8, &[rows, columns])?;
         let factors = self.f32(&format!("{name}_factors"), &[columns])?;
-        Ok(bytes.iter().zip(factors.iter().cycle()).map(|(b, f)| f32::from(*b as i8) * f).collect())
+        Ok(from_bytes(bytes, &factors))
     }
 }

@@ -3,7 +3,7 @@
 use super::entropy::{CENTROIDS, CONTEXTS, SYMBOLS, Tables, WIDTHS};
 use super::reference::CLASSES;
 use crate::block::{BlockShape, halves};
-use crate::codec::trained::{Tensors, TrainedFile, f32_bytes, write_tensors};
+use crate::codec::trained::{Tensors, TrainedFile, f32_bytes, from_bytes, write_tensors};
 use crate::error::{Error, Result};
 use crate::model::gemm::{View, product};
 use faer::linalg::solvers::DenseSolveCore;
@@ -132,9 +132,19 @@ fn bytes_by_column(numbers: &[f32], columns: usize) -> (Vec<u8>, Vec<f32>) {
 /// prediction, has to be made up for by these.
 pub fn in_bytes(numbers: &[f32], columns: usize) -> Vec<f32> {
     let (bytes, factors) = bytes_by_column(numbers, columns);
-    let row =
-        |row: &[u8]| -> Vec<f32> { row.iter().zip(&factors).map(|(b, f)| f32::from(*b as i8) * f).collect() };
-    bytes.chunks_exact(columns.max(1)).flat_map(row).collect()
+    from_bytes(&bytes, &factors)
+}
+
+/// Adds rows of numbers as bytes, and the factors of their columns; what [`Tensors::i8`] reads.
+fn add_bytes(
+    add: &mut impl FnMut(&str, Dtype, Vec<usize>, Vec<u8>),
+    name: &str,
+    numbers: &[f32],
+    columns: usize,
+) {
+    let (bytes, factors) = bytes_by_column(numbers, columns);
+    add(name, Dtype::I8, vec![numbers.len() / columns, columns], bytes);
+    add(&format!("{name}_factors"), Dtype::F32, vec![columns], f32_bytes(&factors));
 }
 
 /// Writes a codec; what is read back is what encoders and decoders use.
@@ -143,17 +153,13 @@ pub fn write(path: &Path, origin: &Origin, layers: &[LayerBook], tables: &TableP
     let mut tensors: Vec<(String, Dtype, Vec<usize>, Vec<u8>)> = Vec::new();
     for (n, layer) in layers.iter().enumerate() {
         let r = layer.components;
-        let mut add = |name: &str, dtype, shape: Vec<usize>, bytes| {
+        let mut add = |name: &str, dtype: Dtype, shape: Vec<usize>, bytes: Vec<u8>| {
             tensors.push((format!("layers.{n}.{name}"), dtype, shape, bytes));
         };
         add("mean", Dtype::F32, vec![width], f32_bytes(&layer.mean));
         if layer.rank > 0 {
-            let (bytes, factors) = bytes_by_column(&layer.down, layer.rank);
-            add("down", Dtype::I8, vec![layer.down.len() / layer.rank, layer.rank], bytes);
-            add("down_factors", Dtype::F32, vec![layer.rank], f32_bytes(&factors));
-            let (bytes, factors) = bytes_by_column(&layer.up, width);
-            add("up", Dtype::I8, vec![layer.rank, width], bytes);
-            add("up_factors", Dtype::F32, vec![width], f32_bytes(&factors));
+            add_bytes(&mut add, "down", &layer.down, layer.rank);
+            add_bytes(&mut add, "up", &layer.up, width);
         }
         let root: Vec<f32> = layer.root.concat();
         let scale = root.iter().fold(1e-30f32, |m, x| m.max(x.abs()));
@@ -161,9 +167,7 @@ pub fn write(path: &Path, origin: &Origin, layers: &[LayerBook], tables: &TableP
         let d = origin.head_dim;
         add("root", Dtype::F16, vec![2 * origin.kv_heads, d, d], halves::to_bytes(&scaled));
         add("root_factor", Dtype::F32, vec![1], f32_bytes(&[scale]));
-        let (bytes, factors) = bytes_by_column(&layer.turn, r);
-        add("turn", Dtype::I8, vec![width, r], bytes);
-        add("turn_factors", Dtype::F32, vec![r], f32_bytes(&factors));
+        add_bytes(&mut add, "turn", &layer.turn, r);
         let sigma = layer.sigma.iter().flat_map(|s| s.to_le_bytes()).collect();
         add("sigma", Dtype::I16, vec![CLASSES, r], sigma);
         add("gain", Dtype::F16, vec![CLASSES, r], halves::to_bytes(&layer.gain));
@@ -220,6 +224,11 @@ fn layer(tensors: &Tensors, n: usize, heads: usize, d: usize) -> Result<LayerBoo
     })
 }
 
+/// Rows one after the other.
+pub fn flat(a: &Mat<f64>) -> Vec<f32> {
+    (0..a.nrows()).flat_map(|i| (0..a.ncols()).map(move |j| a[(i, j)] as f32)).collect()
+}
+
 /// The orthonormal columns that are nearest to given ones, `[rows, columns]`: `turn (turn^T turn)^-1/2`. So large components leave
 /// nothing of themselves in others, where roots of a metric would make much of it. `None` if they are dependent.
 fn orthonormal(turn: &[f32], columns: usize) -> Option<Vec<f32>> {
@@ -229,12 +238,12 @@ fn orthonormal(turn: &[f32], columns: usize) -> Option<Vec<f32>> {
     let (vectors, values) = (eigen.U(), eigen.S());
     let scaled = Mat::from_fn(columns, columns, |i, k| vectors[(i, k)] / values[k].sqrt());
     let nearest = &turn * (&scaled * vectors.transpose());
-    let places = (0..rows).flat_map(|i| (0..columns).map(move |k| (i, k)));
-    let numbers: Vec<f32> = places.map(|at| nearest[at] as f32).collect();
+    let numbers = flat(&nearest);
     numbers.iter().all(|x| x.is_finite()).then_some(numbers)
 }
 
-/// `root * turn` and `turn^T * root^-1`, for roots head by head and a turn made orthonormal. `None` if a root has no inverse.
+/// `root * turn` and `turn^T * root^-1`, for roots head by head and a turn made orthonormal. `None` if a root has no inverse, or the turn's
+/// columns are dependent.
 pub fn both_ways(root: &[Vec<f32>], turn: &[f32], components: usize) -> Option<(Vec<f32>, Vec<f32>)> {
     let d = root.first()?.len().isqrt();
     let turn = &orthonormal(turn, components)?[..];

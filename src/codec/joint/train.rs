@@ -3,7 +3,7 @@
 //! Everything that describes residuals is measured out of fold: a token's residual comes from a predictor that has not seen its text. So
 //! tables fit new text, not the training text.
 
-use super::book::{LayerBook, TableParts, both_ways, in_bytes};
+use super::book::{LayerBook, TableParts, both_ways, flat, in_bytes};
 use super::corpus::Corpus;
 use super::entropy::{Counts, Neighbours, Tables, Width, eighths, from_eighths};
 use super::layers::side_by_side;
@@ -236,10 +236,6 @@ pub fn means(x: &[f32], columns: usize, rows: &[usize]) -> Vec<f64> {
         sum.iter_mut().zip(&x[r * columns..][..columns]).for_each(|(s, x)| *s += f64::from(*x));
     }
     sum.iter().map(|s| s / rows.len().max(1) as f64).collect()
-}
-
-fn flat(a: &Mat<f64>) -> Vec<f32> {
-    (0..a.nrows()).flat_map(|i| (0..a.ncols()).map(move |j| a[(i, j)] as f32)).collect()
 }
 
 /// A ridge regression of few numbers in between.
