@@ -35,9 +35,6 @@ pub struct Series {
 /// Folders without a sweep.csv; tables that are none of a sweep.
 pub fn read(folder: &Path) -> Result<Vec<Series>> {
     let path = folder.join(SWEEP_CSV);
-    if !path.exists() {
-        return Err(Error::file(&path, "no such table; name a folder that `kvfuse sweep` wrote"));
-    }
     let table = Columns::read(&path)?;
     let rows = labelled(&table)?;
     let labels = series_labels(&rows);

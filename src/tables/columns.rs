@@ -1,5 +1,6 @@
 //! Result tables as CSV files (polars).
 
+use super::SWEEP_CSV;
 use crate::error::{Error, IoAt, Result};
 use crate::files;
 use polars::prelude::*;
@@ -66,10 +67,11 @@ fn column(name: &str, rows: &[serde_json::Map<String, Value>]) -> Column {
 pub fn read_csv(path: &Path) -> Result<DataFrame> {
     let bytes = match fs::read(path) {
         Err(e) if e.kind() == ErrorKind::NotFound => {
-            return Err(Error::file(
-                path,
-                "there is no such table; name one that is there, or the folder of one",
-            ));
+            let what = match path.ends_with(SWEEP_CSV) {
+                true => "a folder that `kvfuse sweep` wrote",
+                false => "one that is there",
+            };
+            return Err(Error::file(path, format!("no such table; name {what}")));
         }
         read => read.at(path)?,
     };
