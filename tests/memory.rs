@@ -4,6 +4,7 @@
 mod common;
 
 use common::{made_up, plain_copy, refuse, small_dump, succeed, text};
+use kvfuse::block::CodedPages;
 use kvfuse::codec::quantize::Int8;
 use kvfuse::codec::{Memo, Method};
 use std::fs;
@@ -72,7 +73,7 @@ fn a_pool_that_packs_holds_bytes_alone_and_reads_the_same_numbers() {
     let encoded = |packs: bool| {
         let mut batch = plain_copy(&made_up(7, 4, 60, 16, &["a"]));
         if packs {
-            batch.pool.pack_coded(false);
+            batch.pool.hold_coded(CodedPages::Packed);
         }
         Int8 {}.codec().unwrap().encode(&mut batch, &Memo::default()).unwrap();
         batch

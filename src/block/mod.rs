@@ -10,5 +10,5 @@ mod slab;
 mod table;
 
 pub use page::{Part, Payload, ReadPage, Storage};
-pub use pool::{BlockId, BlockPool, BlockShape, by_head};
+pub use pool::{BlockId, BlockPool, BlockShape, CodedPages, by_head};
 pub use table::{BlockTable, Entry, Kept, RequestCache, Scale};

@@ -64,10 +64,18 @@ pub struct BlockPool {
     slots: Vec<Slot>,
     free: Vec<u32>,
     bytes: usize,
-    /// Bytes that pages gave back, ever.
-    freed_bytes: u64,
-    /// Present if coded pages let go of numbers that can be read from their bytes: whether keys may be read channel by channel.
-    packs: Option<bool>,
+    coded: CodedPages,
+}
+
+/// What the pool keeps of coded pages whose bytes can be read in place.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum CodedPages {
+    /// Their numbers beside their bytes.
+    WithNumbers,
+    /// Their bytes alone, read token by token: less memory, slower reading.
+    Packed,
+    /// Their bytes alone, keys read channel by channel where they are stored so: faster, but scores that are summed so round otherwise.
+    PackedByChannel,
 }
 
 impl BlockPool {
@@ -76,7 +84,14 @@ impl BlockPool {
             Storage::F32 => Store::F32,
             Storage::F16 => Store::F16(Slab::new(shape.block_width())),
         };
-        BlockPool { shape, store, slots: Vec::new(), free: Vec::new(), bytes: 0, freed_bytes: 0, packs: None }
+        BlockPool {
+            shape,
+            store,
+            slots: Vec::new(),
+            free: Vec::new(),
+            bytes: 0,
+            coded: CodedPages::WithNumbers,
+        }
     }
 
     pub fn shape(&self) -> BlockShape {
@@ -138,8 +153,6 @@ impl BlockPool {
     }
 
     fn put(&mut self, id: BlockId, page: Page) {
-        // A page that replaces another lies beside it until that one is dropped.
-        self.freed_bytes += self.page(id).bytes() as u64;
         self.bytes = self.bytes - self.page(id).bytes() + page.bytes();
         self.slots[id.0 as usize].data = Arc::new(page);
     }
@@ -156,7 +169,7 @@ impl BlockPool {
     ) {
         debug_assert_eq!(keys.len(), self.page(id).len());
         let mut page = Page::coded(keys, values, payload, reader);
-        if self.packs.is_some() && page.is_packable() {
+        if self.coded != CodedPages::WithNumbers && page.is_packable() {
             page.pack();
         }
         self.put(id, page);
@@ -169,10 +182,9 @@ impl BlockPool {
         self.bytes = self.bytes - before + self.page(id).bytes();
     }
 
-    /// From now on, pages that are coded hold their bytes alone where these can be read in place: less memory, slower reading. Keys may be
-    /// read channel by channel if `by_channel`: faster, but scores that are summed so round otherwise.
-    pub fn pack_coded(&mut self, by_channel: bool) {
-        self.packs = Some(by_channel);
+    /// What to keep of pages that are coded from now on.
+    pub fn hold_coded(&mut self, coded: CodedPages) {
+        self.coded = coded;
     }
 
     /// What a page is read from, if it is not 16 bits a number.
@@ -197,7 +209,6 @@ impl BlockPool {
         slot.references -= 1;
         if slot.references == 0 {
             self.bytes -= slot.data.bytes();
-            self.freed_bytes += slot.data.bytes() as u64;
             *slot = Slot::default();
             self.free.push(id.0);
         }
@@ -244,7 +255,7 @@ impl BlockPool {
 
     /// Appends keys of one head of a block channel by channel (`[head_dim, tokens]`), where they are stored so and may be read so.
     pub fn read_by_channel(&self, id: BlockId, head: usize, out: &mut Vec<f32>) -> bool {
-        self.packs == Some(true) && self.page(id).read_by_channel(head, out)
+        self.coded == CodedPages::PackedByChannel && self.page(id).read_by_channel(head, out)
     }
 
     /// Whether two blocks hold the same numbers.
@@ -280,18 +291,6 @@ impl BlockPool {
     /// Bytes of memory of all live blocks' numbers and payloads; a block of f16 counts as full, since it has room for that.
     pub fn bytes(&self) -> usize {
         self.bytes
-    }
-
-    /// Bytes that pages gave back since the pool was made: those of freed pages, and of pages that were stored in another form.
-    pub fn freed_bytes(&self) -> u64 {
-        self.freed_bytes
-    }
-
-    /// Gives memory that freed pages left back to the system.
-    pub fn give_back(&self) {
-        if let Store::F16(slab) = &self.store {
-            slab.give_back();
-        }
     }
 
     /// KV numbers (keys and values) held by all live blocks.
@@ -345,6 +344,6 @@ mod tests {
         let a = pool.append(a, &[1.0, 1.0], &[2.0, 2.0]);
         assert_eq!((pool.tokens(a), pool.bytes()), (2, 16));
         pool.release(a);
-        assert_eq!((pool.bytes(), pool.freed_bytes()), (0, 16));
+        assert_eq!(pool.bytes(), 0);
     }
 }

@@ -8,7 +8,8 @@ use std::alloc::{Layout, alloc, dealloc, handle_alloc_error};
 use std::ptr::NonNull;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-/// Bytes that are asked of the allocator at once, or one slot if that is larger.
+/// Bytes that are asked of the allocator at once, or one slot if that is larger; and those of dropped blocks that are kept for the next ones
+/// before the system gets them back.
 const PIECE: usize = 4 << 20;
 /// Pieces begin where the system's pages do.
 const ALIGNMENT: usize = 4096;
@@ -23,8 +24,10 @@ pub struct Slab {
 #[derive(Debug, Default)]
 struct Slots {
     pieces: Vec<NonNull<f16>>,
-    /// Free slots, by number; the last is taken first.
+    /// Free slots, by number, whose memory the system has; the last is taken first.
     free: Vec<usize>,
+    /// Free slots that still have theirs; they are taken before the others.
+    kept: Vec<usize>,
 }
 
 // SAFETY: pieces are memory that nothing else knows of; slots are given out once at a time, under the lock.
@@ -53,7 +56,7 @@ impl Slab {
     /// An empty block.
     pub fn take(self: &Arc<Self>) -> Halves {
         let mut slots = self.slots();
-        let number = match slots.free.pop() {
+        let number = match slots.kept.pop().or_else(|| slots.free.pop()) {
             Some(number) => number,
             None => {
                 let (first, more) = (slots.pieces.len() * self.slots_of_piece(), self.slots_of_piece());
@@ -66,16 +69,17 @@ impl Slab {
         Halves { slab: Arc::clone(self), number, start, len: 0 }
     }
 
-    /// Gives the memory of free slots back to the system, where whole pages of its lie in them.
-    pub fn give_back(&self) {
-        let mut slots = self.slots();
-        slots.free.sort_unstable_by(|a, b| b.cmp(a));
+    /// Gives the memory of kept slots to the system, where whole pages of its lie in them.
+    fn give_back(&self, slots: &mut Slots) {
+        let mut kept = std::mem::take(&mut slots.kept);
+        kept.sort_unstable_by(|a, b| b.cmp(a));
         let of_piece = self.slots_of_piece();
-        for run in slots.free.chunk_by(|a, b| *a == b + 1 && a / of_piece == b / of_piece) {
+        for run in kept.chunk_by(|a, b| *a == b + 1 && a / of_piece == b / of_piece) {
             let Some(first) = run.last() else { continue };
             // SAFETY: nobody owns these slots, and what is taken counts as not written.
-            unsafe { discard(self.start(&slots, *first).as_ptr().cast(), run.len() * self.slot_bytes()) };
+            unsafe { discard(self.start(slots, *first).as_ptr().cast(), run.len() * self.slot_bytes()) };
         }
+        slots.free.append(&mut kept);
     }
 
     /// Bytes of a slot.
@@ -175,7 +179,11 @@ impl Clone for Halves {
 
 impl Drop for Halves {
     fn drop(&mut self) {
-        self.slab.slots().free.push(self.number);
+        let mut slots = self.slab.slots();
+        slots.kept.push(self.number);
+        if slots.kept.len() * self.slab.slot_bytes() >= PIECE {
+            self.slab.give_back(&mut slots);
+        }
     }
 }
 
@@ -212,7 +220,7 @@ mod tests {
                     (3, Some(_)) => {
                         blocks.swap_remove(at);
                     }
-                    _ => slab.give_back(),
+                    _ => slab.give_back(&mut slab.slots()),
                 }
             }
             for (halves, keys, values) in &blocks {
@@ -220,7 +228,7 @@ mod tests {
             }
             let live = blocks.len();
             drop(blocks);
-            let free = slab.slots().free.len();
+            let free = slab.slots().free.len() + slab.slots().kept.len();
             prop_assert!(free >= live && free.is_multiple_of(slab.slots_of_piece()));
         }
     }

@@ -4,7 +4,7 @@ use super::arms::Packing;
 use super::evaluate::{Base, Divergence, Prompt, Reference, answer_text, answers};
 use super::rows::{RequestScore, Timings};
 use super::settings::SweepOptions;
-use crate::block::Storage;
+use crate::block::{CodedPages, Storage};
 use crate::codec::evict::{observe, show_attention};
 use crate::codec::{
     CacheBatch, Chain, Codec, Distortion, Ledger, Memo, Prefix, distortion_by_layer, distortion_in,
@@ -93,7 +93,7 @@ impl<'a> Lot<'a> {
         let mut base = Base::new(model, batch, &prompts, packing.first_token)?;
         if options.memory.is_some() {
             // Packing must not change a sweep.
-            base.batch.pool.pack_coded(false);
+            base.batch.pool.hold_coded(CodedPages::Packed);
         }
         let shared = |within_tenant| {
             let codec = Prefix { within_tenant };

@@ -1,0 +1,103 @@
+//! What becomes of blocks that are full: fused, coded, made known to the prefix cache.
+
+use super::super::fuse::{Candidate, candidates, fuse};
+use super::super::prefix::{NewColumn, NodeId};
+use super::Engine;
+use crate::block::{BlockPool, Entry, RequestCache, Storage};
+use crate::codec::{CacheBatch, Codec, Memo};
+use crate::error::Result;
+use crate::model::Model;
+use std::time::Instant;
+
+impl Engine<'_> {
+    /// Fuses, codes and makes known the blocks of a running request that became full.
+    pub(super) fn settle(&mut self, i: usize) -> Result<()> {
+        let size = self.limits.block_size;
+        let sequence = &mut self.running[i];
+        let full = sequence.cache.tokens / size;
+        if full == sequence.settled {
+            return Ok(());
+        }
+        let new = sequence.settled..full;
+        sequence.settled = full;
+        if let Some(fusion) = &self.policy.fusion {
+            let started = Instant::now();
+            let known = self.known(i);
+            let cache = &mut self.running[i].cache;
+            self.counts.fused_pages += fuse(fusion, &mut self.pool, cache, new.clone(), &known) as u64;
+            self.counts.fuse_seconds += started.elapsed().as_secs_f64();
+        }
+        if let Some(code) = self.policy.code.clone() {
+            let started = Instant::now();
+            self.code(&*code, i)?;
+            self.counts.code_seconds += started.elapsed().as_secs_f64();
+        }
+        if self.policy.prefix {
+            for block in new {
+                let sequence = &mut self.running[i];
+                let own = NewColumn {
+                    tenant: sequence.tenant,
+                    parent: sequence.columns.last().copied(),
+                    tokens: &sequence.tokens[block * size..(block + 1) * size],
+                    block,
+                    entries: column(&sequence.cache, block),
+                };
+                let id = self.prefix.add(&mut self.pool, own);
+                sequence.columns.push(id);
+                self.adopt(i, block, id);
+            }
+        }
+        Ok(())
+    }
+
+    /// The pages that a running request's blocks may be read from, by layer: those of its tenant.
+    fn known(&self, i: usize) -> Vec<Vec<Candidate>> {
+        let (tenant, layers) = (self.running[i].tenant, self.model.decoder.config().layers);
+        if self.policy.prefix {
+            let there = self.prefix.paged().filter(|(n, _)| n.tenant == tenant);
+            return candidates(there.map(|(n, e)| (n.block, e)), layers);
+        }
+        // Without a prefix cache, what runs is all there is.
+        let others = self.running.iter().enumerate().filter(|(j, s)| *j != i && s.tenant == tenant);
+        let columns: Vec<(usize, Vec<Entry>)> =
+            others.flat_map(|(_, s)| (0..s.settled).map(move |b| (b, column(&s.cache, b)))).collect();
+        candidates(columns.iter().map(|(b, e)| (*b, &e[..])), layers)
+    }
+
+    /// Reads a block from the column that was there already, where two requests computed the same one at once.
+    fn adopt(&mut self, i: usize, block: usize, id: NodeId) {
+        let Some(entries) = self.prefix.node(id).and_then(|n| n.pages.as_ref()) else { return };
+        for (table, entry) in self.running[i].cache.layers.iter_mut().zip(entries) {
+            if table.entries[block].block != entry.block {
+                table.replace(&mut self.pool, block, *entry);
+            }
+        }
+    }
+
+    /// Puts the full pages of a request into fewer bits, as far as its codec codes them.
+    fn code(&mut self, codec: &dyn Codec, i: usize) -> Result<()> {
+        let sequence = &mut self.running[i];
+        let mut batch = lend(self.model, &mut self.pool);
+        let cache = std::mem::replace(&mut sequence.cache, RequestCache::new(0));
+        let tokens = sequence.tokens[..cache.tokens].to_vec();
+        batch.push(cache, tokens, "");
+        let coded = codec.encode(&mut batch, &Memo::default());
+        self.pool = batch.pool;
+        if let Some(cache) = batch.caches.pop() {
+            sequence.cache = cache;
+        }
+        coded
+    }
+}
+
+/// A block of all layers.
+fn column(cache: &RequestCache, block: usize) -> Vec<Entry> {
+    cache.layers.iter().map(|t| t.entries[block]).collect()
+}
+
+/// The pool in a batch without requests, for a codec.
+fn lend(model: &Model, pool: &mut BlockPool) -> CacheBatch {
+    let mut batch = CacheBatch::empty(pool.shape(), Storage::F16, model.decoder.ropes());
+    std::mem::swap(&mut batch.pool, pool);
+    batch
+}
