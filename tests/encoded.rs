@@ -4,7 +4,7 @@ mod common;
 
 use common::{refuse, run, succeed, text, tiny};
 use kvfuse::codec::evict::{Needs, observe};
-use kvfuse::codec::registry::METHODS;
+use kvfuse::codec::registry::methods;
 use kvfuse::codec::{Chain, Codec, Ledger, Memo};
 use kvfuse::dump::{Manifest, open_model};
 use kvfuse::encoded::{EncodeOptions, Encoded, encode, load_caches};
@@ -38,7 +38,7 @@ fn dump(dir: &Path) -> PathBuf {
 /// Every method that encodes finished caches, alone and after others.
 fn chains(codec: &Path) -> Vec<Chain> {
     let mut all = Vec::new();
-    for method in &METHODS {
+    for method in methods() {
         let dial = if method.dials.contains(&"tau") { ":tau=0.5,spare-layers=0" } else { "" };
         let residual = match method.name {
             "kivi" => ":residual=4",

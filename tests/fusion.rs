@@ -256,7 +256,7 @@ fn joint_codec() -> &'static str {
 /// Every method that encodes finished caches, alone, after prefix sharing and after fusion, between tenants and within them.
 fn all_chains() -> Vec<Chain> {
     let mut chains = Vec::new();
-    for method in &kvfuse::codec::registry::METHODS {
+    for method in kvfuse::codec::registry::methods() {
         let dial = if method.dials.contains(&"tau") { ":tau=0.6,spare-layers=1" } else { "" };
         let own = match method.name {
             "joint" => format!("joint:codec={}", joint_codec()),

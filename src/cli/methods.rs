@@ -1,7 +1,7 @@
 //! `kvfuse methods`.
 
 use super::say;
-use crate::codec::registry::{Entry, METHODS, method};
+use crate::codec::registry::{Entry, method, methods};
 use crate::codec::spec::nearest;
 use anyhow::{Result, bail};
 
@@ -15,13 +15,13 @@ pub struct Args {
 
 pub fn run(args: Args) -> Result<()> {
     let Some(name) = args.name else {
-        let rows: Vec<Vec<String>> = METHODS.iter().map(row).collect();
+        let rows: Vec<Vec<String>> = methods().map(row).collect();
         say(listed(&rows))?;
         say("\nA chain joins methods by +, options follow a colon, | and high:low:step make a grid:")?;
         return say("  kvfuse sweep DUMP --method 'prefix,prefix+bff:tau=0.95:0.80:0.05,pairing=tree|best'");
     };
     let Some(entry) = method(&name) else {
-        let hint = nearest(&name, METHODS.iter().map(|m| m.name))
+        let hint = nearest(&name, methods().map(|m| m.name))
             .map_or(String::new(), |n| format!("; did you mean {n}?"));
         bail!("no method is called '{name}'{hint}");
     };

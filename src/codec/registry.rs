@@ -1,16 +1,17 @@
 //! Every method by name. A method is a struct whose fields are its options: their names, defaults and help are those of `--method`, of
-//! `kvfuse methods` and of the columns of sweep.csv. To add one: its file, and its row in [`METHODS`].
+//! `kvfuse methods` and of the columns of sweep.csv. To add one: its file, and its row in its
+//! folder's list.
 
 use super::chain::Stage;
-use super::evict::{Expected, H2o, KvZip, SnapKv, Streaming};
+use super::evict;
 use super::external::External;
-use super::fusion::{Bff, Cff};
+use super::fusion;
 use super::joint::Joint;
 use super::kvtc::Kvtc;
 use super::lowrank::LowRank;
 use super::minicache::MiniCache;
 use super::prefix::Prefix;
-use super::quantize::{CacheGen, Fp8, Int8, Kitty, Kivi, KvQuant, KvarN, Rotated};
+use super::quantize;
 use super::random::Random;
 use super::spec::{StageText, bad, nearest};
 use super::{Codec, Role, Unfused};
@@ -129,34 +130,23 @@ enum Problem {
     Meaning(Error),
 }
 
-/// The methods, in the order in which `kvfuse methods` lists them.
-pub static METHODS: [Entry; 23] = [
-    entry::<Unfused>(),
-    entry::<Prefix>(),
-    entry::<Bff>(),
-    entry::<Cff>(),
-    entry::<Random>(),
-    entry::<Streaming>(),
-    entry::<H2o>(),
-    entry::<SnapKv>(),
-    entry::<Expected>(),
-    entry::<KvZip>(),
-    entry::<Int8>(),
-    entry::<Fp8>(),
-    entry::<Kivi>(),
-    entry::<Kitty>(),
-    entry::<KvQuant>(),
-    entry::<KvarN>(),
-    entry::<CacheGen>(),
-    entry::<Rotated>(),
-    entry::<LowRank>(),
-    entry::<MiniCache>(),
-    entry::<Kvtc>(),
-    entry::<Joint>(),
-    entry::<External>(),
+/// The methods, folder by folder, in the order in which `kvfuse methods` lists them.
+static FOLDERS: [&[Entry]; 6] = [
+    &[entry::<Unfused>(), entry::<Prefix>()],
+    fusion::METHODS,
+    &[entry::<Random>()],
+    evict::METHODS,
+    quantize::METHODS,
+    &[entry::<LowRank>(), entry::<MiniCache>(), entry::<Kvtc>(), entry::<Joint>(), entry::<External>()],
 ];
 
-const fn entry<M: Method>() -> Entry {
+/// All methods.
+pub fn methods() -> impl Iterator<Item = &'static Entry> + Clone {
+    FOLDERS.iter().copied().flatten()
+}
+
+/// A method's row.
+pub(super) const fn entry<M: Method>() -> Entry {
     Entry {
         name: M::NAME,
         about: M::ABOUT,
@@ -231,7 +221,7 @@ impl Entry {
 
 /// The method of a name.
 pub fn method(name: &str) -> Option<&'static Entry> {
-    METHODS.iter().find(|m| m.name == name)
+    methods().find(|m| m.name == name)
 }
 
 /// One value of an option, and where the option stands.
@@ -293,7 +283,7 @@ pub(super) fn build(text: &str, written: &StageText, values: &[Chosen]) -> Resul
 /// The method that a stage names.
 pub(super) fn known(text: &str, written: &StageText) -> Result<&'static Entry> {
     method(&written.name).ok_or_else(|| {
-        let names = METHODS.iter().map(|m| m.name);
+        let names = methods().map(|m| m.name);
         let hint = nearest(&written.name, names.clone()).map_or_else(
             || format!("there are {}", names.collect::<Vec<_>>().join(", ")),
             |near| format!("did you mean {near}?"),

@@ -10,20 +10,24 @@ mod observe;
 mod snapkv;
 mod streaming;
 
-pub use expected::Expected;
-pub use h2o::H2o;
-pub use kvzip::KvZip;
 pub use observe::{Needs, Observed, Seen, observe, show_attention};
-pub use snapkv::SnapKv;
-pub use streaming::Streaming;
 
-use super::registry::{Scale, Search, number};
+use super::registry::{Entry, Scale, Search, entry, number};
 use super::{CacheBatch, Codec, Coverage, Memo};
 use crate::block::{BlockId, BlockTable, Kept, Part};
 use crate::error::{Error, Result};
 use std::collections::HashMap;
 use std::ops::Bound;
 use std::sync::Arc;
+
+/// Rows of the registry.
+pub(super) const METHODS: &[Entry] = &[
+    entry::<streaming::Streaming>(),
+    entry::<h2o::H2o>(),
+    entry::<snapkv::SnapKv>(),
+    entry::<expected::Expected>(),
+    entry::<kvzip::KvZip>(),
+];
 
 /// Decides which tokens of a request stay in a layer.
 pub trait Scorer: Send + Sync {

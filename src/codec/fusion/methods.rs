@@ -4,13 +4,16 @@ use super::choices::{Choices, Pairing, Positions, Representative, RopeMode, Scal
 use super::rule::Rule;
 use super::thresholds::Thresholds;
 use super::{ChunkFusion, Fusion};
-use crate::codec::registry::{Method, Scale, Search};
+use crate::codec::registry::{Entry, Method, Scale, Search, entry};
 use crate::codec::{Codec, Role};
 use crate::error::{Error, Result};
 use serde::{Serialize, Serializer};
 use serde_json::{Value, json};
 use std::path::Path;
 use std::sync::Arc;
+
+/// Rows of the registry.
+pub const METHODS: &[Entry] = &[entry::<Bff>(), entry::<Cff>()];
 
 /// Fusion of blocks of different requests.
 #[derive(Debug, Clone, Serialize, clap::Args)]

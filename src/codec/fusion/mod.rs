@@ -22,7 +22,7 @@ pub use choices::{Choices, Pairing, Positions, Representative, RopeMode, ScaleRu
 pub use chunks::ChunkFusion;
 pub use gram::gram;
 pub use lsh::Signatures;
-pub use methods::{Bff, Cff};
+pub(super) use methods::METHODS;
 pub use rule::{Gate, Rule};
 pub use thresholds::{LayerThresholds, Thresholds};
 

@@ -10,20 +10,15 @@ mod kitty;
 mod kivi;
 mod kvarn;
 mod kvquant;
+mod minifloat;
 mod per_head;
 mod rotated;
 
 pub use bits::{BitSink, BitSource, Cost};
-pub use cachegen::CacheGen;
-pub use fp8::Fp8;
 pub use int8::Int8;
-pub use kitty::Kitty;
-pub use kivi::Kivi;
-pub use kvarn::KvarN;
-pub use kvquant::KvQuant;
 use per_head::PerHead;
-pub use rotated::Rotated;
 
+use super::registry::{Entry, entry};
 use super::{CacheBatch, Codec, Coverage, Memo};
 use crate::block::{BlockId, BlockShape, Part, Payload, ReadPage};
 use crate::error::{Error, Result};
@@ -31,6 +26,18 @@ use half::f16;
 use rayon::prelude::*;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
+
+/// Rows of the registry.
+pub(super) const METHODS: &[Entry] = &[
+    entry::<Int8>(),
+    entry::<fp8::Fp8>(),
+    entry::<kivi::Kivi>(),
+    entry::<kitty::Kitty>(),
+    entry::<kvquant::KvQuant>(),
+    entry::<kvarn::KvarN>(),
+    entry::<cachegen::CacheGen>(),
+    entry::<rotated::Rotated>(),
+];
 
 /// How the numbers of a page lie: `[tokens, kv_heads, head_dim]`; and of which layer they are.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
