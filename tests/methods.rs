@@ -3,9 +3,13 @@
 mod common;
 
 use common::{REQUESTS, refuse, small_dump, small_model, succeed, text};
+use kvfuse::block::{BlockShape, RequestCache, Storage};
+use kvfuse::codec::{CacheBatch, Chain, Codec, Memo};
+use kvfuse::model::{Rope, RopeConfig, Ropes};
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 /// Rows of a CSV file as maps from column to cell.
 fn rows(path: &Path) -> Vec<BTreeMap<String, String>> {
@@ -333,4 +337,29 @@ fn numbers_of_methods_beyond_reason() {
     refuse(&["sweep", dump, "--method", "lowrank:rank=0"], &["rank", "above 0"]);
     refuse(&["sweep", dump, "--method", "kvquant:outliers=2"], &["outliers", "0.5"]);
     refuse(&["sweep", dump, "--method", "minicache:retain=2"], &["retain", "from 0 to 1"]);
+}
+
+/// Against E2M1 and E4M3 of another library (tests/reference/make_nvfp4.py).
+#[test]
+fn nvfp4_reads_back_what_ml_dtypes_says() {
+    let fixture: serde_json::Value = serde_json::from_str(include_str!("fixtures/nvfp4.json")).unwrap();
+    let size = |name: &str| fixture[name].as_u64().unwrap() as usize;
+    let shape =
+        BlockShape { block_size: size("tokens"), kv_heads: size("kv_heads"), head_dim: size("head_dim") };
+    let ropes = Arc::new(Ropes::same(Rope::new(&RopeConfig::plain(100.0, shape.head_dim), 64)));
+    let pages = fixture["pages"].as_array().unwrap();
+    assert!(!pages.is_empty());
+    for page in pages {
+        let floats = |name: &str| -> Vec<f32> { serde_json::from_value(page[name].clone()).unwrap() };
+        let mut batch = CacheBatch::empty(shape, Storage::F32, Arc::clone(&ropes));
+        let mut cache = RequestCache::new(1);
+        cache.layers[0].push(batch.pool.allocate(&floats("numbers"), &floats("numbers")));
+        cache.tokens = shape.block_size;
+        batch.push(cache, vec![0; shape.block_size], "");
+        let chain = Chain::parse("nvfp4").unwrap().swap_remove(0);
+        chain.encode(&mut batch, &Memo::default()).unwrap();
+        let block = batch.caches[0].layers[0].entries[0].block;
+        assert_eq!(*batch.pool.keys(block), floats("read"));
+        assert_eq!(*batch.pool.values(block), floats("read"));
+    }
 }

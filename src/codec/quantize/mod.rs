@@ -11,6 +11,7 @@ mod kivi;
 mod kvarn;
 mod kvquant;
 mod minifloat;
+mod nvfp4;
 mod per_head;
 mod rotated;
 
@@ -31,6 +32,7 @@ use std::sync::Arc;
 pub(super) const METHODS: &[Entry] = &[
     entry::<Int8>(),
     entry::<fp8::Fp8>(),
+    entry::<nvfp4::NvFp4>(),
     entry::<kivi::Kivi>(),
     entry::<kitty::Kitty>(),
     entry::<kvquant::KvQuant>(),
