@@ -25,6 +25,11 @@ impl Corpus {
         self.raw.len()
     }
 
+    /// Tokens that are coded: all but those that are stored raw.
+    pub fn coded(&self) -> Vec<usize> {
+        (0..self.tokens()).filter(|t| !self.raw[*t]).collect()
+    }
+
     /// Adds the tokens of another corpus; nothing refers from one to the other.
     pub fn join(&mut self, other: Corpus) {
         let base = self.tokens();
