@@ -97,7 +97,7 @@ fn hf_folder(gguf: &Path, folder: &Path) {
         "rms_norm_eps": c.rms_epsilon, "rope_theta": c.rope.base, "tie_word_embeddings": true,
     });
     fs::write(folder.join("config.json"), config.to_string()).unwrap();
-    Tokenizer::from_gguf(&source, gguf).unwrap().save(&folder.join("tokenizer.json")).unwrap();
+    Tokenizer::from_gguf(source.metadata()).unwrap().save(&folder.join("tokenizer.json")).unwrap();
 }
 
 #[test]

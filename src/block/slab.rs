@@ -228,7 +228,8 @@ mod tests {
             }
             let live = blocks.len();
             drop(blocks);
-            let free = slab.slots().free.len() + slab.slots().kept.len();
+            let slots = slab.slots();
+            let free = slots.free.len() + slots.kept.len();
             prop_assert!(free >= live && free.is_multiple_of(slab.slots_of_piece()));
         }
     }

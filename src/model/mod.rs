@@ -88,7 +88,7 @@ impl Model {
             Self::assemble(folder.config().clone(), &folder, tokenizer, generation, folder.sha256()?)
         } else {
             let gguf = Gguf::open(path)?;
-            let tokenizer = Tokenizer::from_gguf(&gguf, path)?;
+            let tokenizer = Tokenizer::from_gguf(gguf.metadata())?;
             Self::assemble(
                 gguf.config().clone(),
                 &gguf,

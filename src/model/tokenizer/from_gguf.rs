@@ -4,7 +4,8 @@ use super::*;
 
 impl Tokenizer {
     /// Builds the tokenizer that a GGUF file's metadata describes.
-    pub fn from_gguf(gguf: &Gguf, path: &Path) -> Result<Self> {
+    pub fn from_gguf(gguf: Metadata) -> Result<Self> {
+        let path = gguf.path;
         let missing =
             |key: &str| Error::file(path, format!("metadata {key} is missing; use a HF folder instead"));
         let bad = |e: tokenizers::Error| Error::file(path, format!("unusable tokenizer metadata: {e}"));
@@ -91,7 +92,7 @@ impl Tokenizer {
 struct StripsRight(bool);
 
 impl StripsRight {
-    fn of(gguf: &Gguf) -> Self {
+    fn of(gguf: Metadata) -> Self {
         let name = gguf.string("general.name").unwrap_or_default().to_lowercase();
         StripsRight(name.contains("phi-3") || name.contains("phi3"))
     }

@@ -4,7 +4,7 @@ mod from_file;
 mod from_gguf;
 
 use super::chat::{self, Chat, Message};
-use super::gguf::Gguf;
+use super::gguf::Metadata;
 use crate::error::{Error, Result};
 use crate::files;
 use serde_json::Value;
