@@ -35,15 +35,46 @@ impl Box {
     }
 }
 
-/// A place near a point for a text of this size, within the frame: the nearest of some that meets nothing; if there is none, and the
-/// text is `needed`, the one that meets least.
+/// What is drawn already.
+#[derive(Debug, Default)]
+pub struct Drawn {
+    /// Texts and points.
+    pub marks: Vec<Box>,
+    /// Lines, in pieces of [`PIECE`] pixels.
+    lines: Vec<Box>,
+}
+
+/// Pixels of a piece of a line.
+const PIECE: i32 = 6;
+
+impl Drawn {
+    /// Adds a line from one point to another.
+    pub fn line(&mut self, from: (i32, i32), to: (i32, i32)) {
+        let (dx, dy) = (to.0 - from.0, to.1 - from.1);
+        let pieces = (dx.abs().max(dy.abs()) / PIECE).max(1);
+        let at = |n: i32| (from.0 + dx * n / pieces, from.1 + dy * n / pieces);
+        self.lines.extend((0..=pieces).map(|n| Box::around(at(n), 1)));
+    }
+
+    /// Texts and points that a box would cover, and pieces of lines.
+    fn under(&self, own: &Box) -> (usize, usize) {
+        let met = |boxes: &[Box]| boxes.iter().filter(|b| own.meets(b)).count();
+        (met(&self.marks), met(&self.lines))
+    }
+}
+
+/// A place near a point for a text of this size, within the frame: where it covers nothing and is near; rather on lines than on texts and
+/// points, and on these only if the text is `needed`.
 pub fn place(
     (x, y): (i32, i32),
     (wide, high): (i32, i32),
     frame: &Box,
-    taken: &[Box],
+    drawn: &Drawn,
     needed: bool,
 ) -> Option<Box> {
+    // What is covered counts as so many rings further out.
+    const MARK: usize = 200;
+    const LINE: usize = 1;
     let mut best: Option<(usize, Box)> = None;
     let rings = if needed { 12 } else { 2 };
     for ring in 0..rings {
@@ -58,17 +89,17 @@ pub fn place(
         ] {
             let left = left.min(frame.right - wide).max(frame.left);
             let own = Box { left, top, right: left + wide, bottom: top + high };
-            if !own.within(frame) {
+            let (marks, lines) = drawn.under(&own);
+            if !own.within(frame) || (marks > 0 && !needed) {
                 continue;
             }
-            match taken.iter().filter(|b| own.meets(b)).count() {
-                0 => return Some(own),
-                n if best.is_none_or(|(least, _)| n < least) => best = Some((n, own)),
-                _ => {}
+            let cost = MARK * marks + LINE * lines + ring as usize;
+            if best.is_none_or(|(least, _)| cost < least) {
+                best = Some((cost, own));
             }
         }
     }
-    best.filter(|_| needed).map(|(_, own)| own)
+    best.map(|(_, own)| own)
 }
 
 #[cfg(test)]
@@ -78,15 +109,24 @@ mod tests {
     #[test]
     fn texts_stand_beside_each_other() {
         let frame = Box { left: 0, top: 0, right: 200, bottom: 100 };
-        let mut taken = Vec::new();
+        let mut drawn = Drawn::default();
         // Points that lie on each other.
         for _ in 0..8 {
-            let own = place((100, 50), (60, 12), &frame, &taken, true).unwrap();
-            assert!(own.within(&frame) && taken.iter().all(|b| !own.meets(b)), "{own:?} {taken:?}");
-            taken.push(own);
+            let own = place((100, 50), (60, 12), &frame, &drawn, true).unwrap();
+            assert!(own.within(&frame) && drawn.marks.iter().all(|b| !own.meets(b)), "{own:?} {drawn:?}");
+            drawn.marks.push(own);
         }
-        let full = [frame];
+        let full = Drawn { marks: vec![frame], ..Drawn::default() };
         assert_eq!(place((100, 50), (60, 12), &frame, &full, false), None);
         assert!(place((100, 50), (60, 12), &frame, &full, true).is_some());
+    }
+
+    #[test]
+    fn texts_stand_beside_lines() {
+        let frame = Box { left: 0, top: 0, right: 200, bottom: 100 };
+        let mut drawn = Drawn::default();
+        drawn.line((100, 50), (200, 50));
+        let own = place((100, 50), (60, 12), &frame, &drawn, true).unwrap();
+        assert!(drawn.under(&own) == (0, 0), "{own:?}");
     }
 }
