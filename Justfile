@@ -52,6 +52,11 @@ clients PYTHON:
     cargo build --release
     tests/clients/run.sh {{PYTHON}}
 
+# Tokens a second beside llama.cpp's server on the same file, in turns: just llama-cpp PYTHON MODEL.gguf, with the package xllamacpp
+llama-cpp PYTHON MODEL:
+    cargo build --release
+    {{PYTHON}} tests/clients/llama_cpp.py target/release/kvfuse {{MODEL}}
+
 # Every figure of results/, with all its models (about three hours on 2 cores; `just figures --quick`: five minutes)
 figures *FLAGS:
     {{experiment}} {{FLAGS}} experiments/*.toml

@@ -205,27 +205,34 @@ pub fn silu_product(gate_up: &[f32], width: usize) -> Vec<f32> {
     out
 }
 
-/// Nothing but fused multiply-adds in registers, `rounds` times: what a core can do at most. Returns the number of
-/// floating-point operations, and a number that depends on all of them.
-#[multiversion(targets("x86_64+avx512f+avx512vl+avx512dq+avx2+fma", "x86_64+avx2+fma"))]
-pub fn fma_chains(rounds: usize, factor: f32, summand: f32) -> (u64, f32) {
-    // Twelve independent chains hide the latency; as separate arrays they stay in registers.
-    const CHAINS: usize = 12;
-    let start = [factor; LANES];
-    let (mut a, mut b, mut c, mut d, mut e, mut f) = (start, start, start, start, start, start);
-    let (mut g, mut h, mut i, mut j, mut k, mut l) = (start, start, start, start, start, start);
-    for _ in 0..rounds {
-        for x in
-            [&mut a, &mut b, &mut c, &mut d, &mut e, &mut f, &mut g, &mut h, &mut i, &mut j, &mut k, &mut l]
-        {
-            for lane in x {
-                *lane = lane.mul_add(factor, summand);
+/// Chains of fused multiply-adds that depend on nothing but themselves, as separate arrays, so that they stay in registers.
+macro_rules! fma_chains {
+    ($name:ident: $($chain:ident)+) => {
+        #[multiversion(targets("x86_64+avx512f+avx512vl+avx512dq+avx2+fma", "x86_64+avx2+fma"))]
+        fn $name(rounds: usize, factor: f32, summand: f32) -> (u64, f32) {
+            $(let mut $chain = [factor; LANES];)+
+            for _ in 0..rounds {
+                for x in [$(&mut $chain),+] {
+                    for lane in x {
+                        *lane = lane.mul_add(factor, summand);
+                    }
+                }
             }
+            let all = [$($chain),+];
+            ((rounds * all.len() * LANES * 2) as u64, all.iter().flatten().sum())
         }
-    }
-    let sum = [a, b, c, d, e, f, g, h, i, j, k, l].iter().flatten().sum();
-    ((rounds * CHAINS * LANES * 2) as u64, sum)
+    };
 }
+
+// As many as hide the latency and still fit into registers of 32 and of 64 bytes.
+fma_chains!(six: a b c d e f);
+fma_chains!(twelve: a b c d e f g h i j k l);
+
+/// Nothing but fused multiply-adds in registers, `rounds` times, in six chains and in twelve: what a core can do at most. Returns the
+/// number of floating-point operations, and a number that depends on all of them.
+pub const FMA_CHAINS: [FmaChains; 2] = [six, twelve];
+
+pub type FmaChains = fn(rounds: usize, factor: f32, summand: f32) -> (u64, f32);
 
 /// Inner product of two vectors of equal length.
 #[multiversion(targets("x86_64+avx512f+avx512vl+avx512dq+avx2+fma", "x86_64+avx2+fma"))]
