@@ -189,6 +189,9 @@ impl Linear {
         assert_eq!(x.len() % self.inputs, 0);
         let rows = x.len() / self.inputs;
         let mut out = vec![0.0; rows * self.outputs];
+        if rows == 1 && self.apply_to_row(x, &mut out) {
+            return out;
+        }
         let pointer = OutPointer(out.as_mut_ptr());
         let row_tiles = rows.div_ceil(TILE_ROWS);
         let column_tiles = self.outputs.div_ceil(PANEL);
@@ -213,6 +216,13 @@ impl Linear {
             });
         });
         out
+    }
+
+    /// One row straight from the weight's codes, which panels in f32 would be written and read for once; false where that cannot be done. Sums
+    /// are those of the `gemm` crate, which adds up one row input by input.
+    fn apply_to_row(&self, x: &[f32], out: &mut [f32]) -> bool {
+        let panels = out.par_chunks_mut(PANEL).enumerate();
+        panels.map(|(panel, out)| self.weight.times_row(x, panel * PANEL, out)).all(|done| done)
     }
 }
 

@@ -17,6 +17,11 @@ pub fn instructions() -> &'static str {
     std::env::consts::ARCH
 }
 
+/// Whether kernels have fused multiply-adds on this machine, as matrix products do there.
+pub fn has_fused_multiply_add() -> bool {
+    ["avx512", "avx2"].contains(&instructions())
+}
+
 /// Lanes that partial sums are kept in: one AVX-512 register of f32.
 const LANES: usize = 16;
 
@@ -212,11 +217,11 @@ macro_rules! fma_chains {
         fn $name(rounds: usize, factor: f32, summand: f32) -> (u64, f32) {
             $(let mut $chain = [factor; LANES];)+
             for _ in 0..rounds {
-                for x in [$(&mut $chain),+] {
-                    for lane in x {
+                $(
+                    for lane in &mut $chain {
                         *lane = lane.mul_add(factor, summand);
                     }
-                }
+                )+
             }
             let all = [$($chain),+];
             ((rounds * all.len() * LANES * 2) as u64, all.iter().flatten().sum())

@@ -1,10 +1,12 @@
 //! Weights panel by panel, in the precision of the file, and how a panel is read in f32.
 
 use super::coded::Coded;
+use super::kernels::has_fused_multiply_add;
 use super::numbers::Numbers;
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 use multiversion::multiversion;
+use std::ops::Range;
 
 /// Outputs of a panel: the height of the AVX-512 kernel, and small enough to share 576 outputs between cores.
 pub const PANEL: usize = 64;
@@ -105,6 +107,18 @@ impl Panels {
         }
     }
 
+    /// The products of one row with the outputs of a panel, straight from its codes, summed input by input; false where panels are not of codes
+    /// or the machine has no fused multiply-add.
+    pub fn times_row(&self, x: &[f32], first: usize, out: &mut [f32]) -> bool {
+        let Panels::Coded(panels) = self else { return false };
+        let fused = has_fused_multiply_add();
+        if fused {
+            let sums = panels.times_row(x, first / PANEL);
+            out.copy_from_slice(&sums[..out.len()]);
+        }
+        fused
+    }
+
     /// One weight: an output's, of an input.
     pub fn get(&self, output: usize, input: usize, (outputs, inputs): (usize, usize)) -> f32 {
         let first = output / PANEL * PANEL;
@@ -163,24 +177,34 @@ impl CodedPanels {
         CodedPanels { outputs, inputs, codes, group, scales, offsets }
     }
 
-    /// A panel in f32, `[inputs, PANEL]`.
-    fn read(&self, panel: usize, out: &mut [f32]) {
+    /// A panel's codes, as a range of numbers, and its factors.
+    fn panel(&self, panel: usize) -> (Range<usize>, Factors<'_>) {
         let groups = self.inputs / self.group * PANEL;
         let factors = panel * groups..(panel + 1) * groups;
+        let offsets = if self.offsets.is_empty() { &[][..] } else { &self.offsets[factors.clone()] };
         let codes = panel * self.inputs * PANEL..(panel + 1) * self.inputs * PANEL;
-        let scales = &self.scales[factors.clone()];
-        let offsets = if self.offsets.is_empty() { &[][..] } else { &self.offsets[factors] };
+        (codes, Factors { group: self.group, scales: &self.scales[factors], offsets })
+    }
+
+    /// A panel in f32, `[inputs, PANEL]`.
+    fn read(&self, panel: usize, out: &mut [f32]) {
+        let (range, factors) = self.panel(panel);
         match &self.codes {
             Codes::Nibbles { bytes, least } => {
-                unpack_nibbles(
-                    &bytes[codes.start / 2..codes.end / 2],
-                    *least,
-                    self.group,
-                    (scales, offsets),
-                    out,
-                );
+                unpack_nibbles(&bytes[range.start / 2..range.end / 2], *least, factors, out);
             }
-            Codes::Bytes(all) => unpack_bytes(&all[codes], self.group, (scales, offsets), out),
+            Codes::Bytes(codes) => unpack_bytes(&codes[range], factors, out),
+        }
+    }
+
+    /// One row times a panel.
+    fn times_row(&self, x: &[f32], panel: usize) -> [f32; PANEL] {
+        let (range, factors) = self.panel(panel);
+        match &self.codes {
+            Codes::Nibbles { bytes, least } => {
+                multiply_nibbles(&bytes[range.start / 2..range.end / 2], *least, factors, x)
+            }
+            Codes::Bytes(codes) => multiply_bytes(&codes[range], factors, x),
         }
     }
 
@@ -200,50 +224,105 @@ impl CodedPanels {
     }
 }
 
+/// What turns a panel's codes into numbers.
+#[derive(Clone, Copy)]
+struct Factors<'a> {
+    /// Inputs that share a scale.
+    group: usize,
+    /// `[groups, PANEL]`.
+    scales: &'a [f32],
+    /// Like the scales; empty if they are all zero.
+    offsets: &'a [f32],
+}
+
 /// Offsets of a group that has none.
 const NO_OFFSETS: [f32; PANEL] = [0.0; PANEL];
 
-/// Groups of inputs: for each output a scale and an offset (none: all zero), then a row of codes for each input.
+impl<'a> Factors<'a> {
+    /// Scales and offsets, group by group.
+    #[inline(always)]
+    fn groups(self) -> impl Iterator<Item = (&'a [f32; PANEL], &'a [f32; PANEL])> {
+        let offsets = self.offsets.as_chunks::<PANEL>().0.iter().chain(std::iter::repeat(&NO_OFFSETS));
+        self.scales.as_chunks::<PANEL>().0.iter().zip(offsets)
+    }
+}
+
+const HALF: usize = PANEL / 2;
+
+/// A row of codes in f32, one input's: low halves, then high ones.
+#[inline(always)]
+fn nibbles(row: &[u8; HALF], least: i32, scale: &[f32; PANEL], offset: &[f32; PANEL]) -> [f32; PANEL] {
+    let mut out = [0.0; PANEL];
+    for o in 0..HALF {
+        out[o] = (i32::from(row[o] & 15) + least) as f32 * scale[o] + offset[o];
+    }
+    for o in 0..HALF {
+        out[HALF + o] = (i32::from(row[o] >> 4) + least) as f32 * scale[HALF + o] + offset[HALF + o];
+    }
+    out
+}
+
+/// Like [`nibbles`], a byte a code.
+#[inline(always)]
+fn bytes(row: &[i8; PANEL], scale: &[f32; PANEL], offset: &[f32; PANEL]) -> [f32; PANEL] {
+    std::array::from_fn(|o| f32::from(row[o]) * scale[o] + offset[o])
+}
+
+#[inline(always)]
+fn add_product(sums: &mut [f32; PANEL], weights: &[f32; PANEL], x: f32) {
+    for (sum, weight) in sums.iter_mut().zip(weights) {
+        *sum = weight.mul_add(x, *sum);
+    }
+}
+
+/// Rows of codes, one for each input, in f32.
 #[multiversion(targets("x86_64+avx512f+avx512vl+avx512dq+avx512bw+avx2+fma", "x86_64+avx2+fma"))]
-fn unpack_nibbles(
-    codes: &[u8],
-    least: i8,
-    group: usize,
-    (scales, offsets): (&[f32], &[f32]),
-    out: &mut [f32],
-) {
-    const HALF: usize = PANEL / 2;
-    let least = i32::from(least);
-    let offsets = offsets.as_chunks::<PANEL>().0.iter().chain(std::iter::repeat(&NO_OFFSETS));
-    let factors = scales.as_chunks::<PANEL>().0.iter().zip(offsets);
-    let rows = codes.as_chunks::<HALF>().0.chunks_exact(group);
-    let outs = out.as_chunks_mut::<PANEL>().0.chunks_exact_mut(group);
-    for ((scale, offset), (rows, outs)) in factors.zip(rows.zip(outs)) {
+fn unpack_nibbles(codes: &[u8], least: i8, factors: Factors, out: &mut [f32]) {
+    let rows = codes.as_chunks::<HALF>().0.chunks_exact(factors.group);
+    let outs = out.as_chunks_mut::<PANEL>().0.chunks_exact_mut(factors.group);
+    for ((scale, offset), (rows, outs)) in factors.groups().zip(rows.zip(outs)) {
         for (row, out) in rows.iter().zip(outs) {
-            for o in 0..HALF {
-                out[o] = (i32::from(row[o] & 15) + least) as f32 * scale[o] + offset[o];
-            }
-            for o in 0..HALF {
-                out[HALF + o] = (i32::from(row[o] >> 4) + least) as f32 * scale[HALF + o] + offset[HALF + o];
-            }
+            *out = nibbles(row, i32::from(least), scale, offset);
         }
     }
 }
 
 /// Like [`unpack_nibbles`], a byte a code.
 #[multiversion(targets("x86_64+avx512f+avx512vl+avx512dq+avx512bw+avx2+fma", "x86_64+avx2+fma"))]
-fn unpack_bytes(codes: &[i8], group: usize, (scales, offsets): (&[f32], &[f32]), out: &mut [f32]) {
-    let offsets = offsets.as_chunks::<PANEL>().0.iter().chain(std::iter::repeat(&NO_OFFSETS));
-    let factors = scales.as_chunks::<PANEL>().0.iter().zip(offsets);
-    let rows = codes.as_chunks::<PANEL>().0.chunks_exact(group);
-    let outs = out.as_chunks_mut::<PANEL>().0.chunks_exact_mut(group);
-    for ((scale, offset), (rows, outs)) in factors.zip(rows.zip(outs)) {
+fn unpack_bytes(codes: &[i8], factors: Factors, out: &mut [f32]) {
+    let rows = codes.as_chunks::<PANEL>().0.chunks_exact(factors.group);
+    let outs = out.as_chunks_mut::<PANEL>().0.chunks_exact_mut(factors.group);
+    for ((scale, offset), (rows, outs)) in factors.groups().zip(rows.zip(outs)) {
         for (row, out) in rows.iter().zip(outs) {
-            for o in 0..PANEL {
-                out[o] = f32::from(row[o]) * scale[o] + offset[o];
-            }
+            *out = bytes(row, scale, offset);
         }
     }
+}
+
+/// The products of one row with rows of codes, one for each input.
+#[multiversion(targets("x86_64+avx512f+avx512vl+avx512dq+avx512bw+avx2+fma", "x86_64+avx2+fma"))]
+fn multiply_nibbles(codes: &[u8], least: i8, factors: Factors, x: &[f32]) -> [f32; PANEL] {
+    let mut sums = [0.0; PANEL];
+    let rows = codes.as_chunks::<HALF>().0.chunks_exact(factors.group);
+    for ((scale, offset), (rows, x)) in factors.groups().zip(rows.zip(x.chunks_exact(factors.group))) {
+        for (row, x) in rows.iter().zip(x) {
+            add_product(&mut sums, &nibbles(row, i32::from(least), scale, offset), *x);
+        }
+    }
+    sums
+}
+
+/// Like [`multiply_nibbles`], a byte a code.
+#[multiversion(targets("x86_64+avx512f+avx512vl+avx512dq+avx512bw+avx2+fma", "x86_64+avx2+fma"))]
+fn multiply_bytes(codes: &[i8], factors: Factors, x: &[f32]) -> [f32; PANEL] {
+    let mut sums = [0.0; PANEL];
+    let rows = codes.as_chunks::<PANEL>().0.chunks_exact(factors.group);
+    for ((scale, offset), (rows, x)) in factors.groups().zip(rows.zip(x.chunks_exact(factors.group))) {
+        for (row, x) in rows.iter().zip(x) {
+            add_product(&mut sums, &bytes(row, scale, offset), *x);
+        }
+    }
+    sums
 }
 
 /// Rows of `inputs` numbers each, of one matrix after the other, rearranged panel by panel.
@@ -320,6 +399,16 @@ mod tests {
                     for i in 0..inputs {
                         let expected = exact[(first + o) * inputs + i];
                         prop_assert_eq!(panel[i * stride + o], expected);
+                    }
+                }
+                // One row straight from codes: summed input by input.
+                let x: Vec<f32> = (0..inputs).map(|i| (i as f32 + seed as f32).sin()).collect();
+                let mut out = vec![0.0; width];
+                if panels.times_row(&x, first, &mut out) {
+                    for (o, got) in out.into_iter().enumerate() {
+                        let weights = &exact[(first + o) * inputs..][..inputs];
+                        let sum = weights.iter().zip(&x).fold(0.0f32, |sum, (w, x)| w.mul_add(*x, sum));
+                        prop_assert_eq!(got, sum);
                     }
                 }
             }
