@@ -149,6 +149,39 @@ fn ruler_and_raw_prompts_load() {
 }
 
 #[test]
+fn passages_of_longbench_are_retrieved() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("hotpotqa.jsonl");
+    let line = |id: usize, answer: &str, context: &str| {
+        serde_json::json!({"input": format!("Question {id}?"), "context": context, "answers": [answer], "dataset": "hotpotqa", "_id": id.to_string()})
+            .to_string()
+    };
+    let lines = [
+        line(1, "Port Vale", "Passage 1:\nMills\nThey grind oats.\n\nPassage 2:\nAun\nIt ends at port vale."),
+        line(2, "oats", "Passage 1:\nMills\nThey grind oats.\n\nPassage 2:\nWells\nThey are deep."),
+        line(3, "Mills", "Passage 1:\nMills\nThey grind oats."),
+        line(4, "yes", "Passage 1:\nNothing of the kind."),
+    ];
+    fs::write(&file, lines.join("\n")).unwrap();
+    let data = spec("longbench", &file);
+    let arguments = ["--data", &data, "--passages", "2", "--shots", "0", "--limit", "9"];
+    let manifest = dumped(&dir.path().join("a"), &arguments);
+    let requests = manifest["requests"].as_array().unwrap();
+    let ids: std::collections::BTreeSet<&str> = requests.iter().map(|r| r["id"].as_str().unwrap()).collect();
+    assert_eq!(ids, ["1", "2", "3"].into(), "no answer stands in the passages of the last");
+    for request in requests {
+        let prompt = request["prompt"].as_str().unwrap();
+        assert!(
+            prompt.contains("Passage: Mills They grind oats.") && prompt.contains("Passage: Aun It ends")
+        );
+        assert!(!prompt.contains("Wells"));
+    }
+    let mixed = spec("longbench", &fixture("longbench.jsonl"));
+    let refused = ["dump", "--model", text(small_model()), "--data", &mixed, "--passages", "1", "-o", "out"];
+    refuse(&refused, &["longbench.jsonl", "line 2", "trec", "musique"]);
+}
+
+#[test]
 fn prompts_are_cut_in_the_middle_and_sorted() {
     let dir = tempfile::tempdir().unwrap();
     let data = spec("longbench", &fixture("longbench.jsonl"));

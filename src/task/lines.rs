@@ -12,27 +12,33 @@ pub fn requests<L: DeserializeOwned>(
     (least, most): (usize, usize),
     request: impl Fn(usize, L) -> std::result::Result<Request, String>,
 ) -> Result<Vec<Request>> {
-    let lines: Vec<(usize, &str)> =
-        (1..).zip(text.lines()).filter(|(_, line)| !line.trim().is_empty()).collect();
-    if lines.is_empty() {
-        return Err(Error::file(path, "holds no prompt"));
+    let there = text.lines().filter(|line| !line.trim().is_empty()).count();
+    if there > 0 && there < least {
+        return Err(Error::file(path, format!("has {there} prompts, fewer than --requests {least}")));
     }
-    if lines.len() < least {
-        let problem = format!("has {} prompts, fewer than --requests {least}", lines.len());
-        return Err(Error::file(path, problem));
-    }
-    let read = |&(n, line): &(usize, &str)| {
+    read(path, text, most, |n, line| {
+        let request: Request = request(n, line)?;
+        if request.prompt.is_empty() { Err("the prompt is empty".to_owned()) } else { Ok(request) }
+    })
+}
+
+/// The first `most` lines that are not empty, each made something of, by its number.
+pub fn read<L: DeserializeOwned, T>(
+    path: &Path,
+    text: &str,
+    most: usize,
+    make: impl Fn(usize, L) -> std::result::Result<T, String>,
+) -> Result<Vec<T>> {
+    let lines = (1..).zip(text.lines()).filter(|(_, line)| !line.trim().is_empty());
+    let made = lines.take(most).map(|(n, line)| {
         let bad = |problem: String| Error::file(path, format!("line {n}: {problem}"));
         // serde numbers the lines of what it is given, which is always one.
         let parsed = serde_json::from_str(line)
             .map_err(|e| bad(e.to_string().replace(" at line 1 column", " at column")))?;
-        let request: Request = request(n, parsed).map_err(bad)?;
-        if request.prompt.is_empty() {
-            return Err(bad("the prompt is empty".to_owned()));
-        }
-        Ok(request)
-    };
-    lines.iter().take(most).map(read).collect()
+        make(n, parsed).map_err(bad)
+    });
+    let made: Vec<T> = made.collect::<Result<_>>()?;
+    if made.is_empty() { Err(Error::file(path, "holds no prompt")) } else { Ok(made) }
 }
 
 /// A set of requests that were read line by line.

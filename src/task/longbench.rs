@@ -2,8 +2,10 @@
 //! words, the task's published metric and answer length.
 
 use super::metric::Metric;
+use super::squad::{Passage, Question};
 use super::{PromptSet, Request, context_checksum, lines};
-use crate::error::Result;
+use crate::error::{Error, Result};
+use regex::Regex;
 use serde::Deserialize;
 use std::path::Path;
 
@@ -35,6 +37,9 @@ const fn task(name: &'static str, metric: Metric, answer_tokens: usize, prompt: 
 const PASSAGES: &str = "Passages:\n{context}\n\nAnswer the question from the passages above, in a few words and without \
                         explaining.\nQuestion: {input}\nAnswer:";
 
+/// Tasks whose contexts are numbered passages.
+const OF_PASSAGES: [&str; 3] = ["hotpotqa", "2wikimqa", "musique"];
+
 /// The English tasks and those on code.
 const TASKS: [Task; 16] = [
     task(
@@ -56,9 +61,9 @@ const TASKS: [Task; 16] = [
         64,
         "Text:\n{context}\n\nAnswer the question from the text, in a few words.\nQuestion: {input}\nAnswer:",
     ),
-    task("hotpotqa", Metric::F1, 32, PASSAGES),
-    task("2wikimqa", Metric::F1, 32, PASSAGES),
-    task("musique", Metric::F1, 32, PASSAGES),
+    task(OF_PASSAGES[0], Metric::F1, 32, PASSAGES),
+    task(OF_PASSAGES[1], Metric::F1, 32, PASSAGES),
+    task(OF_PASSAGES[2], Metric::F1, 32, PASSAGES),
     task(
         "gov_report",
         Metric::RougeL,
@@ -117,6 +122,42 @@ const TASKS: [Task; 16] = [
         "Continue this code with its next line.\n{context}{input}",
     ),
 ];
+
+/// Of every question of a task of several passages, the passage of its own in which an answer stands, for retrieval-augmented prompts
+/// (`--passages`). Questions whose answers stand in none, as "yes" may not, are left out.
+///
+/// # Errors
+/// Lines of other tasks; files without such a passage.
+pub fn passages(path: &Path, text: &str) -> Result<Vec<Passage>> {
+    let heading = Regex::new(r"(?m)^Passage \d+:\s*").map_err(|e| Error::argument(e.to_string()))?;
+    let found = lines::read(path, text, usize::MAX, |n, line: Line| {
+        let name = line.dataset.strip_suffix("_e").unwrap_or(&line.dataset);
+        if !OF_PASSAGES.contains(&name) {
+            let known = OF_PASSAGES.join(", ");
+            return Err(format!("--passages goes with {known}, and dataset is '{}'", line.dataset));
+        }
+        let answers: Vec<String> = line.answers.iter().map(|a| a.to_lowercase()).collect();
+        let holds = |passage: &&str| {
+            let passage = passage.to_lowercase();
+            answers.iter().any(|a| !a.trim().is_empty() && passage.contains(a.trim()))
+        };
+        let own = heading.split(&line.context).map(str::trim).find(holds);
+        let id = line.id.unwrap_or_else(|| format!("line-{n}"));
+        let question = Question { id, text: line.input, references: line.answers };
+        Ok(own.map(|own| (own.split_whitespace().collect::<Vec<_>>().join(" "), question)))
+    })?;
+    let mut passages: Vec<Passage> = Vec::new();
+    for (text, question) in found.into_iter().flatten() {
+        match passages.iter_mut().find(|p| p.text == text) {
+            Some(passage) => passage.questions.push(question),
+            None => passages.push(Passage { text, questions: vec![question] }),
+        }
+    }
+    if passages.is_empty() {
+        return Err(Error::file(path, "holds no passage in which an answer stands"));
+    }
+    Ok(passages)
+}
 
 /// The first prompts of the file, in its order; `counts` as in [`lines::requests`].
 pub fn take(path: &Path, text: &str, counts: (usize, usize)) -> Result<PromptSet> {

@@ -203,10 +203,11 @@ impl Draw {
             _ => return Err(self.unknown()),
         }
         let asks = matches!(source, ("builtin", "qa") | ("squad", _));
+        let retrieves = self.passages.is_some() && source.0 == "longbench";
         let misplaced = [
-            ("--passages", self.passages.is_some(), asks),
+            ("--passages", self.passages.is_some(), asks || retrieves),
             ("--turns", self.turns.is_some(), asks),
-            ("--half", self.half.is_some(), matches!(source, ("builtin" | "squad", _))),
+            ("--half", self.half.is_some(), matches!(source, ("builtin" | "squad", _)) || retrieves),
             (
                 "--continuation",
                 self.continuation.is_some(),
@@ -284,12 +285,13 @@ pub fn load(draw: &Draw, tokens: &dyn Fn(&str) -> Result<usize>) -> Result<Promp
         }
         (kind, _) if FILES.contains(&kind) && !rest.is_empty() => {
             let text = files::read_text(&path)?;
+            let ask = |passages: Vec<squad::Passage>| {
+                let passages = draw.seen(&passages);
+                qa::draw(passages, &text, &draw.limited(passages), tokens)
+            };
             match kind {
-                "squad" => {
-                    let passages = squad::parse(&path, &text)?;
-                    let passages = draw.seen(&passages);
-                    qa::draw(passages, &text, &draw.limited(passages), tokens)
-                }
+                "squad" => ask(squad::parse(&path, &text)?),
+                "longbench" if draw.passages.is_some() => ask(longbench::passages(&path, &text)?),
                 "longbench" => longbench::take(&path, &text, draw.counts()).and_then(fixed),
                 "ruler" => ruler::take(&path, &text, draw.counts()).and_then(fixed),
                 "text" => passages::windows(&path, &text, draw, draw.counts(), tokens),
