@@ -390,7 +390,7 @@ fn turns_follow_each_other() {
     let before = kvfuse::task::load(&draw, &|_| Ok(1)).unwrap().followed();
     for i in 3..9 {
         let last = before[i].unwrap();
-        assert!(arrivals[i] >= ends[last] && arrivals[i] < ends[last] + 10.0, "{i}");
+        assert!(arrivals[i] >= ends[last] && arrivals[i] < ends[last] + 1.0, "{i}");
         assert!(inputs[i] > inputs[last]);
     }
     let runs = kvfuse::tables::Columns::read(&out.join("serve.csv")).unwrap();

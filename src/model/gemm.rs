@@ -3,6 +3,7 @@
 //! Every product is cut into tiles that depend on the operands' shapes only; each tile is computed by one thread. So the
 //! same product has the same bits whatever the number of threads.
 
+use super::kernels::has_fused_multiply_add;
 use super::numbers::Numbers;
 use super::panels::{PANEL, Panels};
 use gemm::Parallelism;
@@ -189,7 +190,14 @@ impl Linear {
         assert_eq!(x.len() % self.inputs, 0);
         let rows = x.len() / self.inputs;
         let mut out = vec![0.0; rows * self.outputs];
-        if rows == 1 && self.apply_to_row(x, &mut out) {
+        if let Panels::Coded(panels) = &self.weight
+            && rows == 1
+            && has_fused_multiply_add()
+        {
+            // Panels in f32 would be written and read for one row; sums are those of the `gemm` crate, which adds one row up input by input.
+            out.par_chunks_mut(PANEL).enumerate().for_each(|(panel, out)| {
+                out.copy_from_slice(&panels.times_row(x, panel)[..out.len()]);
+            });
             return out;
         }
         let pointer = OutPointer(out.as_mut_ptr());
@@ -216,13 +224,6 @@ impl Linear {
             });
         });
         out
-    }
-
-    /// One row straight from the weight's codes, which panels in f32 would be written and read for once; false where that cannot be done. Sums
-    /// are those of the `gemm` crate, which adds up one row input by input.
-    fn apply_to_row(&self, x: &[f32], out: &mut [f32]) -> bool {
-        let panels = out.par_chunks_mut(PANEL).enumerate();
-        panels.map(|(panel, out)| self.weight.times_row(x, panel * PANEL, out)).all(|done| done)
     }
 }
 

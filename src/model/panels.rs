@@ -1,7 +1,6 @@
 //! Weights panel by panel, in the precision of the file, and how a panel is read in f32.
 
 use super::coded::Coded;
-use super::kernels::has_fused_multiply_add;
 use super::numbers::Numbers;
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
@@ -107,18 +106,6 @@ impl Panels {
         }
     }
 
-    /// The products of one row with the outputs of a panel, straight from its codes, summed input by input; false where panels are not of codes
-    /// or the machine has no fused multiply-add.
-    pub fn times_row(&self, x: &[f32], first: usize, out: &mut [f32]) -> bool {
-        let Panels::Coded(panels) = self else { return false };
-        let fused = has_fused_multiply_add();
-        if fused {
-            let sums = panels.times_row(x, first / PANEL);
-            out.copy_from_slice(&sums[..out.len()]);
-        }
-        fused
-    }
-
     /// One weight: an output's, of an input.
     pub fn get(&self, output: usize, input: usize, (outputs, inputs): (usize, usize)) -> f32 {
         let first = output / PANEL * PANEL;
@@ -197,8 +184,8 @@ impl CodedPanels {
         }
     }
 
-    /// One row times a panel.
-    fn times_row(&self, x: &[f32], panel: usize) -> [f32; PANEL] {
+    /// One row times a panel, straight from its codes, summed input by input.
+    pub fn times_row(&self, x: &[f32], panel: usize) -> [f32; PANEL] {
         let (range, factors) = self.panel(panel);
         match &self.codes {
             Codes::Nibbles { bytes, least } => {
@@ -403,13 +390,11 @@ mod tests {
                 }
                 // One row straight from codes: summed input by input.
                 let x: Vec<f32> = (0..inputs).map(|i| (i as f32 + seed as f32).sin()).collect();
-                let mut out = vec![0.0; width];
-                if panels.times_row(&x, first, &mut out) {
-                    for (o, got) in out.into_iter().enumerate() {
-                        let weights = &exact[(first + o) * inputs..][..inputs];
-                        let sum = weights.iter().zip(&x).fold(0.0f32, |sum, (w, x)| w.mul_add(*x, sum));
-                        prop_assert_eq!(got, sum);
-                    }
+                let Panels::Coded(coded) = &panels else { unreachable!() };
+                for (o, got) in coded.times_row(&x, first / PANEL).into_iter().take(width).enumerate() {
+                    let weights = &exact[(first + o) * inputs..][..inputs];
+                    let sum = weights.iter().zip(&x).fold(0.0f32, |sum, (w, x)| w.mul_add(*x, sum));
+                    prop_assert_eq!(got, sum);
                 }
             }
             for at in [0, outputs * inputs / 2, outputs * inputs - 1] {

@@ -37,7 +37,7 @@ impl Box {
 
 /// What is drawn already.
 #[derive(Debug, Default)]
-pub struct Drawn {
+pub struct Taken {
     /// Texts and points.
     pub marks: Vec<Box>,
     /// Lines, in pieces of [`PIECE`] pixels.
@@ -47,7 +47,7 @@ pub struct Drawn {
 /// Pixels of a piece of a line.
 const PIECE: i32 = 6;
 
-impl Drawn {
+impl Taken {
     /// Adds a line from one point to another.
     pub fn line(&mut self, from: (i32, i32), to: (i32, i32)) {
         let (dx, dy) = (to.0 - from.0, to.1 - from.1);
@@ -69,7 +69,7 @@ pub fn place(
     (x, y): (i32, i32),
     (wide, high): (i32, i32),
     frame: &Box,
-    drawn: &Drawn,
+    taken: &Taken,
     needed: bool,
 ) -> Option<Box> {
     // What is covered counts as so many rings further out.
@@ -89,8 +89,11 @@ pub fn place(
         ] {
             let left = left.min(frame.right - wide).max(frame.left);
             let own = Box { left, top, right: left + wide, bottom: top + high };
-            let (marks, lines) = drawn.under(&own);
-            if !own.within(frame) || (marks > 0 && !needed) {
+            if !own.within(frame) {
+                continue;
+            }
+            let (marks, lines) = taken.under(&own);
+            if marks > 0 && !needed {
                 continue;
             }
             let cost = MARK * marks + LINE * lines + ring as usize;
@@ -109,14 +112,14 @@ mod tests {
     #[test]
     fn texts_stand_beside_each_other() {
         let frame = Box { left: 0, top: 0, right: 200, bottom: 100 };
-        let mut drawn = Drawn::default();
+        let mut taken = Taken::default();
         // Points that lie on each other.
         for _ in 0..8 {
-            let own = place((100, 50), (60, 12), &frame, &drawn, true).unwrap();
-            assert!(own.within(&frame) && drawn.marks.iter().all(|b| !own.meets(b)), "{own:?} {drawn:?}");
-            drawn.marks.push(own);
+            let own = place((100, 50), (60, 12), &frame, &taken, true).unwrap();
+            assert!(own.within(&frame) && taken.marks.iter().all(|b| !own.meets(b)), "{own:?} {taken:?}");
+            taken.marks.push(own);
         }
-        let full = Drawn { marks: vec![frame], ..Drawn::default() };
+        let full = Taken { marks: vec![frame], ..Taken::default() };
         assert_eq!(place((100, 50), (60, 12), &frame, &full, false), None);
         assert!(place((100, 50), (60, 12), &frame, &full, true).is_some());
     }
@@ -124,9 +127,9 @@ mod tests {
     #[test]
     fn texts_stand_beside_lines() {
         let frame = Box { left: 0, top: 0, right: 200, bottom: 100 };
-        let mut drawn = Drawn::default();
-        drawn.line((100, 50), (200, 50));
-        let own = place((100, 50), (60, 12), &frame, &drawn, true).unwrap();
-        assert!(drawn.under(&own) == (0, 0), "{own:?}");
+        let mut taken = Taken::default();
+        taken.line((100, 50), (200, 50));
+        let own = place((100, 50), (60, 12), &frame, &taken, true).unwrap();
+        assert!(taken.under(&own) == (0, 0), "{own:?}");
     }
 }

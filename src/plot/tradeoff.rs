@@ -1,7 +1,7 @@
 //! The tasks' metric and KL against the audited compression ratio.
 
 use super::canvas::{Area, Drawn, FONT, Figure, axes, fitting, legend, said, series_color};
-use super::dodge::{self, Box, place};
+use super::dodge::{Box, Taken, place};
 use super::family::Family;
 use super::series::{Estimate, GREY, Point, SweepTable, prefix_label};
 use plotters::coord::combinators::{BindKeyPoints, LogCoord, WithKeyPoints};
@@ -208,21 +208,21 @@ impl Tradeoff<'_> {
         let area = chart.plotting_area();
         let pixel = |p: &Point| area.map_coordinate(&at(p));
         let drawn = |p: &&Point| at(p).1.is_finite();
-        let mut there = dodge::Drawn::default();
+        let mut taken = Taken::default();
         for series in &t.fusion {
             let at: Vec<(i32, i32)> = series.iter().filter(drawn).map(pixel).collect();
-            there.marks.extend(at.iter().map(|at| Box::around(*at, 4)));
-            at.windows(2).for_each(|ends| there.line(ends[0], ends[1]));
+            taken.marks.extend(at.iter().map(|at| Box::around(*at, 4)));
+            at.windows(2).for_each(|ends| taken.line(ends[0], ends[1]));
         }
         let (xs, ys) = area.get_pixel_range();
         let frame = Box { left: xs.start, top: ys.start, right: xs.end, bottom: ys.end };
         let mut write = |text: &str, p: &Point, size: u32, color: RGBAColor, needed: bool| -> Drawn {
             let high = size as i32;
             let scale = wide(text) * high / 14;
-            let found = place(pixel(p), (scale, high), &frame, &there, needed);
+            let found = place(pixel(p), (scale, high), &frame, &taken, needed);
             let Some(found) = found else { return Ok(()) };
             let offset = (found.left - pixel(p).0, found.top - pixel(p).1);
-            there.marks.push(found);
+            taken.marks.push(found);
             // A name that had to go far is tied to its point.
             let (x, y) = found.nearest(pixel(p));
             let (dx, dy) = (x - pixel(p).0, y - pixel(p).1);

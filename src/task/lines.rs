@@ -12,7 +12,7 @@ pub fn requests<L: DeserializeOwned>(
     (least, most): (usize, usize),
     request: impl Fn(usize, L) -> std::result::Result<Request, String>,
 ) -> Result<Vec<Request>> {
-    let there = text.lines().filter(|line| !line.trim().is_empty()).count();
+    let there = filled(text).count();
     if there > 0 && there < least {
         return Err(Error::file(path, format!("has {there} prompts, fewer than --requests {least}")));
     }
@@ -29,8 +29,7 @@ pub fn read<L: DeserializeOwned, T>(
     most: usize,
     make: impl Fn(usize, L) -> std::result::Result<T, String>,
 ) -> Result<Vec<T>> {
-    let lines = (1..).zip(text.lines()).filter(|(_, line)| !line.trim().is_empty());
-    let made = lines.take(most).map(|(n, line)| {
+    let made = filled(text).take(most).map(|(n, line)| {
         let bad = |problem: String| Error::file(path, format!("line {n}: {problem}"));
         // serde numbers the lines of what it is given, which is always one.
         let parsed = serde_json::from_str(line)
@@ -39,6 +38,11 @@ pub fn read<L: DeserializeOwned, T>(
     });
     let made: Vec<T> = made.collect::<Result<_>>()?;
     if made.is_empty() { Err(Error::file(path, "holds no prompt")) } else { Ok(made) }
+}
+
+/// Lines that are not empty, with their numbers.
+fn filled(text: &str) -> impl Iterator<Item = (usize, &str)> {
+    (1..).zip(text.lines()).filter(|(_, line)| !line.trim().is_empty())
 }
 
 /// A set of requests that were read line by line.

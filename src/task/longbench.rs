@@ -21,6 +21,26 @@ struct Line {
     all_classes: Option<Vec<String>>,
 }
 
+impl Line {
+    /// Its task.
+    ///
+    /// # Errors
+    /// Data sets that are none; no answer.
+    fn task(&self) -> std::result::Result<&'static Task, String> {
+        // LongBench-E appends "_e" to the names of the same tasks.
+        let name = self.dataset.strip_suffix("_e").unwrap_or(&self.dataset);
+        let task = TASKS.iter().find(|t| t.name == name).ok_or_else(|| {
+            let known: Vec<&str> = TASKS.iter().map(|t| t.name).collect();
+            format!("dataset '{}' is not one of {}", self.dataset, known.join(", "))
+        })?;
+        if self.answers.is_empty() { Err("`answers` is empty".to_owned()) } else { Ok(task) }
+    }
+
+    fn id(&self, n: usize) -> String {
+        self.id.clone().unwrap_or_else(|| format!("line-{n}"))
+    }
+}
+
 /// A task: its name, its metric, the longest answer its authors let a model give, and the prompt, with `{context}` and
 /// `{input}` left open.
 struct Task {
@@ -37,11 +57,8 @@ const fn task(name: &'static str, metric: Metric, answer_tokens: usize, prompt: 
 const PASSAGES: &str = "Passages:\n{context}\n\nAnswer the question from the passages above, in a few words and without \
                         explaining.\nQuestion: {input}\nAnswer:";
 
-/// Tasks whose contexts are numbered passages.
-const OF_PASSAGES: [&str; 3] = ["hotpotqa", "2wikimqa", "musique"];
-
 /// The English tasks and those on code.
-const TASKS: [Task; 16] = [
+static TASKS: [Task; 16] = [
     task(
         "narrativeqa",
         Metric::F1,
@@ -61,9 +78,9 @@ const TASKS: [Task; 16] = [
         64,
         "Text:\n{context}\n\nAnswer the question from the text, in a few words.\nQuestion: {input}\nAnswer:",
     ),
-    task(OF_PASSAGES[0], Metric::F1, 32, PASSAGES),
-    task(OF_PASSAGES[1], Metric::F1, 32, PASSAGES),
-    task(OF_PASSAGES[2], Metric::F1, 32, PASSAGES),
+    task("hotpotqa", Metric::F1, 32, PASSAGES),
+    task("2wikimqa", Metric::F1, 32, PASSAGES),
+    task("musique", Metric::F1, 32, PASSAGES),
     task(
         "gov_report",
         Metric::RougeL,
@@ -131,10 +148,14 @@ const TASKS: [Task; 16] = [
 pub fn passages(path: &Path, text: &str) -> Result<Vec<Passage>> {
     let heading = Regex::new(r"(?m)^Passage \d+:\s*").map_err(|e| Error::argument(e.to_string()))?;
     let found = lines::read(path, text, usize::MAX, |n, line: Line| {
-        let name = line.dataset.strip_suffix("_e").unwrap_or(&line.dataset);
-        if !OF_PASSAGES.contains(&name) {
-            let known = OF_PASSAGES.join(", ");
-            return Err(format!("--passages goes with {known}, and dataset is '{}'", line.dataset));
+        let of_passages = |task: &&Task| task.prompt == PASSAGES;
+        if !of_passages(&line.task()?) {
+            let known: Vec<&str> = TASKS.iter().filter(of_passages).map(|t| t.name).collect();
+            return Err(format!(
+                "--passages goes with {}, and dataset is '{}'",
+                known.join(", "),
+                line.dataset
+            ));
         }
         let answers: Vec<String> = line.answers.iter().map(|a| a.to_lowercase()).collect();
         let holds = |passage: &&str| {
@@ -142,8 +163,7 @@ pub fn passages(path: &Path, text: &str) -> Result<Vec<Passage>> {
             answers.iter().any(|a| !a.trim().is_empty() && passage.contains(a.trim()))
         };
         let own = heading.split(&line.context).map(str::trim).find(holds);
-        let id = line.id.unwrap_or_else(|| format!("line-{n}"));
-        let question = Question { id, text: line.input, references: line.answers };
+        let question = Question { id: line.id(n), text: line.input, references: line.answers };
         Ok(own.map(|own| (own.split_whitespace().collect::<Vec<_>>().join(" "), question)))
     })?;
     let mut passages: Vec<Passage> = Vec::new();
@@ -162,15 +182,7 @@ pub fn passages(path: &Path, text: &str) -> Result<Vec<Passage>> {
 /// The first prompts of the file, in its order; `counts` as in [`lines::requests`].
 pub fn take(path: &Path, text: &str, counts: (usize, usize)) -> Result<PromptSet> {
     let requests = lines::requests(path, text, counts, |n, line: Line| {
-        // LongBench-E appends "_e" to the names of the same tasks.
-        let name = line.dataset.strip_suffix("_e").unwrap_or(&line.dataset);
-        let task = TASKS.iter().find(|t| t.name == name).ok_or_else(|| {
-            let known: Vec<&str> = TASKS.iter().map(|t| t.name).collect();
-            format!("dataset '{}' is not one of {}", line.dataset, known.join(", "))
-        })?;
-        if line.answers.is_empty() {
-            return Err("`answers` is empty".to_owned());
-        }
+        let (task, id) = (line.task()?, line.id(n));
         let classes = line.all_classes.unwrap_or_default();
         if task.metric == Metric::Classification && classes.is_empty() {
             return Err("`all_classes` is empty, which its score needs".to_owned());
@@ -184,10 +196,7 @@ pub fn take(path: &Path, text: &str, counts: (usize, usize)) -> Result<PromptSet
             classes,
             answer_tokens: Some(task.answer_tokens),
             contexts: vec![context_checksum(&line.context)],
-            ..Request::raw(
-                line.id.unwrap_or_else(|| format!("line-{n}")),
-                format!("{before}{}{}", line.context, after.replace("{input}", &line.input)),
-            )
+            ..Request::raw(id, format!("{before}{}{}", line.context, after.replace("{input}", &line.input)))
         })
     })?;
     let longest = requests.iter().filter_map(|r| r.answer_tokens).max();

@@ -4,7 +4,7 @@
     python tests/clients/llama_cpp.py KVFUSE MODEL.gguf [ROUNDS] [THREADS]
 
 Decode: so many requests at once, each with its own prompt of about 256 tokens, counted while all of them decode. Prefill: one prompt of about 512 tokens,
-one token of an answer. The last lines hold medians over the rounds and their ratios.
+up to the first token of its answer. The last lines hold medians over the rounds and their ratios.
 """
 
 import asyncio
@@ -33,9 +33,10 @@ def served_model(port):
         return json.load(answer)["data"][0]["id"]
 
 
-async def stream(port, text, tokens):
+async def stream(server, text, tokens):
     """Seconds at which each token came."""
-    asked = {"model": served_model(port), "prompt": text, "max_tokens": tokens, "temperature": 0, "stream": True, "ignore_eos": True}
+    port, model = server
+    asked = {"model": model, "prompt": text, "max_tokens": tokens, "temperature": 0, "stream": True, "ignore_eos": True}
     body = json.dumps(asked).encode()
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
@@ -49,18 +50,18 @@ async def stream(port, text, tokens):
     return came
 
 
-async def decode(port, sequences, seed):
+async def decode(server, sequences, seed):
     texts = [prompt(256, seed + i) for i in range(sequences)]
-    came = await asyncio.gather(*(stream(port, text, TOKENS) for text in texts))
+    came = await asyncio.gather(*(stream(server, text, TOKENS) for text in texts))
     start, end = max(own[0] for own in came), min(own[-1] for own in came)
     assert end > start, "never did all decode at once; ask for more tokens"
     return sum(start < at <= end for own in came for at in own) / (end - start)
 
 
-async def prefill(port, seed):
+async def prefill(server, seed):
     started = time.perf_counter()
     # Their first tokens say when the prompt was done; one is not enough for servers that hold it back until they know the next.
-    came = await stream(port, prompt(512, seed), 4)
+    came = await stream(server, prompt(512, seed), 4)
     return 512 / (came[0] - started)
 
 
@@ -112,12 +113,13 @@ def main(kvfuse, model, rounds=2, threads=2):
     try:
         for port in ports.values():
             wait_for(port)
+        servers = {side: (port, served_model(port)) for side, port in ports.items()}
         rates = {}
         for n in range(rounds):
             for what in ("prefill", *SEQUENCES):
                 for side in ports if n % 2 == 0 else reversed(ports):
                     seed = 1000 * n + 7
-                    run = prefill(ports[side], seed) if what == "prefill" else decode(ports[side], what, seed)
+                    run = prefill(servers[side], seed) if what == "prefill" else decode(servers[side], what, seed)
                     rate = asyncio.run(run)
                     rates.setdefault((what, side), []).append(rate)
                     print(json.dumps({"what": what, "side": side, "tokens_per_second": round(rate, 1)}), flush=True)

@@ -1,6 +1,6 @@
 //! CacheGen-like: differences to an anchor token, coarser in later layers, entropy coded.
 
-use super::{BitSink, BitSource, Cost, PageShape, Quantized, Quantizer, put_f16, take_f16};
+use super::{BitSink, BitSource, Cost, PageShape, Quantized, Quantizer, largest, put_f16, take_f16};
 use crate::block::Part;
 use crate::codec::registry::{Method, Scale, Search, number};
 use crate::codec::{Codec, Role};
@@ -90,8 +90,7 @@ impl Quantizer for Coding {
     fn encode(&self, _: Part, page: &[f32], shape: PageShape, sink: &mut BitSink) {
         let width = shape.width();
         let (anchor, rest) = page.split_at(width);
-        let most = anchor.iter().fold(0.0f32, |m, x| m.max(x.abs()));
-        let scale = put_f16(sink, most / 127.0);
+        let scale = put_f16(sink, largest(anchor) / 127.0);
         let code = |x: &f32| if scale > 0.0 { (x / scale).round().clamp(-127.0, 127.0) as i8 } else { 0 };
         let codes: Vec<i8> = anchor.iter().map(code).collect();
         codes.iter().for_each(|c| sink.put(Cost::Code, u32::from(*c as u8), 8));

@@ -239,6 +239,11 @@ impl<Q: Quantizer> Quantized<Q> {
     }
 }
 
+/// The largest of some numbers without their signs.
+pub(super) fn largest(numbers: &[f32]) -> f32 {
+    numbers.iter().fold(0.0, |most, x| most.max(x.abs()))
+}
+
 /// Writes a number as f16; returns what is read back.
 pub(super) fn put_f16(sink: &mut BitSink, x: f32) -> f32 {
     let half = f16::from_f32(x);

@@ -1,7 +1,7 @@
 //! Four-bit floating point (E2M1) with an E4M3 scale for every sixteen numbers of a head, below one scale a page for keys and one for values.
 
 use super::minifloat::{E4M3, Minifloat};
-use super::{BitSink, BitSource, Cost, PageShape, Quantized, Quantizer, put_f16, take_f16};
+use super::{BitSink, BitSource, Cost, PageShape, Quantized, Quantizer, largest, put_f16, take_f16};
 use crate::block::Part;
 use crate::codec::registry::Method;
 use crate::codec::{Codec, Role};
@@ -50,7 +50,6 @@ fn take_head(head_dim: usize, scale: f32, source: &mut BitSource, out: &mut Vec<
 
 impl Quantizer for Groups {
     fn encode(&self, _: Part, page: &[f32], shape: PageShape, sink: &mut BitSink) {
-        let largest = |numbers: &[f32]| numbers.iter().fold(0.0f32, |most, x| most.max(x.abs()));
         // The largest scale of a group becomes the largest of E4M3.
         let scale = put_f16(sink, largest(page) / (E2M1.most * E4M3.most));
         for group in page.chunks_exact(shape.head_dim).flat_map(|head| head.chunks(GROUP)) {

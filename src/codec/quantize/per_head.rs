@@ -1,6 +1,6 @@
 //! Eight bits a number with one f16 scale for every token and head: what int8 and fp8 have in common.
 
-use super::{BitSink, BitSource, Cost, PageShape, Quantizer, put_f16, take_f16};
+use super::{BitSink, BitSource, Cost, PageShape, Quantizer, largest, put_f16, take_f16};
 use crate::block::Part;
 
 /// A format of eight bits; the largest number of a head becomes its largest.
@@ -28,8 +28,7 @@ impl PerHead {
 impl Quantizer for PerHead {
     fn encode(&self, _: Part, page: &[f32], shape: PageShape, sink: &mut BitSink) {
         for head in page.chunks_exact(shape.head_dim) {
-            let most = head.iter().fold(0.0f32, |most, x| most.max(x.abs()));
-            let scale = put_f16(sink, most / self.most);
+            let scale = put_f16(sink, largest(head) / self.most);
             for x in head {
                 let code = if scale > 0.0 { (self.encode)(x / scale) } else { 0 };
                 sink.put(Cost::Code, u32::from(code), 8);

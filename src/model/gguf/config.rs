@@ -1,12 +1,12 @@
 //! What a GGUF file's metadata say of the model's shape and arithmetic.
 
-use super::super::config::{
-    ARCHITECTURES, GEMMA3_LOCAL_BASE, GEMMA3_PATTERN, ModelConfig, RopeConfig, Sliding, all_but_each,
-    check_sizes, unknown_architecture, unknown_scaling,
-};
 use super::metadata::{Metadata, flag};
 use super::one_line;
 use crate::error::{Error, Result};
+use crate::model::config::{
+    ARCHITECTURES, GEMMA3_LOCAL_BASE, GEMMA3_PATTERN, ModelConfig, RopeConfig, Sliding, all_but_each,
+    check_sizes, unknown_architecture, unknown_scaling,
+};
 use candle_core::Device;
 use candle_core::quantized::gguf_file::Value;
 use std::io::Cursor;

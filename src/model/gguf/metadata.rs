@@ -1,4 +1,5 @@
-//! Metadata of a GGUF file by key. What is there in another type than its meaning asks for is an error, never passed over.
+//! Metadata of a GGUF file by key. What is there in another type than its meaning asks for is an error; only
+//! [`Metadata::string`] passes it over.
 
 use crate::error::{Error, Result};
 use candle_core::quantized::gguf_file::{Content, Value};

@@ -1,10 +1,10 @@
 //! Who gets room: admission, columns of the prefix cache that make way, preemption.
 
-use super::super::job::{Event, Finish};
-use super::super::prefix::NodeId;
-use super::super::tier;
 use super::{Engine, Sequence};
 use crate::error::Result;
+use crate::serve::job::{Event, Finish};
+use crate::serve::prefix::NodeId;
+use crate::serve::tier;
 use std::time::Instant;
 
 /// Coded columns up to this part of the budget do not make way for one more request while others run: a column of pages takes the room of

@@ -1,12 +1,12 @@
 //! What becomes of blocks that are full: fused, coded, made known to the prefix cache.
 
-use super::super::fuse::{Candidate, candidates, fuse};
-use super::super::prefix::{NewColumn, NodeId};
 use super::Engine;
 use crate::block::{BlockPool, Entry, RequestCache, Storage};
 use crate::codec::{CacheBatch, Codec, Memo};
 use crate::error::Result;
 use crate::model::Model;
+use crate::serve::fuse::{Candidate, candidates, fuse};
+use crate::serve::prefix::{NewColumn, NodeId};
 use std::time::Instant;
 
 impl Engine<'_> {

@@ -1,10 +1,10 @@
 //! What of a residual matters: directions weighted by the metric.
 
-use super::super::book::{flat, in_bytes};
-use super::super::corpus::Corpus;
-use super::super::entropy::from_eighths;
 use super::sums::{gram, times};
 use super::{Metric, Training};
+use crate::codec::joint::book::{flat, in_bytes};
+use crate::codec::joint::corpus::Corpus;
+use crate::codec::joint::entropy::from_eighths;
 use crate::error::{Error, Result};
 use faer::{Mat, Side};
 

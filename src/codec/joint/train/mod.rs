@@ -14,7 +14,6 @@ pub use sums::means;
 
 use super::book::{LayerBook, TableParts, both_ways};
 use super::corpus::Corpus;
-use super::entropy::from_eighths;
 use super::layers::side_by_side;
 use crate::error::{Error, Result};
 use crate::interrupt;
@@ -105,8 +104,7 @@ fn layer(
     let (analysis, synthesis) =
         both_ways(&root, &turn, r).ok_or_else(|| Error::Number("a metric cannot be inverted".into()))?;
     let u = times(&residual, width, &analysis, r);
-    let Referred { coded, left, gain, sigma } =
-        referred(corpus, &u, r, (training.step, from_eighths(training.step)));
+    let Referred { coded, left, gain, sigma } = referred(corpus, &u, r, training.step);
     let mut rebuilt = predicted;
     let residual = times(&coded, r, &synthesis, width);
     rebuilt.iter_mut().zip(&residual).for_each(|(x, e)| *x += e);

@@ -1,11 +1,11 @@
 //! What the layers below say of a layer: ridge regression with few numbers in between.
 
-use super::super::book::{flat, in_bytes};
-use super::super::corpus::Corpus;
-use super::super::entropy::from_eighths;
 use super::components::Roots;
 use super::sums::{ROWS, gram, means, pick, times};
 use super::{FOLDS, Training};
+use crate::codec::joint::book::{flat, in_bytes};
+use crate::codec::joint::corpus::Corpus;
+use crate::codec::joint::entropy::from_eighths;
 use crate::error::{Error, Result};
 use crate::model::gemm::{View, product};
 use faer::linalg::solvers::Solve;

@@ -1,8 +1,8 @@
 //! What a reference says of a token's components, and what is left of them.
 
-use super::super::corpus::Corpus;
-use super::super::entropy::eighths;
-use super::super::reference::{CLASSES, class_of};
+use crate::codec::joint::corpus::Corpus;
+use crate::codec::joint::entropy::{eighths, from_eighths};
+use crate::codec::joint::reference::{CLASSES, class_of};
 use half::f16;
 
 /// Components after references, coded in closed loop.
@@ -17,8 +17,9 @@ pub struct Referred {
     pub sigma: Vec<i16>,
 }
 
-/// Codes the components `u` (`[tokens, r]`) in their order with a step, in eighths of an octave and as it is.
-pub fn referred(corpus: &Corpus, u: &[f32], r: usize, (level, step): (i32, f32)) -> Referred {
+/// Codes the components `u` (`[tokens, r]`) in their order with a step in eighths of an octave.
+pub fn referred(corpus: &Corpus, u: &[f32], r: usize, level: i32) -> Referred {
+    let step = from_eighths(level);
     let tokens = corpus.tokens();
     // Gains come from components that are quantised without a reference.
     let plain: Vec<f32> = u.iter().map(|x| quantised(x / step) * step).collect();

@@ -1,10 +1,10 @@
 //! The entropy coder's tables.
 
-use super::super::book::{LayerBook, TableParts};
-use super::super::corpus::Corpus;
-use super::super::entropy::{Counts, Neighbours, Tables, Width, from_eighths};
-use super::super::reference::class_of;
 use super::Training;
+use crate::codec::joint::book::{LayerBook, TableParts};
+use crate::codec::joint::corpus::Corpus;
+use crate::codec::joint::entropy::{Counts, Neighbours, Tables, Width, from_eighths};
+use crate::codec::joint::reference::class_of;
 use crate::error::{Error, Result};
 use crate::interrupt;
 use half::f16;
