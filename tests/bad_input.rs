@@ -282,8 +282,8 @@ fn a_table_that_is_no_sweep() {
     let csv = "method,model,data,tau,block_size,requests,cr_audited,cr_paper,f1,kl,layer_cr\n";
     write(&dir.path().join("sweep.csv"), csv.as_bytes());
     refuse(&["plot", text(dir.path())], &["sweep.csv", "no rows"]);
-    let csv = "method,model,data,block_size,batch,first_token,requests,cr_audited,cr_paper,metric\n\
-               none,m,d,16,64,fused,8,1,1,F1\nbff:tau=0.9,m,d,16,64,fused,8,1e999,2,F1\n";
+    let csv = "method,model,data,block_size,batch,first_token,requests,cr_audited,cr_paper,metric,score,score_low,score_high,kl,\
+               kl_low,kl_high,layer_cr\nnone,m,d,16,64,fused,8,1,1,F1,1,1,1,0,0,0,1\nprefix,m,d,16,64,fused,8,2,2,F1,1,1,1,0,0,0,1\nbff:tau=0.9,m,d,16,64,fused,8,1e999,2,F1,1,1,1,0,0,0,1\n";
     write(&dir.path().join("sweep.csv"), csv.as_bytes());
     refuse(&["plot", text(dir.path())], &["sweep.csv", "infinite"]);
 }

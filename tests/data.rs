@@ -268,7 +268,7 @@ fn long_continuations_have_kl_by_place() {
     let sweep =
         ["sweep", text(&dump), "--method", "prefix+kivi:bits=2", "--resamples", "50", "-o", text(&out)];
     succeed(&sweep);
-    let table = kvfuse::tables::Columns::read(&out.join("positions.csv")).unwrap();
+    let table = kvfuse::tables::Table::read(&out.join("positions.csv")).unwrap();
     let of = |name: &str| table.floats(name).unwrap();
     let (method, first, last, kl, tokens) =
         (table.strings("method").unwrap(), of("first"), of("last"), of("kl"), of("tokens"));

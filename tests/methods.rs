@@ -13,10 +13,10 @@ use std::sync::Arc;
 
 /// Rows of a CSV file as maps from column to cell.
 fn rows(path: &Path) -> Vec<BTreeMap<String, String>> {
-    let table = kvfuse::tables::Columns::read(path).unwrap();
+    let table = kvfuse::tables::Table::read(path).unwrap();
     let columns: Vec<(String, Vec<String>)> =
         table.names().into_iter().map(|n| (n.clone(), table.strings(&n).unwrap())).collect();
-    (0..table.rows())
+    (0..table.height())
         .map(|i| columns.iter().map(|(n, cells)| (n.clone(), cells[i].clone())).collect())
         .collect()
 }

@@ -169,7 +169,7 @@ fn report(dir: &Path, out: &Path) {
 
 /// Method and audited ratio of each row.
 fn csv_rows(path: &Path) -> Vec<(String, f64)> {
-    let table = kvfuse::tables::Columns::read(path).unwrap();
+    let table = kvfuse::tables::Table::read(path).unwrap();
     let (method, cr) = (table.strings("method").unwrap(), table.floats("cr_audited").unwrap());
     method.into_iter().zip(cr).collect()
 }

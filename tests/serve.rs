@@ -248,7 +248,7 @@ fn the_command_writes_its_tables_and_refuses_what_is_not_served() {
     let at = loads.iter().position(|a| *a == "--repeats").unwrap();
     loads[at + 1] = "1";
     succeed(&loads);
-    let summary = kvfuse::tables::Columns::read(&out.join("serve_summary.csv")).unwrap();
+    let summary = kvfuse::tables::Table::read(&out.join("serve_summary.csv")).unwrap();
     let budgets = summary.floats("budget_bytes").unwrap();
     assert_eq!(budgets.len(), 8);
     assert!(budgets.iter().filter(|b| **b == budgets[0]).count() == 4, "{budgets:?}");
@@ -258,7 +258,7 @@ fn the_command_writes_its_tables_and_refuses_what_is_not_served() {
     succeed(&["plot", text(&out)]);
     let projected = succeed(&["project", text(&out)]);
     assert!(projected.contains("not measured") && projected.contains("H100-SXM"), "{projected}");
-    let checked = kvfuse::tables::Columns::read(&out.join("roofline.csv")).unwrap();
+    let checked = kvfuse::tables::Table::read(&out.join("roofline.csv")).unwrap();
     let (method, ratio) =
         (checked.strings("method").unwrap(), checked.floats("measured_over_predicted").unwrap());
     assert_eq!(method.len(), 8);
@@ -298,7 +298,7 @@ fn moving_a_cache_takes_its_bytes() {
         ["migrate", text(common::small_dump()), "--requests", "2", "--repeats", "1", "--link-gbits", "1,10"];
     let table = succeed(&[&migrate[..], &["--method", "none,kivi:bits=4", "-o", text(&out)]].concat());
     assert!(table.contains("10 Gbit/s") && table.contains("kivi"), "{table}");
-    let rows = kvfuse::tables::Columns::read(&out.join("migration.csv")).unwrap();
+    let rows = kvfuse::tables::Table::read(&out.join("migration.csv")).unwrap();
     let of = |name: &str| rows.floats(name).unwrap();
     let (bytes, link, total) = (of("bytes"), of("link_seconds"), of("total_seconds"));
     let (encode, decode, gbits) = (of("encode_seconds"), of("decode_seconds"), of("link_gbits"));
@@ -357,12 +357,12 @@ fn a_trace_is_replayed() {
         text(&out),
     ];
     succeed(&serve);
-    let rows = kvfuse::tables::Columns::read(&out.join("serve_requests.csv")).unwrap();
+    let rows = kvfuse::tables::Table::read(&out.join("serve_requests.csv")).unwrap();
     let of = |name: &str| rows.floats(name).unwrap();
     assert_eq!(of("input_tokens")[..3], [110.0, 110.0, 50.0]);
     assert_eq!(of("output_tokens")[..3], [4.0; 3]);
     assert_eq!(of("arrival_seconds")[1..3], [0.1, 0.15]);
-    let runs = kvfuse::tables::Columns::read(&out.join("serve.csv")).unwrap();
+    let runs = kvfuse::tables::Table::read(&out.join("serve.csv")).unwrap();
     let hits = runs.floats("prefix_hit_tokens").unwrap();
     // Two blocks of 51 tokens are shared: twelve whole ones of 8.
     assert_eq!(hits, [0.0, 96.0]);
@@ -382,7 +382,7 @@ fn turns_follow_each_other() {
         ["serve-bench", "--model", text(small_model()), "--method", "prefix", "--budget-requests", "20"];
     let arguments: Vec<&str> = model.into_iter().chain(serve.split(' ')).chain(["-o", text(&out)]).collect();
     succeed(&arguments);
-    let rows = kvfuse::tables::Columns::read(&out.join("serve_requests.csv")).unwrap();
+    let rows = kvfuse::tables::Table::read(&out.join("serve_requests.csv")).unwrap();
     let of = |name: &str| rows.floats(name).unwrap();
     let (arrivals, ends, inputs) = (of("arrival_seconds"), of("end_seconds"), of("input_tokens"));
     // Three conversations: first turns, second ones, third ones.
@@ -393,7 +393,7 @@ fn turns_follow_each_other() {
         assert!(arrivals[i] >= ends[last] && arrivals[i] < ends[last] + 1.0, "{i}");
         assert!(inputs[i] > inputs[last]);
     }
-    let runs = kvfuse::tables::Columns::read(&out.join("serve.csv")).unwrap();
+    let runs = kvfuse::tables::Table::read(&out.join("serve.csv")).unwrap();
     let hits = runs.floats("prefix_hit_tokens").unwrap()[0];
     let before: f64 = inputs[..6].iter().map(|tokens| (tokens - 8.0).max(0.0)).sum();
     assert!(hits >= before, "{hits} {before}");

@@ -3,6 +3,7 @@
 mod common;
 
 use common::{refuse, run, scratch, small_dump, succeed, text};
+use kvfuse::tables::{Format, LAYERS, REQUESTS, Table};
 use std::fs;
 use std::path::Path;
 
@@ -55,6 +56,50 @@ fn shards_put_together_are_one_sweep() {
     // One process goes on from there without measuring anything.
     succeed(&sweep(text(&parts), &[]));
     same(&whole, &parts);
+}
+
+/// Long tables as Parquet: the same rows, read by the commands that read these tables; damage is an error that names the file.
+#[test]
+fn long_tables_can_be_parquet() {
+    let folder = scratch();
+    let (plain, packed) = (folder.path().join("plain"), folder.path().join("packed"));
+    let parquet = ["--long-tables", "parquet"];
+    succeed(&sweep(text(&plain), &[]));
+    for shard in ["0/2", "1/2"] {
+        succeed(&sweep(text(&packed), &[&parquet[..], &["--shard", shard]].concat()));
+    }
+    succeed(&["merge", text(&packed)]);
+    for name in [REQUESTS, LAYERS] {
+        let (csv, parquet) = (Format::Csv.file(&plain, name), Format::Parquet.file(&packed, name));
+        assert!(!Format::Csv.file(&packed, name).exists());
+        let (csv, parquet) = (Table::read(&csv).unwrap(), Table::read(&parquet).unwrap());
+        assert_eq!(csv.names(), parquet.names());
+        for column in csv.names() {
+            assert_eq!(csv.strings(&column).unwrap(), parquet.strings(&column).unwrap(), "{name}, {column}");
+        }
+    }
+    let compared = |out: &Path| {
+        succeed(&["compare", text(out), "--resamples", "50"]);
+        fs::read(out.join("compare.csv")).unwrap()
+    };
+    assert!(compared(&plain) == compared(&packed));
+    // The other format takes the place of this one.
+    let file = Format::Parquet.file(&packed, REQUESTS);
+    let bytes = fs::read(&file).unwrap();
+    succeed(&sweep(text(&packed), &[]));
+    assert!(!file.exists());
+    same(&plain, &packed);
+    fs::remove_file(Format::Csv.file(&packed, REQUESTS)).unwrap();
+    for damage in (0..bytes.len()).step_by(bytes.len() / 40) {
+        fs::write(&file, &bytes[..damage]).unwrap();
+        refuse(&["compare", text(&packed)], &["requests.parquet"]);
+        // Not every bit is looked at.
+        let mut flipped = bytes.clone();
+        flipped[damage] ^= 0x55;
+        fs::write(&file, flipped).unwrap();
+        let run = run(&["compare", text(&packed), "--resamples", "50"]);
+        assert!(matches!(run.status.code(), Some(0 | 2)), "byte {damage}");
+    }
 }
 
 #[test]

@@ -9,7 +9,7 @@ use kvfuse::dump::{Manifest, Shard};
 use kvfuse::encoded::Encoded;
 use kvfuse::model::Model;
 use kvfuse::stats::read_stats;
-use kvfuse::tables::Columns;
+use kvfuse::tables::Table;
 use kvfuse::task::Draw;
 use libfuzzer_sys::fuzz_target;
 use std::fs;
@@ -97,7 +97,7 @@ fn target(name: &str) -> fn(&Path, &[u8]) {
         "table" => |folder, bytes| {
             let path = at(folder, "sweep.csv", bytes);
             let _ = read_stats(&path);
-            if let Ok(table) = Columns::read(&path) {
+            if let Ok(table) = Table::read(&path) {
                 let _ = kvfuse::sweep::labelled(&table).map(|rows| kvfuse::sweep::series_labels(&rows));
             }
         },

@@ -3,7 +3,7 @@
 use super::table::table;
 use super::{say, say_rows};
 use crate::compare::{CompareOptions, Compared, Product, Slopes, compare, products, read};
-use crate::tables::{COMPARE_CSV, Columns, PRODUCTS_CSV, SWEEP_CSV, write_csv};
+use crate::tables::{COMPARE_CSV, PRODUCTS_CSV, SWEEP_CSV, Table, write_table};
 use anyhow::{Context, Result};
 use std::path::PathBuf;
 
@@ -54,11 +54,11 @@ pub fn run(args: Args) -> Result<()> {
         },
     )?;
     let path = args.results.join(COMPARE_CSV);
-    write_csv(&path, &rows)?;
-    let products = products(&Columns::read(&args.results.join(SWEEP_CSV))?)?;
+    write_table(&path, &rows)?;
+    let products = products(&Table::read(&args.results.join(SWEEP_CSV))?)?;
     let beside = args.results.join(PRODUCTS_CSV);
     if !products.is_empty() {
-        write_csv(&beside, &products)?;
+        write_table(&beside, &products)?;
     } else if beside.exists() {
         // Of an earlier sweep.
         std::fs::remove_file(&beside).with_context(|| beside.display().to_string())?;

@@ -6,7 +6,7 @@ use crate::codec::joint::eighths;
 use crate::codec::joint::train::Training;
 use crate::codec::registry::number;
 use crate::files;
-use crate::tables::write_csv;
+use crate::tables::write_table;
 use crate::train::{EVEN, Part, Sensitivity, SensitivityOptions, TrainOptions, sensitivity, train};
 use anyhow::Result;
 use std::ops::Bound;
@@ -109,7 +109,7 @@ pub fn run_sensitivity(args: SensitivityArgs) -> Result<()> {
     files::writable_beside(&args.out)?;
     let rows =
         sensitivity(&SensitivityOptions { dump: args.dump, questions: args.questions, seed: args.seed })?;
-    write_csv(&args.out, &rows)?;
+    write_table(&args.out, &rows)?;
     if args.json {
         return say_rows(&rows);
     }

@@ -1,24 +1,29 @@
 //! What sweeps measured, as series of points.
 
-use crate::codec::registry::is_control;
 use crate::error::{Error, Result};
-use crate::sweep::{labelled, series_labels};
-use crate::tables::{Columns, REQUESTS_CSV, SWEEP_CSV};
-use std::collections::HashMap;
+use crate::sweep::named;
+use crate::tables::{REQUESTS, SWEEP_CSV, Table, find_long_table};
+use polars::prelude::{JoinArgs, JoinType, LazyFrame, MaintainOrderJoin, col};
+use serde::Deserialize;
 use std::path::Path;
 
 /// One arm.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Deserialize)]
 pub struct Point {
     pub method: String,
+    #[serde(rename = "cr_audited")]
     pub cr: f64,
     pub bits_per_element: f64,
     /// Nats a token, mean over requests.
     pub kl: f64,
     /// Difference of the score from no encoding, and the low end of its interval.
     pub score_diff: f64,
+    #[serde(rename = "score_diff_low")]
     pub score_low: f64,
-    /// Of each request, in the order of requests.csv; empty without that table.
+    /// Whether no arm of any series beats it in both ratio and KL.
+    pub on_front: bool,
+    /// Of each request, in the order of its table; empty without that table.
+    #[serde(default)]
     pub kl_of_requests: Vec<f64>,
 }
 
@@ -35,42 +40,19 @@ pub struct Series {
 /// Folders without a sweep.csv; tables that are none of a sweep.
 pub fn read(folder: &Path) -> Result<Vec<Series>> {
     let path = folder.join(SWEEP_CSV);
-    let table = Columns::read(&path)?;
-    let rows = labelled(&table)?;
-    let labels = series_labels(&rows);
-    let floats = |name: &str| table.floats(name);
-    let (run, method) = (table.strings("run")?, table.strings("method")?);
-    let (cr, bits, kl) = (floats("cr_audited")?, floats("bits_per_element")?, floats("kl")?);
-    let (diff, low) = (floats("score_diff")?, floats("score_diff_low")?);
-    let requests = folder.join(REQUESTS_CSV);
-    let mut by_run: HashMap<String, Vec<f64>> = HashMap::new();
-    if requests.exists() {
-        let table = Columns::read(&requests)?;
-        for (run, kl) in table.strings("run")?.into_iter().zip(table.floats("kl")?) {
-            by_run.entry(run).or_default().push(kl);
-        }
-    }
-    let mut series: Vec<Series> = Vec::new();
-    for i in 0..method.len() {
-        if is_control(&method[i]) {
-            continue;
-        }
-        let point = Point {
-            method: method[i].clone(),
-            cr: cr[i],
-            bits_per_element: bits[i],
-            kl: kl[i],
-            score_diff: diff[i],
-            score_low: low[i],
-            kl_of_requests: by_run.get(&run[i]).cloned().unwrap_or_default(),
-        };
-        match series.iter_mut().find(|s| s.name == labels[i]) {
-            Some(own) => own.points.push(point),
-            None => series.push(Series { name: labels[i].clone(), points: vec![point] }),
-        }
-    }
-    if series.is_empty() {
+    let mut arms = named(&Table::read(&path)?)?
+        .query(|arms| arms.filter(col("control").not()))?
+        .with_front("cr_audited", "kl")?;
+    if arms.height() == 0 {
         return Err(Error::file(&path, "has no method but the controls; sweep some"));
     }
-    Ok(series)
+    if let Some(path) = find_long_table(folder, REQUESTS) {
+        let of_run = |requests: LazyFrame| {
+            requests.group_by_stable([col("run")]).agg([col("kl").alias("kl_of_requests")])
+        };
+        let requests = Table::read(&path)?.query(of_run)?;
+        let how = JoinArgs { maintain_order: MaintainOrderJoin::Left, ..JoinArgs::new(JoinType::Left) };
+        arms = arms.query(|arms| arms.join(requests.lazy(), [col("run")], [col("run")], how))?;
+    }
+    arms.groups("series")?.into_iter().map(|(name, own)| Ok(Series { name, points: own.rows()? })).collect()
 }

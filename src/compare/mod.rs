@@ -71,8 +71,6 @@ pub fn compare(series: &[Series], options: &CompareOptions) -> Result<Vec<Compar
     let draws: Vec<Vec<usize>> = (0..options.resamples)
         .map(|_| (0..requests).map(|_| rng.random_range(0..requests)).collect())
         .collect();
-    let all: Vec<&Point> = series.iter().flat_map(|s| &s.points).collect();
-    let beaten = |p: &Point| all.iter().any(|q| beats((q.cr, q.kl), (p.cr, p.kl)));
     let rows = series.iter().map(|s| {
         let at_kl = |draw: Option<&Vec<usize>>| ratio_at(s, options.max_kl, draw);
         let curves = |draw: Option<&Vec<usize>>| (curve(&series[anchor], draw), curve(s, draw));
@@ -87,7 +85,7 @@ pub fn compare(series: &[Series], options: &CompareOptions) -> Result<Vec<Compar
         Compared {
             series: s.name.clone(),
             points: s.points.len(),
-            on_front: s.points.iter().filter(|p| !beaten(p)).count(),
+            on_front: s.points.iter().filter(|p| p.on_front).count(),
             cr_at_kl: cr.map(rounded),
             cr_at_kl_low: cr_low.map(rounded),
             cr_at_kl_high: cr_high.map(rounded),
@@ -101,11 +99,6 @@ pub fn compare(series: &[Series], options: &CompareOptions) -> Result<Vec<Compar
         }
     });
     Ok(rows.collect())
-}
-
-/// Whether a point, as ratio and KL, is worse than another in neither and better in one.
-pub fn beats(a: (f64, f64), b: (f64, f64)) -> bool {
-    a.0 >= b.0 && a.1 <= b.1 && a != b
 }
 
 /// A statistic of all requests and the 2.5 and 97.5 % of it over resamples; no interval where some resamples have none.

@@ -3,8 +3,9 @@
 use crate::codec::registry::method;
 use crate::error::Result;
 use crate::stats::rounded;
-use crate::tables::Columns;
-use serde::Serialize;
+use crate::tables::Table;
+use polars::prelude::{DataType, Expr, JoinArgs, JoinType, MaintainOrderJoin, col, lit};
+use serde::{Deserialize, Serialize};
 
 /// A chain of several lossy stages beside its parts, each after the chain's lossless stages alone: one row of products.csv.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -22,46 +23,97 @@ pub struct Product {
     pub kl_share: f64,
 }
 
+/// A lossy stage of a chain.
+#[derive(Serialize)]
+struct Part {
+    method: String,
+    /// The chain's lossless stages, alone and before this one.
+    base: String,
+    part: String,
+}
+
+/// The parts of a chain of several lossy stages after lossless ones; none of another.
+fn parts(chain: &str) -> Vec<Part> {
+    let known =
+        |stage: &&str| method(stage.split(':').next().unwrap_or_default()).is_some_and(|m| m.lossless);
+    let (lossless, lossy): (Vec<&str>, Vec<&str>) = chain.split('+').partition(known);
+    if lossy.len() < 2 || lossless.is_empty() {
+        return Vec::new();
+    }
+    let base = lossless.join("+");
+    let of =
+        |stage: &&str| Part { method: chain.to_owned(), base: base.clone(), part: format!("{base}+{stage}") };
+    lossy.iter().map(of).collect()
+}
+
 /// The chains of a sweep.csv whose parts it has too, packed alike.
-pub fn products(table: &Columns) -> Result<Vec<Product>> {
-    let packing: Vec<Vec<String>> =
-        ["block_size", "batch", "first_token"].iter().map(|c| table.strings(c)).collect::<Result<_>>()?;
-    let packed = |i: usize| packing.iter().map(|column| column[i].clone()).collect::<Vec<_>>();
-    let chain = table.strings("method")?;
-    let (cr, kl) = (table.floats("cr_audited")?, table.floats("kl")?);
-    let find =
-        |text: &str, like: usize| (0..chain.len()).find(|&i| chain[i] == text && packed(i) == packed(like));
-    let product = |i: usize| -> Option<Product> {
-        let known =
-            |stage: &&str| method(stage.split(':').next().unwrap_or_default()).is_some_and(|m| m.lossless);
-        let (lossless, lossy): (Vec<&str>, Vec<&str>) = chain[i].split('+').partition(known);
-        if lossy.len() < 2 || lossless.is_empty() {
-            return None;
-        }
-        let base = cr[find(&lossless.join("+"), i)?];
-        let parts: Vec<usize> = lossy
-            .iter()
-            .map(|part| find(&[&lossless[..], &[*part]].concat().join("+"), i))
-            .collect::<Option<_>>()?;
-        let cr_product = parts.iter().map(|&p| cr[p] / base).product::<f64>() * base;
-        let kl_sum: f64 = parts.iter().map(|&p| kl[p]).sum();
-        Some(Product {
-            method: chain[i].clone(),
-            cr: cr[i],
-            cr_product: rounded(cr_product),
-            share: rounded(cr[i] / cr_product),
-            kl: kl[i],
-            kl_sum: rounded(kl_sum),
-            kl_share: rounded(kl[i] / kl_sum),
-        })
+pub fn products(table: &Table) -> Result<Vec<Product>> {
+    /// A chain with what its parts did.
+    #[derive(Deserialize)]
+    struct Found {
+        method: String,
+        cr: f64,
+        cr_base: f64,
+        gains: Vec<f64>,
+        kl: f64,
+        kl_sum: f64,
+    }
+    let mut chains = table.strings("method")?;
+    chains.sort();
+    chains.dedup();
+    let parts: Vec<Part> = chains.iter().flat_map(|chain| parts(chain)).collect();
+    if parts.is_empty() {
+        return Ok(Vec::new());
+    }
+    let parts = table.sibling(&parts)?;
+    // An arm is known by its chain and how caches are packed.
+    let arm = |chain: &str| [chain, "block_size", "batch", "first_token"].map(col);
+    let like = |how: JoinType| JoinArgs {
+        nulls_equal: true,
+        maintain_order: MaintainOrderJoin::Left,
+        ..JoinArgs::new(how)
     };
-    Ok((0..chain.len()).filter_map(product).collect())
+    // A CSV file has whole numbers where a column happens to hold no others.
+    let number = |column: &str| col(column).cast(DataType::Float64);
+    let numbers = |suffix: &str| -> [Expr; 2] {
+        [("cr_audited", "cr"), ("kl", "kl")]
+            .map(|(column, name)| number(column).alias(format!("{name}{suffix}")))
+    };
+    let found = table.query(|rows| {
+        let measured = |suffix: &str| rows.clone().select([&arm("method")[..], &numbers(suffix)].concat());
+        measured("")
+            .join(parts.lazy(), [col("method")], [col("method")], like(JoinType::Inner))
+            .join(measured("_base"), arm("base"), arm("method"), like(JoinType::Inner))
+            .join(measured("_part"), arm("part"), arm("method"), like(JoinType::Left))
+            .group_by_stable(arm("method"))
+            .agg([
+                col("cr").first(),
+                col("cr_base").first(),
+                (col("cr_part") / col("cr_base")).alias("gains"),
+                col("kl").first(),
+                col("kl_part").sum().alias("kl_sum"),
+                col("cr_part").null_count().alias("missing"),
+            ])
+            .filter(col("missing").eq(lit(0)))
+    })?;
+    let product = |f: Found| {
+        let cr_product = f.gains.iter().product::<f64>() * f.cr_base;
+        Product {
+            method: f.method,
+            cr: f.cr,
+            cr_product: rounded(cr_product),
+            share: rounded(f.cr / cr_product),
+            kl: f.kl,
+            kl_sum: rounded(f.kl_sum),
+            kl_share: rounded(f.kl / f.kl_sum),
+        }
+    };
+    Ok(found.rows()?.into_iter().map(product).collect())
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::path::Path;
 
     #[test]
     fn gains_are_held_against_their_product() {
@@ -71,7 +123,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("sweep.csv");
         std::fs::write(&path, text).unwrap();
-        let found = products(&Columns::read(Path::new(&path)).unwrap()).unwrap();
+        let found = products(&Table::read(&path).unwrap()).unwrap();
         assert_eq!(found.len(), 1, "the other chain's parts are not there");
         assert_eq!((found[0].cr_product, found[0].share), (12.0, 0.75));
         assert!((found[0].kl_share - 1.25).abs() < 1e-5);

@@ -3,8 +3,10 @@
 use super::canvas::{Area, Drawn, Figure, axes, fitting, legend, said, series_color};
 use crate::error::Result;
 use crate::sweep::boundary;
-use crate::tables::Columns;
+use crate::tables::Table;
 use plotters::prelude::*;
+use polars::prelude::{col, lit};
+use serde::Deserialize;
 
 /// Bits of one chain, by layer: coded and Gaussian.
 struct Curve {
@@ -19,29 +21,26 @@ pub struct Bounds {
 }
 
 impl Bounds {
-    pub fn new(layers: &Columns) -> Result<Self> {
-        let (method, kind, layer) =
-            (layers.strings("method")?, layers.strings("kind")?, layers.floats("layer")?);
-        let coded = layers.floats("coded_bits_per_element")?;
-        let gaussian = layers.floats("gaussian_bits_per_element")?;
-        let mut methods: Vec<String> = Vec::new();
-        for name in &method {
-            if !methods.contains(name) {
-                methods.push(name.clone());
-            }
+    pub fn new(layers: &Table) -> Result<Self> {
+        #[derive(Deserialize)]
+        struct Layer {
+            layer: f64,
+            coded_bits_per_element: f64,
+            gaussian_bits_per_element: f64,
         }
-        let curves = |wanted: &str| {
-            methods
-                .iter()
-                .map(|m| {
-                    let own = (0..method.len()).filter(|&i| method[i] == *m && kind[i] == wanted);
-                    let (coded, gaussian) =
-                        own.map(|i| ((layer[i], coded[i]), (layer[i], gaussian[i]))).unzip();
-                    Curve { coded, gaussian }
-                })
-                .collect()
+        let curve = |rows: Vec<Layer>| {
+            let both =
+                |l: &Layer| ((l.layer, l.coded_bits_per_element), (l.layer, l.gaussian_bits_per_element));
+            let (coded, gaussian) = rows.iter().map(both).unzip();
+            Curve { coded, gaussian }
         };
-        Ok(Bounds { kinds: [curves("keys"), curves("values")], methods })
+        let chains = layers.groups("method")?;
+        let curves = |kind: &str| -> Result<Vec<Curve>> {
+            let of_kind = |chain: &Table| chain.query(|rows| rows.filter(col("kind").eq(lit(kind))))?.rows();
+            chains.iter().map(|(_, chain)| Ok(curve(of_kind(chain)?))).collect()
+        };
+        let kinds = [curves("keys")?, curves("values")?];
+        Ok(Bounds { kinds, methods: chains.into_iter().map(|(method, _)| method).collect() })
     }
 
     /// Chains without what all begin with, up to an option.

@@ -1,19 +1,31 @@
 //! Serving against load, and against the budget: throughput and the wait for the first token.
 
 use super::canvas::{Area, Drawn, Figure, axes, fitting, legend, said, series_color};
-use super::serving::{by_chain, short};
+use super::serving::{by_chain, first_of};
 use crate::error::Result;
-use crate::tables::Columns;
+use crate::tables::Table;
 use plotters::coord::combinators::BindKeyPoints;
 use plotters::prelude::*;
+use polars::prelude::{DataType, Expr, col, lit};
+use serde::Deserialize;
 
 /// One arm at one load under one budget.
+#[derive(Deserialize)]
 struct Point {
     at: f64,
     /// Tokens a second: least, median, most.
-    throughput: [f64; 3],
-    /// P95 of the time to the first token, seconds.
-    wait: f64,
+    output_throughput_low: f64,
+    output_throughput: f64,
+    output_throughput_high: f64,
+    /// P95 of the time to the first token.
+    p95_ttft_ms: f64,
+}
+
+impl Point {
+    /// Seconds.
+    fn wait(&self) -> f64 {
+        self.p95_ttft_ms * 1e-3
+    }
 }
 
 /// Arms along one axis, all else equal.
@@ -25,53 +37,29 @@ pub struct Curves {
 
 impl Curves {
     /// Along the rates of serve_summary.csv, under its first budget; none where there are fewer than two.
-    pub fn of_loads(rows: &Columns) -> Result<Option<Self>> {
-        let rate: Vec<f64> =
-            rows.strings("request_rate")?.iter().map(|r| r.parse().unwrap_or(f64::INFINITY)).collect();
-        let budget = rows.floats("budget_bytes")?;
-        let own = |i: usize| budget[i] == budget[0] && rate[i].is_finite();
-        Self::along(rows, "Serving against load", "requests a second that arrive (log)", &rate, &own)
+    pub fn of_loads(rows: &Table) -> Result<Option<Self>> {
+        // "inf" where all requests come at once.
+        let rate = col("request_rate").cast(DataType::Float64);
+        let finite = rate.clone().is_finite();
+        let rows = first_of(rows, &["budget_bytes"])?.query(|rows| rows.filter(finite))?;
+        Self::along(&rows, "Serving against load", "requests a second that arrive (log)", rate)
     }
 
     /// Along the budgets of serve_summary.csv, at its first rate; none where there are fewer than two.
-    pub fn of_budgets(rows: &Columns) -> Result<Option<Self>> {
-        let rate = rows.strings("request_rate")?;
-        let budget: Vec<f64> = rows.floats("budget_bytes")?.iter().map(|b| b / 1e6).collect();
-        let own = |i: usize| rate[i] == rate[0];
-        Self::along(
-            rows,
-            "Serving against the budget of KV bytes",
-            "budget of keys and values, MB (log)",
-            &budget,
-            &own,
-        )
+    pub fn of_budgets(rows: &Table) -> Result<Option<Self>> {
+        let megabytes = col("budget_bytes") / lit(1e6);
+        let rows = first_of(rows, &["request_rate"])?;
+        let title = "Serving against the budget of KV bytes";
+        Self::along(&rows, title, "budget of keys and values, MB (log)", megabytes)
     }
 
-    fn along(
-        rows: &Columns,
-        title: &'static str,
-        axis: &'static str,
-        at: &[f64],
-        own: &dyn Fn(usize) -> bool,
-    ) -> Result<Option<Self>> {
-        let method = rows.strings("method")?;
-        let floats = |name: &str| rows.floats(name);
-        let (low, mid, high) = (
-            floats("output_throughput_low")?,
-            floats("output_throughput")?,
-            floats("output_throughput_high")?,
-        );
-        let wait = floats("p95_ttft_ms")?;
-        let point = |i: usize| {
-            let point = Point { at: at[i], throughput: [low[i], mid[i], high[i]], wait: wait[i] * 1e-3 };
-            (short(&method[i]), point)
-        };
+    fn along(rows: &Table, title: &'static str, axis: &'static str, at: Expr) -> Result<Option<Self>> {
         // Where all requests failed, nothing was served.
-        let served = |i: &usize| own(*i) && wait[*i] > 0.0;
-        let mut arms = by_chain((0..method.len()).filter(served).map(point));
-        for (_, points) in &mut arms {
-            points.sort_by(|a, b| a.at.total_cmp(&b.at));
-        }
+        let served =
+            rows.query(|rows| rows.filter(col("p95_ttft_ms").gt(lit(0))).with_column(at.alias("at")))?;
+        let sorted = |arm: &Table| arm.query(|rows| rows.sort(["at"], Default::default()))?.rows::<Point>();
+        let arms = by_chain(&served)?.into_iter().map(|(name, arm)| Ok((name, sorted(&arm)?)));
+        let arms: Vec<_> = arms.collect::<Result<_>>()?;
         let several = arms.iter().any(|(_, points)| points.len() > 1);
         Ok(several.then_some(Curves { title, axis, arms }))
     }
@@ -94,20 +82,21 @@ impl Figure for Curves {
         marks.sort_by(f64::total_cmp);
         marks.dedup();
         let x = || (first..last).log_scale().with_key_points(marks.clone());
-        let most = points().map(|p| p.throughput[2]).fold(0.0, f64::max) * 1.15;
-        let longest = points().map(|p| p.wait).fold(0.0, f64::max);
-        let shortest = points().map(|p| p.wait).filter(|w| *w > 0.0).fold(longest, f64::min);
+        let most = points().map(|p| p.output_throughput_high).fold(0.0, f64::max) * 1.15;
+        let longest = points().map(|p| p.wait()).fold(0.0, f64::max);
+        let shortest = points().map(|p| p.wait()).filter(|w| *w > 0.0).fold(longest, f64::min);
         let mut chart = ChartBuilder::on(&left);
         let chart = chart.margin(12).x_label_area_size(52).y_label_area_size(66);
         let mut panel = chart.build_cartesian_2d(x(), 0.0..most).map_err(said)?;
         axes(&mut panel, self.axis, "output tokens a second (least, median, most)")?;
         for (n, (_, points)) in self.arms.iter().enumerate() {
             let color = series_color(n);
-            let line = points.iter().map(|p| (p.at, p.throughput[1]));
+            let line = points.iter().map(|p| (p.at, p.output_throughput));
             panel.draw_series(LineSeries::new(line.clone(), color.stroke_width(2))).map_err(said)?;
             panel.draw_series(line.map(|at| Circle::new(at, 4, color.filled()))).map_err(said)?;
             let bar = |p: &Point| {
-                let [low, mid, high] = p.throughput;
+                let (low, mid, high) =
+                    (p.output_throughput_low, p.output_throughput, p.output_throughput_high);
                 ErrorBar::new_vertical(p.at, low, mid, high, color.mix(0.5).filled(), 6)
             };
             panel.draw_series(points.iter().map(bar)).map_err(said)?;
@@ -120,7 +109,7 @@ impl Figure for Curves {
         axes(&mut panel, self.axis, "P95 of time to first token, s (log)")?;
         for (n, (name, points)) in self.arms.iter().enumerate() {
             let color = series_color(n);
-            let line = points.iter().map(|p| (p.at, p.wait));
+            let line = points.iter().map(|p| (p.at, p.wait()));
             panel
                 .draw_series(LineSeries::new(line.clone(), color.stroke_width(2)))
                 .map_err(said)?

@@ -2,9 +2,9 @@
 
 use super::canvas::{Area, Drawn, Figure, axes, fitting, legend, said, series_color};
 use super::series::GREY;
-use super::serving::{by_chain, short};
+use super::serving::by_chain;
 use crate::error::Result;
-use crate::tables::Columns;
+use crate::tables::Table;
 use plotters::prelude::*;
 
 pub struct Migration {
@@ -15,11 +15,14 @@ pub struct Migration {
 
 impl Migration {
     /// From migration.csv.
-    pub fn new(rows: &Columns) -> Result<Self> {
-        let (method, link) = (rows.strings("method")?, rows.floats("link_gbits")?);
-        let (total, recompute) = (rows.floats("total_seconds")?, rows.floats("recompute_seconds")?);
-        let chains = by_chain((0..method.len()).map(|i| (short(&method[i]), (link[i], total[i]))));
-        Ok(Migration { chains, recompute_seconds: recompute[0] })
+    pub fn new(rows: &Table) -> Result<Self> {
+        let points = |(name, chain): (String, Table)| {
+            Ok((name, chain.floats("link_gbits")?.into_iter().zip(chain.floats("total_seconds")?).collect()))
+        };
+        Ok(Migration {
+            chains: by_chain(rows)?.into_iter().map(points).collect::<Result<_>>()?,
+            recompute_seconds: rows.floats("recompute_seconds")?[0],
+        })
     }
 }
 

@@ -21,7 +21,7 @@ mod worlds;
 use crate::error::Result;
 use crate::serve::{MIGRATION_CSV, SERVE_SUMMARY_CSV, SERVE_TIMELINE_CSV};
 use crate::stats::{STATS_CSV, STATS_MANIFEST, read_stats};
-use crate::tables::{BOUND_CSV, BOUND_LAYERS_CSV, Columns, POSITIONS_CSV, SWEEP_CSV};
+use crate::tables::{BOUND_CSV, BOUND_LAYERS_CSV, POSITIONS_CSV, SWEEP_CSV, Table};
 use crate::theory::{
     BOUND_MANIFEST, MONTE_CARLO_CSV, PREDICTIONS_CSV, SCALE_CSV, SIMULATE_MANIFEST, SUMMARY_CSV,
 };
@@ -41,7 +41,7 @@ pub fn plot_all(out: &Path) -> Result<Vec<PathBuf>> {
         written.extend(plot_serving(out)?);
     }
     if migration {
-        let rows = migration::Migration::new(&Columns::read(&out.join(MIGRATION_CSV))?)?;
+        let rows = migration::Migration::new(&Table::read(&out.join(MIGRATION_CSV))?)?;
         written.extend(canvas::save(&rows, out, "migration", &measured(&out.join("manifest.json")))?);
     }
     if bounds {
@@ -68,10 +68,10 @@ const LONG: f64 = 100.0;
 /// Draws all figures of a sweep folder from its sweep.csv, as PNG and SVG; returns what was written.
 pub fn plot_sweep(out: &Path) -> Result<Vec<PathBuf>> {
     let csv = out.join(SWEEP_CSV);
-    let mut table = SweepTable::new(&csv, &Columns::read(&csv)?)?;
+    let mut table = SweepTable::new(&csv, &Table::read(&csv)?)?;
     let bound = out.join(BOUND_CSV);
     if bound.exists() {
-        table.bound_by(&Columns::read(&bound)?)?;
+        table.bound_by(&Table::read(&bound)?)?;
     }
     let mut written = canvas::save(&tradeoff::Tradeoff { table: &table }, out, "quality_vs_cr", "")?;
     // Panels by dial and by layer are for a few methods; with many, only the plane they share can be read.
@@ -91,7 +91,7 @@ pub fn plot_sweep(out: &Path) -> Result<Vec<PathBuf>> {
     }
     let positions = out.join(POSITIONS_CSV);
     if positions.exists() {
-        let positions = positions::Positions::new(&Columns::read(&positions)?)?;
+        let positions = positions::Positions::new(&Table::read(&positions)?)?;
         let (arms, last) = positions.extent();
         // Answers of a few words have no course to show.
         if (1..=MOST_PANELS).contains(&arms) && last >= LONG {
@@ -137,8 +137,8 @@ pub fn plot_stats(out: &Path) -> Result<Vec<PathBuf>> {
 
 /// Draws what serving took and did.
 pub fn plot_serving(out: &Path) -> Result<Vec<PathBuf>> {
-    let arms = Columns::read(&out.join(SERVE_SUMMARY_CSV))?;
-    let timeline = Columns::read(&out.join(SERVE_TIMELINE_CSV))?;
+    let arms = Table::read(&out.join(SERVE_SUMMARY_CSV))?;
+    let timeline = Table::read(&out.join(SERVE_TIMELINE_CSV))?;
     let of = |m: Value| match (m["model"].as_str(), m["data"]["spec"].as_str()) {
         (Some(model), Some(data)) => {
             let trace = m["trace"]["spec"].as_str().map(|t| format!(", trace {}", series::short(t)));
@@ -163,15 +163,15 @@ pub fn plot_serving(out: &Path) -> Result<Vec<PathBuf>> {
 
 /// Draws a codec against its Gaussian bound.
 pub fn plot_bound(out: &Path) -> Result<Vec<PathBuf>> {
-    let layers = Columns::read(&out.join(BOUND_LAYERS_CSV))?;
+    let layers = Table::read(&out.join(BOUND_LAYERS_CSV))?;
     canvas::save(&bound::Bounds::new(&layers)?, out, "bound", &measured(&out.join(BOUND_MANIFEST)))
 }
 
 /// Draws the figures of a simulation from its tables.
 pub fn plot_simulation(out: &Path) -> Result<Vec<PathBuf>> {
-    let table = |name: &str| -> Result<Option<Columns>> {
+    let table = |name: &str| -> Result<Option<Table>> {
         let path = out.join(name);
-        if path.exists() { Columns::read(&path).map(Some) } else { Ok(None) }
+        if path.exists() { Table::read(&path).map(Some) } else { Ok(None) }
     };
     let stats = json(&out.join(SIMULATE_MANIFEST))["options"]["stats"].as_str().map(PathBuf::from);
     let of = stats.map_or(String::new(), |stats| measured(&stats.with_file_name(STATS_MANIFEST)));

@@ -2,9 +2,10 @@
 
 use super::canvas::{Area, Drawn, FONT, Figure, axes, fitting, said, series_color};
 use crate::error::Result;
-use crate::sweep::{labelled, series_labels};
-use crate::tables::Columns;
+use crate::sweep::named;
+use crate::tables::Table;
 use plotters::prelude::*;
+use serde::Deserialize;
 
 /// The log axis ends here at the latest.
 const KL_FLOOR: f64 = 1e-5;
@@ -12,12 +13,23 @@ const KL_FLOOR: f64 = 1e-5;
 /// Pixels of a line of names.
 const LINE: i32 = 16;
 
-/// One band of places: its middle, KL with its interval.
+/// One band of places, KL with its interval.
+#[derive(Deserialize)]
 struct Band {
-    at: f64,
+    first: f64,
+    last: f64,
     kl: f64,
+    #[serde(rename = "kl_low")]
     low: f64,
+    #[serde(rename = "kl_high")]
     high: f64,
+}
+
+impl Band {
+    /// Its middle.
+    fn at(&self) -> f64 {
+        (self.first * self.last).sqrt()
+    }
 }
 
 /// Arms of a positions.csv that lose something.
@@ -28,25 +40,15 @@ pub struct Positions {
 }
 
 impl Positions {
-    pub fn new(table: &Columns) -> Result<Self> {
-        let rows = labelled(table)?;
-        let labels = series_labels(&rows);
-        let floats = |name: &str| table.floats(name);
-        let (first, last, kl) = (floats("first")?, floats("last")?, floats("kl")?);
-        let (low, high, run) = (floats("kl_low")?, floats("kl_high")?, table.strings("run")?);
-        let mut arms: Vec<(String, Vec<Band>)> = Vec::new();
-        let mut before = "";
-        for i in 0..run.len() {
-            if run[i] != before {
-                arms.push((format!("{} {}", labels[i], rows[i].name()), Vec::new()));
-                before = &run[i];
-            }
-            if let Some((_, bands)) = arms.last_mut() {
-                bands.push(Band { at: (first[i] * last[i]).sqrt(), kl: kl[i], low: low[i], high: high[i] });
-            }
+    pub fn new(table: &Table) -> Result<Self> {
+        let mut arms = Vec::new();
+        for (_, arm) in named(table)?.groups("run")? {
+            let name = format!("{} {}", arm.strings("series")?[0], arm.strings("point")?[0]);
+            arms.push((name, arm.rows()?));
         }
-        arms.retain(|(_, bands)| bands.iter().any(|b| b.kl > KL_FLOOR));
-        Ok(Positions { arms, last: last.into_iter().fold(1.0, f64::max) })
+        let last = table.floats("last")?.into_iter().fold(1.0, f64::max);
+        arms.retain(|(_, bands): &(String, Vec<Band>)| bands.iter().any(|b| b.kl > KL_FLOOR));
+        Ok(Positions { arms, last })
     }
 
     /// Arms to be drawn, and the last place there is.
@@ -81,11 +83,11 @@ impl Figure for Positions {
         let clip = |y: f64| y.clamp(floor, top);
         for (n, (_, bands)) in self.arms.iter().enumerate() {
             let color = series_color(n);
-            let line = bands.iter().map(|b| (b.at, clip(b.kl)));
+            let line = bands.iter().map(|b| (b.at(), clip(b.kl)));
             chart.draw_series(LineSeries::new(line.clone(), color.stroke_width(2))).map_err(said)?;
             let bars = bands.iter().map(|b| {
                 ErrorBar::new_vertical(
-                    b.at,
+                    b.at(),
                     clip(b.low),
                     clip(b.kl),
                     clip(b.high),
@@ -99,7 +101,7 @@ impl Figure for Positions {
         // Names behind the ends, in the order of these, none over another.
         let area = chart.plotting_area();
         let ends = self.arms.iter().enumerate().filter_map(|(n, (name, bands))| {
-            let end = bands.last().map(|b| (b.at, clip(b.kl)))?;
+            let end = bands.last().map(|b| (b.at(), clip(b.kl)))?;
             Some((area.map_coordinate(&end).1, n, name, end))
         });
         let mut ends: Vec<_> = ends.collect();

@@ -2,24 +2,32 @@
 
 use super::canvas::{Area, Drawn, FONT, Figure, axes, fitting, legend, said, series_color};
 use crate::error::Result;
-use crate::tables::Columns;
+use crate::tables::Table;
 use plotters::prelude::*;
+use serde::Deserialize;
 
 /// One layer and threshold.
+#[derive(Deserialize)]
 struct Dot {
     model: String,
     pairing: String,
+    #[serde(rename = "cr_predicted")]
     predicted: f64,
+    #[serde(rename = "cr_measured")]
     measured: f64,
 }
 
 /// All layers of a pairing and threshold.
+#[derive(Deserialize)]
 struct Middle {
     model: String,
     pairing: String,
     tau: f64,
+    #[serde(rename = "cr_over")]
     over: f64,
+    #[serde(rename = "cr_over_low")]
     low: f64,
+    #[serde(rename = "cr_over_high")]
     high: f64,
 }
 
@@ -35,27 +43,8 @@ const PAIRINGS: [&str; 3] = ["tree", "best", "components"];
 const OVER: (f64, f64) = (0.2, 60.0);
 
 impl Predictions {
-    pub fn new(rows: &Columns, summary: &Columns) -> Result<Self> {
-        let (model, pairing) = (rows.strings("model")?, rows.strings("pairing")?);
-        let (predicted, measured) = (rows.floats("cr_predicted")?, rows.floats("cr_measured")?);
-        let dots = model.into_iter().zip(pairing).zip(predicted).zip(measured);
-        let dots = dots
-            .map(|(((model, pairing), predicted), measured)| Dot { model, pairing, predicted, measured })
-            .collect();
-        let (model, pairing) = (summary.strings("model")?, summary.strings("pairing")?);
-        let (tau, over) = (summary.floats("tau")?, summary.floats("cr_over")?);
-        let (low, high) = (summary.floats("cr_over_low")?, summary.floats("cr_over_high")?);
-        let middles = (0..tau.len())
-            .map(|i| Middle {
-                model: model[i].clone(),
-                pairing: pairing[i].clone(),
-                tau: tau[i],
-                over: over[i],
-                low: low[i],
-                high: high[i],
-            })
-            .collect();
-        Ok(Predictions { dots, middles })
+    pub fn new(rows: &Table, summary: &Table) -> Result<Self> {
+        Ok(Predictions { dots: rows.rows()?, middles: summary.rows()? })
     }
 }
 

@@ -2,15 +2,18 @@
 
 use super::canvas::{Area, Drawn, FONT, Figure, axes, fitting, legend, said, series_color};
 use crate::error::Result;
-use crate::tables::Columns;
+use crate::tables::Table;
 use plotters::prelude::*;
+use serde::Deserialize;
 
+#[derive(Deserialize)]
 struct Point {
     model: String,
     pairing: String,
     tau: f64,
     requests: f64,
     cr: f64,
+    #[serde(rename = "cr_duplicates")]
     duplicates: f64,
     percolated: f64,
 }
@@ -23,23 +26,8 @@ pub struct Scale {
 const TAUS: [f64; 5] = [0.95, 0.9, 0.85, 0.8, 0.75];
 
 impl Scale {
-    pub fn new(rows: &Columns) -> Result<Self> {
-        let (model, pairing) = (rows.strings("model")?, rows.strings("pairing")?);
-        let (tau, requests) = (rows.floats("tau")?, rows.floats("requests")?);
-        let (cr, duplicates) = (rows.floats("cr")?, rows.floats("cr_duplicates")?);
-        let percolated = rows.floats("percolated")?;
-        let points = (0..tau.len())
-            .map(|i| Point {
-                model: model[i].clone(),
-                pairing: pairing[i].clone(),
-                tau: tau[i],
-                requests: requests[i],
-                cr: cr[i],
-                duplicates: duplicates[i],
-                percolated: percolated[i],
-            })
-            .collect();
-        Ok(Scale { points })
+    pub fn new(rows: &Table) -> Result<Self> {
+        Ok(Scale { points: rows.rows()? })
     }
 }
 

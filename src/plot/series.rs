@@ -1,13 +1,13 @@
 //! sweep.csv as the figures want it.
 
 use super::family::Family;
-use crate::codec::registry::is_control;
 use crate::codec::{Method, Unfused};
-use crate::compare::beats;
 use crate::error::{Error, Result};
-use crate::sweep::{Labelled, labelled, series_labels};
-use crate::tables::Columns;
+use crate::sweep::named;
+use crate::tables::Table;
 use plotters::style::RGBColor;
+use polars::prelude::{UniqueKeepStrategy, col, cols, lit};
+use serde::Deserialize;
 use std::path::Path;
 
 /// A number and its 95 % interval; NaN where the table has none.
@@ -19,7 +19,8 @@ pub struct Estimate {
 }
 
 /// One row.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Deserialize)]
+#[serde(from = "Row")]
 pub struct Point {
     pub method: String,
     /// Name of the point's series.
@@ -37,6 +38,49 @@ pub struct Point {
     pub score: Estimate,
     pub kl: Estimate,
     pub layer_cr: Vec<f64>,
+    /// Whether no other row beats it in both ratio and KL.
+    pub on_front: bool,
+}
+
+/// A row as the table has it, names and front beside it.
+#[derive(Deserialize)]
+struct Row {
+    method: String,
+    series: String,
+    point: String,
+    dial: Option<String>,
+    dial_at: Option<f64>,
+    on_front: bool,
+    block_size: u64,
+    batch: u64,
+    cr_audited: f64,
+    cr_paper: f64,
+    score: f64,
+    score_low: f64,
+    score_high: f64,
+    kl: f64,
+    kl_low: f64,
+    kl_high: f64,
+    layer_cr: String,
+}
+
+impl From<Row> for Point {
+    fn from(row: Row) -> Self {
+        Point {
+            method: row.method,
+            label: row.series,
+            dial: row.dial.zip(row.dial_at),
+            name: row.point,
+            block_size: row.block_size,
+            batch: row.batch,
+            cr_audited: row.cr_audited,
+            cr_paper: row.cr_paper,
+            score: Estimate { mid: row.score, low: row.score_low, high: row.score_high },
+            kl: Estimate { mid: row.kl, low: row.kl_low, high: row.kl_high },
+            layer_cr: row.layer_cr.split(';').filter_map(|x| x.parse().ok()).collect(),
+            on_front: row.on_front,
+        }
+    }
 }
 
 impl Point {
@@ -63,61 +107,27 @@ pub struct SweepTable {
 }
 
 impl SweepTable {
-    pub fn new(path: &Path, table: &Columns) -> Result<Self> {
-        let floats = |name: &str| table.floats(name);
-        let strings = |name: &str| table.strings(name);
-        let estimates = |name: &str| -> Result<Vec<Estimate>> {
-            let (mid, low, high) =
-                (floats(name)?, floats(&format!("{name}_low"))?, floats(&format!("{name}_high"))?);
-            Ok((0..mid.len()).map(|i| Estimate { mid: mid[i], low: low[i], high: high[i] }).collect())
-        };
-        let (method, model, data) = (strings("method")?, strings("model")?, strings("data")?);
-        let (block_size, requests) = (floats("block_size")?, floats("requests")?);
-        let batch = floats("batch")?;
-        let rows = labelled(table)?;
-        let labels = series_labels(&rows);
-        let dial = |row: &Labelled| {
-            row.dials().iter().find_map(|(_, dial, at)| Some(((*dial).to_owned(), at.parse().ok()?)))
-        };
-        let (audited, paper) = (floats("cr_audited")?, floats("cr_paper")?);
-        let (score, kl, layers) = (estimates("score")?, estimates("kl")?, strings("layer_cr")?);
-        let points: Vec<Point> = (0..method.len())
-            .map(|i| Point {
-                method: method[i].clone(),
-                label: labels[i].clone(),
-                dial: dial(&rows[i]),
-                name: rows[i].name(),
-                block_size: block_size[i] as u64,
-                batch: batch[i] as u64,
-                cr_audited: audited[i],
-                cr_paper: paper[i],
-                score: score[i],
-                kl: kl[i],
-                layer_cr: layers[i].split(';').filter_map(|x| x.parse().ok()).collect(),
-            })
-            .collect();
-        let controls = points.iter().filter(|p| is_control(&p.method));
-        let (none, mut shared): (Vec<&Point>, Vec<&Point>) =
-            controls.partition(|p| p.method == Unfused::NAME);
-        // Of several that share, those that share the most.
-        shared.dedup_by(|a, b| a.same_packing(b));
+    pub fn new(path: &Path, table: &Table) -> Result<Self> {
+        let arms = named(table)?.with_front("cr_audited", "kl")?;
         let missing =
             |name: &str| Error::file(path, format!("has no row of the control '{name}'; sweep again"));
-        let none = (*none.first().ok_or_else(|| missing("none"))?).clone();
-        let first = *shared.first().ok_or_else(|| missing("prefix"))?;
-        let mut prefixes: Vec<Point> = vec![first.clone()];
-        for &point in &shared {
-            if prefixes.iter().all(|p| !p.same_packing(point)) {
-                prefixes.push(point.clone());
-            }
+        let is_none = || col("method").eq(lit(Unfused::NAME));
+        let none: Vec<Point> = arms.query(|arms| arms.filter(is_none()))?.rows()?;
+        let none = none.into_iter().next().ok_or_else(|| missing("none"))?;
+        // Of several that share, the first: it shares the most.
+        let prefixes: Vec<Point> = arms
+            .query(|arms| {
+                arms.filter(col("control").and(is_none().not()))
+                    .unique_stable(Some(cols(["block_size", "batch"])), UniqueKeepStrategy::First)
+            })?
+            .rows()?;
+        if prefixes.is_empty() {
+            return Err(missing("prefix"));
         }
-        let mut fusion: Vec<Vec<Point>> = Vec::new();
-        for point in points.iter().filter(|p| !is_control(&p.method)) {
-            match fusion.iter_mut().find(|s| s[0].label == point.label) {
-                Some(series) => series.push(point.clone()),
-                None => fusion.push(vec![point.clone()]),
-            }
-        }
+        let fusion = arms.query(|arms| arms.filter(col("control").not()))?.groups("series")?;
+        let fusion: Vec<Vec<Point>> = fusion.iter().map(|(_, own)| own.rows()).collect::<Result<_>>()?;
+        let (model, data) = (table.strings("model")?, table.strings("data")?);
+        let (block_size, requests) = (table.floats("block_size")?, table.floats("requests")?);
         let parts = match prefixes[0].batch as f64 {
             batch if prefixes.len() == 1 && batch < requests[0] => format!(" in batches of {batch}"),
             _ => String::new(),
@@ -128,12 +138,12 @@ impl SweepTable {
         };
         Ok(SweepTable {
             title: format!("{}, {}, {} requests{parts}{blocks}", model[0], short(&data[0]), requests[0]),
-            metric: strings("metric")?[0].clone(),
+            metric: table.strings("metric")?[0].clone(),
             none,
             prefixes,
             bound: vec![Vec::new(); fusion.len()],
             families: fusion.iter().map(|s| Family::of(&s[0].method)).collect(),
-            on_front: fusion.iter().map(|s| s.iter().any(|p| unbeaten(p, &points))).collect(),
+            on_front: fusion.iter().map(|s| s.iter().any(|p| p.on_front)).collect(),
             fusion,
         })
     }
@@ -141,7 +151,7 @@ impl SweepTable {
 
 impl SweepTable {
     /// Takes the bounds of the chains in a bound.csv.
-    pub fn bound_by(&mut self, table: &Columns) -> Result<()> {
+    pub fn bound_by(&mut self, table: &Table) -> Result<()> {
         let (method, cr) = (table.strings("method")?, table.floats("cr_bound")?);
         for (bound, series) in self.bound.iter_mut().zip(&self.fusion) {
             let at = |p: &Point| Some((cr[method.iter().position(|m| *m == p.method)?], p.kl.mid));
@@ -161,11 +171,6 @@ impl SweepTable {
         let several = self.prefixes.len() > 1;
         self.prefixes.iter().map(|p| (p, series(p).filter(|_| several))).collect()
     }
-}
-
-fn unbeaten(point: &Point, all: &[Point]) -> bool {
-    let at = |p: &Point| (p.cr_audited, p.kl.mid);
-    !all.iter().any(|other| beats(at(other), at(point)))
 }
 
 /// A data source without the folders before its file name.

@@ -2,9 +2,11 @@
 
 use super::canvas::{Area, Drawn, FONT, Figure, axes, fitting, legend, said, series_color};
 use crate::error::Result;
-use crate::tables::Columns;
+use crate::tables::Table;
 use plotters::prelude::*;
 use plotters::style::text_anchor::{HPos, Pos, VPos};
+use polars::prelude::{col, lit};
+use serde::Deserialize;
 
 /// One quantity of all arms.
 struct Quantity {
@@ -22,15 +24,13 @@ pub struct Arms {
 
 impl Arms {
     /// From serve_summary.csv: its first load under its first budget.
-    pub fn new(rows: &Columns) -> Result<Self> {
-        let (method, rate) = (rows.strings("method")?, rows.strings("request_rate")?);
-        let budget = rows.floats("budget_bytes")?;
-        let shown: Vec<usize> =
-            (0..method.len()).filter(|&i| rate[i] == rate[0] && budget[i] == budget[0]).collect();
+    pub fn new(rows: &Table) -> Result<Self> {
+        let rows = first_of(rows, &["request_rate", "budget_bytes"])?;
+        let (rate, budget) = (rows.strings("request_rate")?, rows.floats("budget_bytes")?);
         let quantity = |name: &'static str, columns: [&str; 3], factor: f64| -> Result<Quantity> {
             let [low, mid, high] = columns.map(|c| rows.floats(c));
             let (low, mid, high) = (low?, mid?, high?);
-            let values = shown.iter().map(|&i| [low[i], mid[i], high[i]].map(|x| x * factor)).collect();
+            let values = (0..low.len()).map(|i| [low[i], mid[i], high[i]].map(|x| x * factor)).collect();
             Ok(Quantity { name, values })
         };
         let one = |name, column: &str, factor| quantity(name, [column; 3], factor);
@@ -41,7 +41,7 @@ impl Arms {
                 }
                 (_, mb) => format!("Serving all requests at once under {mb:.0} MB of keys and values"),
             },
-            names: shown.iter().map(|&i| short(&method[i])).collect(),
+            names: rows.strings("method")?.iter().map(|m| short(m)).collect(),
             quantities: vec![
                 quantity(
                     "tokens/s out (least, median, most)",
@@ -56,16 +56,16 @@ impl Arms {
     }
 }
 
-/// What rows say, chain by chain, in the order in which chains first come.
-pub fn by_chain<T>(rows: impl Iterator<Item = (String, T)>) -> Vec<(String, Vec<T>)> {
-    let mut chains: Vec<(String, Vec<T>)> = Vec::new();
-    for (name, row) in rows {
-        match chains.iter_mut().find(|(known, _)| *known == name) {
-            Some((_, own)) => own.push(row),
-            None => chains.push((name, vec![row])),
-        }
-    }
-    chains
+/// The rows that are as the first one in some columns.
+pub fn first_of(rows: &Table, columns: &[&str]) -> Result<Table> {
+    let as_first = columns.iter().map(|c| col(*c).eq_missing(col(*c).first()));
+    rows.query(|rows| rows.filter(as_first.fold(lit(true), |all, one| all.and(one))))
+}
+
+/// Rows chain by chain, by its short name, in the order in which chains first come.
+pub fn by_chain(rows: &Table) -> Result<Vec<(String, Table)>> {
+    let names: Vec<String> = rows.strings("method")?.iter().map(|m| short(m)).collect();
+    rows.with("chain", names)?.groups("chain")
 }
 
 /// A chain without the paths of its files.
@@ -145,26 +145,26 @@ impl Figure for Arms {
 /// Bytes in use and requests that run, over time, of the first runs.
 pub struct Timeline {
     names: Vec<String>,
-    /// Seconds, MB and running requests, arm by arm.
     runs: Vec<Vec<Moment>>,
 }
 
-/// Seconds, MB and running requests.
-type Moment = (f64, f64, f64);
+#[derive(Deserialize)]
+struct Moment {
+    seconds: f64,
+    pool_bytes: f64,
+    running: f64,
+}
 
 /// What a panel shows of a moment.
 type Shown = fn(&Moment) -> f64;
 
 impl Timeline {
     /// From serve_timeline.csv: each arm's first run at the first load under the first budget.
-    pub fn new(rows: &Columns) -> Result<Self> {
-        let (method, rate) = (rows.strings("method")?, rows.strings("request_rate")?);
-        let (repeat, seconds) = (rows.floats("repeat")?, rows.floats("seconds")?);
-        let budget = rows.floats("budget_bytes")?;
-        let (bytes, running) = (rows.floats("pool_bytes")?, rows.floats("running")?);
-        let shown = |i: &usize| repeat[*i] == 0.0 && rate[*i] == rate[0] && budget[*i] == budget[0];
-        let moment = |i: usize| (short(&method[i]), (seconds[i], bytes[i] / 1e6, running[i]));
-        let (names, runs) = by_chain((0..method.len()).filter(shown).map(moment)).into_iter().unzip();
+    pub fn new(rows: &Table) -> Result<Self> {
+        let rows = first_of(rows, &["request_rate", "budget_bytes"])?
+            .query(|rows| rows.filter(col("repeat").eq(lit(0))))?;
+        let runs = by_chain(&rows)?.into_iter().map(|(name, run)| Ok((name, run.rows()?)));
+        let (names, runs) = runs.collect::<Result<Vec<_>>>()?.into_iter().unzip();
         Ok(Timeline { names, runs })
     }
 }
@@ -178,9 +178,11 @@ impl Figure for Timeline {
         let title = "Bytes of keys and values, and requests that run, over time";
         let root = root.margin(8, 16, 0, 0).titled(title, fitting(root, title, 20)).map_err(said)?;
         let panels = root.split_evenly((1, 2));
-        let last = self.runs.iter().flatten().map(|p| p.0).fold(1.0, f64::max);
-        let of: [(&str, Shown); 2] =
-            [("MB in the pool, coded ones included", |p| p.1), ("requests that run", |p| p.2)];
+        let last = self.runs.iter().flatten().map(|p| p.seconds).fold(1.0, f64::max);
+        let of: [(&str, Shown); 2] = [
+            ("MB in the pool, coded ones included", |p| p.pool_bytes / 1e6),
+            ("requests that run", |p| p.running),
+        ];
         for (n, (panel, (name, value))) in panels.iter().zip(of).enumerate() {
             let most = self.runs.iter().flatten().map(value).fold(1.0, f64::max);
             let mut chart = ChartBuilder::on(panel)
@@ -193,7 +195,7 @@ impl Figure for Timeline {
             for (i, run) in self.runs.iter().enumerate() {
                 let color = series_color(i);
                 // Thin: thick lines are drawn with mitred corners, which stand out far above and below a sudden change.
-                let line = LineSeries::new(run.iter().map(|p| (p.0, value(p))), color.stroke_width(1));
+                let line = LineSeries::new(run.iter().map(|p| (p.seconds, value(p))), color.stroke_width(1));
                 chart
                     .draw_series(line)
                     .map_err(said)?

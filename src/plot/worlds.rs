@@ -2,16 +2,21 @@
 
 use super::canvas::{Area, Drawn, FONT, Figure, axes, fitting, legend, said, series_color};
 use crate::error::Result;
-use crate::tables::Columns;
+use crate::tables::Table;
 use plotters::prelude::*;
+use serde::Deserialize;
 
+#[derive(Deserialize)]
 struct Point {
     world: String,
     pairing: String,
     tau: f64,
     cr: f64,
+    #[serde(rename = "cr_low")]
     low: f64,
+    #[serde(rename = "cr_high")]
     high: f64,
+    #[serde(rename = "cr_model")]
     model: f64,
 }
 
@@ -32,28 +37,14 @@ fn words(world: &str) -> &str {
 }
 
 impl Worlds {
-    pub fn new(rows: &Columns) -> Result<Self> {
-        let (world, pairing, tau) = (rows.strings("world")?, rows.strings("pairing")?, rows.floats("tau")?);
-        let (cr, low, high) = (rows.floats("cr")?, rows.floats("cr_low")?, rows.floats("cr_high")?);
-        let (model, requests, blocks) =
-            (rows.floats("cr_model")?, rows.floats("requests")?, rows.floats("blocks")?);
-        let layer = rows.floats("layer")?;
+    pub fn new(rows: &Table) -> Result<Self> {
+        let (requests, blocks, layer) =
+            (rows.floats("requests")?, rows.floats("blocks")?, rows.floats("layer")?);
         let title = format!(
             "Synthetic caches like layer {}: {} requests of {} blocks, fused by the sweep's code (points) and in closed form (lines)",
             layer[0], requests[0], blocks[0]
         );
-        let points = (0..tau.len())
-            .map(|i| Point {
-                world: world[i].clone(),
-                pairing: pairing[i].clone(),
-                tau: tau[i],
-                cr: cr[i],
-                low: low[i],
-                high: high[i],
-                model: model[i],
-            })
-            .collect();
-        Ok(Worlds { points, title })
+        Ok(Worlds { points: rows.rows()?, title })
     }
 }
 

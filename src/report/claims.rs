@@ -4,9 +4,10 @@ use crate::codec::registry::method;
 use crate::codec::spec::names;
 use crate::codec::{Method, Random, Role};
 use crate::error::Result;
-use crate::tables::{Columns, SWEEP_CSV};
+use crate::tables::{SWEEP_CSV, Table};
 use crate::theory::SUMMARY_CSV;
-use serde::Serialize;
+use polars::prelude::{col, lit};
+use serde::{Deserialize, Serialize};
 use std::path::Path;
 
 /// "Negligible loss": mean KL from no fusion that counts as none, nats a token.
@@ -52,11 +53,11 @@ pub fn claims(folder: &Path) -> Result<Vec<Claim>> {
     let mut found = Vec::new();
     let sweep = folder.join(SWEEP_CSV);
     if sweep.exists() {
-        found.extend(of_sweep(&Columns::read(&sweep)?)?);
+        found.extend(of_sweep(&Table::read(&sweep)?)?);
     }
     let summary = folder.join(SUMMARY_CSV);
     if summary.exists() {
-        found.extend(of_predictions(&Columns::read(&summary)?)?);
+        found.extend(of_predictions(&Table::read(&summary)?)?);
     }
     Ok(found)
 }
@@ -70,10 +71,11 @@ fn is_fusion(chain: &str) -> bool {
 }
 
 /// One fusing arm of a sweep.
+#[derive(Deserialize)]
 struct Arm {
     cr_audited: f64,
     cr_paper: f64,
-    beyond_prefix: f64,
+    cr_beyond_prefix: f64,
     kl: f64,
     kl_low: f64,
     kl_high: f64,
@@ -84,34 +86,14 @@ struct Arm {
     value_error: f64,
 }
 
-fn of_sweep(table: &Columns) -> Result<Vec<Claim>> {
-    let column = |name: &str| table.floats(name);
-    let method = table.strings("method")?;
-    let (audited, paper, beyond) = (column("cr_audited")?, column("cr_paper")?, column("cr_beyond_prefix")?);
-    let (kl, kl_low, kl_high) = (column("kl")?, column("kl_low")?, column("kl_high")?);
-    let diff = [column("score_diff")?, column("score_diff_low")?, column("score_diff_high")?];
-    let (key, value) = (column("key_error")?, column("value_error")?);
-    let arms: Vec<Arm> = (0..table.rows())
-        .filter(|&i| is_fusion(&method[i]))
-        .map(|i| Arm {
-            cr_audited: audited[i],
-            cr_paper: paper[i],
-            beyond_prefix: beyond[i],
-            kl: kl[i],
-            kl_low: kl_low[i],
-            kl_high: kl_high[i],
-            score_diff: diff[0][i],
-            score_diff_low: diff[1][i],
-            score_diff_high: diff[2][i],
-            key_error: key[i],
-            value_error: value[i],
-        })
-        .collect();
+fn of_sweep(table: &Table) -> Result<Vec<Claim>> {
+    let fuses: Vec<bool> = table.strings("method")?.iter().map(|m| is_fusion(m)).collect();
+    let arms: Vec<Arm> = table.with("fuses", fuses)?.query(|arms| arms.filter(col("fuses")))?.rows()?;
     if arms.is_empty() {
         return Ok(Vec::new());
     }
     let metric = table.strings("metric")?[0].clone();
-    let requests = column("requests")?[0];
+    let requests = table.floats("requests")?[0];
     let most = |f: fn(&Arm) -> f64, of: &[&Arm]| of.iter().map(|a| f(a)).fold(f64::NAN, f64::max);
     let verdict = |holds: bool| if holds { Verdict::Holds } else { Verdict::Fails };
     // An arm is harmless if its KL and its loss of score are; it is harmful if either is above its margin.
@@ -166,7 +148,7 @@ fn of_sweep(table: &Columns) -> Result<Vec<Claim>> {
         reason,
     };
     // More than prefix sharing, not as much.
-    let (judged, reason) = reached(|a| a.beyond_prefix, 1.0 + 1e-9);
+    let (judged, reason) = reached(|a| a.cr_beyond_prefix, 1.0 + 1e-9);
     let prefix = Claim {
         claim: "Fusion stores less than exact prefix sharing, which is lossless, at negligible loss"
             .to_owned(),
@@ -212,48 +194,51 @@ fn of_sweep(table: &Columns) -> Result<Vec<Claim>> {
     Ok(vec![headline, prefix, score, values])
 }
 
-fn of_predictions(table: &Columns) -> Result<Vec<Claim>> {
-    let model = table.strings("model")?;
-    let (bias, low, high) = (
-        table.floats("removed_bias")?,
-        table.floats("removed_bias_low")?,
-        table.floats("removed_bias_high")?,
-    );
-    let (skill, layers) = (table.floats("removed_skill")?, table.floats("layers")?);
-    let (pairing, tau, held_out) =
-        (table.strings("pairing")?, table.floats("tau")?, table.strings("held_out")?);
-    let claim = |kind: &str, words: &str| {
-        let own: Vec<usize> = (0..table.rows()).filter(|&i| model[i] == kind).collect();
-        let verdict_of = |&i: &usize| match (
-            -REMOVED <= low[i] && high[i] <= REMOVED,
-            low[i] > REMOVED || high[i] < -REMOVED,
+fn of_predictions(table: &Table) -> Result<Vec<Claim>> {
+    /// One pairing and threshold.
+    #[derive(Deserialize)]
+    struct Prediction {
+        removed_bias: f64,
+        removed_bias_low: f64,
+        removed_bias_high: f64,
+        removed_skill: f64,
+        layers: f64,
+        pairing: String,
+        tau: f64,
+        held_out: bool,
+    }
+    let claim = |model: &str, words: &str| -> Result<Claim> {
+        let own = table.query(|rows| rows.filter(col("model").eq(lit(model))))?;
+        let own: Vec<Prediction> = own.rows()?;
+        let verdict_of = |p: &Prediction| match (
+            -REMOVED <= p.removed_bias_low && p.removed_bias_high <= REMOVED,
+            p.removed_bias_low > REMOVED || p.removed_bias_high < -REMOVED,
         ) {
             (true, _) => Verdict::Holds,
             (_, true) => Verdict::Fails,
             _ => Verdict::Undecided,
         };
-        let of = |wanted: Verdict| own.iter().filter(|i| verdict_of(i) == wanted).count();
+        let of = |wanted: Verdict| own.iter().filter(|p| verdict_of(p) == wanted).count();
         let (holds, fails) = (of(Verdict::Holds), of(Verdict::Fails));
-        let worst = own.iter().max_by(|&&a, &&b| bias[a].abs().total_cmp(&bias[b].abs()));
-        let mut skills: Vec<f64> = own.iter().map(|&i| skill[i]).filter(|s| s.is_finite()).collect();
+        let worst = own.iter().max_by(|a, b| a.removed_bias.abs().total_cmp(&b.removed_bias.abs()));
+        let mut skills: Vec<f64> = own.iter().map(|p| p.removed_skill).filter(|s| s.is_finite()).collect();
         skills.sort_by(f64::total_cmp);
-        let reason = worst.map_or("no prediction".to_owned(), |&i| {
-            let whose = if own.iter().all(|&i| held_out[i] == "true") {
-                "on requests about other texts than those measured"
-            } else {
-                "on the requests that were measured, which says less"
+        let reason = worst.map_or("no prediction".to_owned(), |worst| {
+            let whose = match own.iter().all(|p| p.held_out) {
+                true => "on requests about other texts than those measured",
+                false => "on the requests that were measured, which says less",
             };
             format!(
                 "share of blocks removed {whose}: within {REMOVED} (95 % interval of the mean over {} layers, two one-sided tests) in {holds} of \
                  {} arms, outside in {fails}; the worst: {:+.3} [{:+.3}, {:+.3}] at tau {} ({}); median skill {} over the null that \
                  nothing but duplicates fuses",
-                layers[i],
+                worst.layers,
                 own.len(),
-                bias[i],
-                low[i],
-                high[i],
-                tau[i],
-                pairing[i],
+                worst.removed_bias,
+                worst.removed_bias_low,
+                worst.removed_bias_high,
+                worst.tau,
+                worst.pairing,
                 skills.get(skills.len() / 2).map_or("unknown".to_owned(), |s| format!("{s:.2}")),
             )
         });
@@ -263,11 +248,11 @@ fn of_predictions(table: &Columns) -> Result<Vec<Claim>> {
             _ if fails > 0 => Verdict::Fails,
             _ => Verdict::Undecided,
         };
-        Claim { claim: words.to_owned(), verdict, reason }
+        Ok(Claim { claim: words.to_owned(), verdict, reason })
     };
     Ok(vec![
-        claim("uniform", "Similar pairs are independent and equally likely (the paper's Poisson model)"),
-        claim("by_position", "Similar pairs are independent given their positions (kvfuse's refinement)"),
+        claim("uniform", "Similar pairs are independent and equally likely (the paper's Poisson model)")?,
+        claim("by_position", "Similar pairs are independent given their positions (kvfuse's refinement)")?,
     ])
 }
 

@@ -8,7 +8,7 @@ use front::{Front, front};
 
 use crate::error::{Error, IoAt, Result};
 use crate::files;
-use crate::tables::Columns;
+use crate::tables::Table;
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use flate2::Compression;
@@ -39,13 +39,14 @@ struct Section {
     front: Option<Front>,
     /// SVG sources, with their names, compressed: a page of all figures as text is nine megabytes.
     figures: Vec<(String, String)>,
-    tables: Vec<Table>,
+    tables: Vec<Shown>,
     /// Names and texts.
     manifests: Vec<(String, String)>,
 }
 
+/// A table as the page shows it.
 #[derive(Debug, Serialize)]
-struct Table {
+struct Shown {
     name: String,
     columns: Vec<String>,
     rows: Vec<Vec<String>>,
@@ -125,11 +126,11 @@ fn packed(text: &str) -> String {
     STANDARD.encode(gz.finish().unwrap_or_default())
 }
 
-fn table(path: &Path, name: String) -> Result<Table> {
-    let read = Columns::read(path)?;
+fn table(path: &Path, name: String) -> Result<Shown> {
+    let read = Table::read(path)?;
     let columns = read.names();
     let cells: Vec<Vec<String>> = columns.iter().map(|c| read.strings(c)).collect::<Result<_>>()?;
-    let shown = read.rows().min(MOST_ROWS);
+    let shown = read.height().min(MOST_ROWS);
     let rows = (0..shown).map(|i| cells.iter().map(|column| column[i].clone()).collect()).collect();
-    Ok(Table { name, columns, rows, in_all: read.rows() })
+    Ok(Shown { name, columns, rows, in_all: read.height() })
 }

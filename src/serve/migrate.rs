@@ -13,7 +13,7 @@ use crate::model::kernels::instructions;
 use crate::model::{Model, Segment};
 use crate::progress::{Progress, Unit};
 use crate::stats::{mean, quantile, rounded};
-use crate::tables::write_csv;
+use crate::tables::write_table;
 use serde::Serialize;
 use std::path::PathBuf;
 use std::time::Instant;
@@ -113,7 +113,7 @@ pub fn migrate(options: &MigrateOptions) -> Result<Vec<MigrateRow>> {
             options.links_gbits.iter().map(move |&link| row(chain.name(), link, layout, own))
         })
         .collect();
-    write_csv(&options.out.join(MIGRATION_CSV), &rows)?;
+    write_table(&options.out.join(MIGRATION_CSV), &rows)?;
     let value = serde_json::json!({
         "kvfuse_version": env!("CARGO_PKG_VERSION"),
         "kernels": [instructions()],

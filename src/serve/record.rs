@@ -4,7 +4,7 @@ use super::run::Moment;
 use crate::error::{IoAt, Result};
 use crate::files;
 use crate::stats::{quantile, rounded};
-use crate::tables::write_csv;
+use crate::tables::write_table;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use std::fs;
@@ -129,10 +129,10 @@ pub fn summary(rows: &[&ServeRow]) -> Vec<ServeRow> {
 /// Writes all tables, with the runs there are.
 pub(super) fn write_tables<'a>(out: &Path, runs: &'a [Run]) -> Result<()> {
     let rows: Vec<&ServeRow> = runs.iter().map(|r| &r.row).collect();
-    write_csv(&out.join(SERVE_CSV), &rows)?;
-    write_csv(&out.join(SERVE_SUMMARY_CSV), &summary(&rows))?;
+    write_table(&out.join(SERVE_CSV), &rows)?;
+    write_table(&out.join(SERVE_SUMMARY_CSV), &summary(&rows))?;
     let requests: Vec<&RequestRow> = runs.iter().flat_map(|r| &r.requests).collect();
-    write_csv(&out.join(SERVE_REQUESTS_CSV), &requests)?;
+    write_table(&out.join(SERVE_REQUESTS_CSV), &requests)?;
     let moment = |row: &'a ServeRow, m: &Moment| TimelineRow {
         method: &row.method,
         repeat: row.repeat,
@@ -147,5 +147,5 @@ pub(super) fn write_tables<'a>(out: &Path, runs: &'a [Run]) -> Result<()> {
     };
     let timeline: Vec<TimelineRow> =
         runs.iter().flat_map(|run| run.moments.iter().map(|m| moment(&run.row, m))).collect();
-    write_csv(&out.join(SERVE_TIMELINE_CSV), &timeline)
+    write_table(&out.join(SERVE_TIMELINE_CSV), &timeline)
 }

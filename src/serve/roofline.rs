@@ -9,7 +9,7 @@ use crate::error::{Error, Result};
 use crate::files;
 use crate::model::{Model, ModelConfig};
 use crate::stats::rounded;
-use crate::tables::{Columns, write_csv};
+use crate::tables::{Table, write_table};
 use serde::Serialize;
 use std::path::{Path, PathBuf};
 
@@ -174,7 +174,7 @@ pub struct ProjectOptions {
 /// Folders without a bench; one whose model or codec is not at hand; a bench whose budget was never short.
 pub fn project(options: &ProjectOptions) -> Result<(Vec<Checked>, Vec<Projected>)> {
     let path = options.results.join(super::SERVE_CSV);
-    let table = Columns::read(&path)?;
+    let table = Table::read(&path)?;
     let manifest = files::read_json(&options.results.join("manifest.json"))?;
     let Some(name) = manifest["model"].as_str() else {
         return Err(Error::file(&options.results, "has no manifest of serve-bench; run it again"));
@@ -182,7 +182,7 @@ pub fn project(options: &ProjectOptions) -> Result<(Vec<Checked>, Vec<Projected>
     let model = Model::load(name)?;
     let shape = Shape::of(name, model.decoder.config());
     let checked = check(&table, &shape)?;
-    write_csv(&options.results.join(ROOFLINE_CSV), &checked)?;
+    write_table(&options.results.join(ROOFLINE_CSV), &checked)?;
     let of = |column: &str| -> Result<f64> { Ok(table.floats(column)?[0]) };
     let requests = of("completed")?.max(1.0);
     let load = Load {
@@ -207,12 +207,12 @@ pub fn project(options: &ProjectOptions) -> Result<(Vec<Checked>, Vec<Projected>
             projected.extend(on(accelerator, &shape, &traits, load));
         }
     }
-    write_csv(&options.results.join(PROJECTION_CSV), &projected)?;
+    write_table(&options.results.join(PROJECTION_CSV), &projected)?;
     Ok((checked, projected))
 }
 
 /// Every run's arithmetic at the rate that the first method's runs had.
-fn check(table: &Columns, shape: &Shape) -> Result<Vec<Checked>> {
+fn check(table: &Table, shape: &Shape) -> Result<Vec<Checked>> {
     let (method, rate) = (table.strings("method")?, table.strings("request_rate")?);
     let floats = |name: &str| table.floats(name);
     let (prefill, decode) = (floats("prefill_tokens")?, floats("decode_tokens")?);
@@ -251,7 +251,7 @@ fn behind(input: f64, hits: f64) -> f64 {
 const SHORT: f64 = 0.8;
 
 /// What the bench's chains do, over their runs at the first load under the first budget.
-fn traits(table: &Columns, policies: &[Policy], path: &Path) -> Result<Vec<Traits>> {
+fn traits(table: &Table, policies: &[Policy], path: &Path) -> Result<Vec<Traits>> {
     let (method, rate) = (table.strings("method")?, table.strings("request_rate")?);
     let floats = |name: &str| table.floats(name);
     let (pool, running) = (floats("mean_pool_bytes")?, floats("mean_concurrent_requests")?);

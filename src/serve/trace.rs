@@ -5,7 +5,7 @@ use super::job::Job;
 use crate::error::{Error, IoAt, Result};
 use crate::files;
 use crate::model::Model;
-use crate::tables::Columns;
+use crate::tables::Table;
 use crate::task::{Draw, Request, prose};
 use chrono::NaiveDateTime;
 use serde::{Deserialize, Serialize};
@@ -201,7 +201,7 @@ fn mooncake(path: &Path, text: &str) -> Result<Vec<Entry>> {
 
 /// Azure's traces of LLM inference (2023 and 2024): `TIMESTAMP,ContextTokens,GeneratedTokens`.
 fn azure(path: &Path) -> Result<Vec<Entry>> {
-    let table = Columns::read(path)?;
+    let table = Table::read(path)?;
     let (input, output) = (table.floats("ContextTokens")?, table.floats("GeneratedTokens")?);
     let time = |(n, text): (usize, String)| -> Result<f64> {
         let plain = text.trim_end_matches("+00:00").replace('T', " ");
@@ -217,7 +217,7 @@ fn azure(path: &Path) -> Result<Vec<Entry>> {
 
 /// BurstGPT (Wang et al. 2024): `Timestamp` in seconds, `Request tokens`, `Response tokens` and others. Those without a response failed.
 fn burstgpt(path: &Path) -> Result<Vec<Entry>> {
-    let table = Columns::read(path)?;
+    let table = Table::read(path)?;
     let of = |name: &str| table.floats(name);
     entries(path, &of("Timestamp")?, &of("Request tokens")?, &of("Response tokens")?)
 }

@@ -6,7 +6,7 @@ use crate::files;
 use crate::lock::FolderLock;
 use crate::model::kernels::instructions;
 use crate::stats::{SimilarityOptions, StatRow, similarities};
-use crate::tables::{Columns, write_csv};
+use crate::tables::{Table, write_table};
 use std::path::{Path, PathBuf};
 
 pub const STATS_CSV: &str = "stats.csv";
@@ -30,7 +30,7 @@ pub fn measure(options: &StatsOptions) -> Result<Vec<StatRow>> {
     files::writable_folder(&options.out)?;
     let requests = manifest.half(options.half, &options.dump)?;
     let rows = similarities(&options.dump, &manifest, &requests, &options.similarity)?;
-    write_csv(&options.out.join(STATS_CSV), &rows)?;
+    write_table(&options.out.join(STATS_CSV), &rows)?;
     let value = serde_json::json!({
         "kvfuse_version": env!("CARGO_PKG_VERSION"),
         "kernels": [instructions()],
@@ -45,30 +45,9 @@ pub fn measure(options: &StatsOptions) -> Result<Vec<StatRow>> {
 
 /// Reads a stats.csv.
 pub fn read_stats(path: &Path) -> Result<Vec<StatRow>> {
-    let table = Columns::read(path)?;
-    let texts = |name: &str| table.strings(name);
-    let numbers = |name: &str| -> Result<Vec<Option<f64>>> {
-        Ok(table.floats(name)?.into_iter().map(|x| x.is_finite().then_some(x)).collect())
-    };
-    let bad = || Error::file(path, "is no table of `kvfuse stats`");
-    let (size, layer, at) = (numbers("block_size")?, numbers("layer")?, numbers("at")?);
-    let (value, low, high) = (numbers("value")?, numbers("low")?, numbers("high")?);
-    let (part, rope, class, statistic) =
-        (texts("part")?, texts("rope")?, texts("class")?, texts("statistic")?);
-    let count = |x: Option<f64>| x.filter(|x| *x >= 0.0).map(|x| x as usize).ok_or_else(bad);
-    let row = |i: usize| {
-        Ok(StatRow {
-            block_size: count(size[i])?,
-            layer: count(layer[i])?,
-            part: part[i].clone(),
-            rope: clap::ValueEnum::from_str(&rope[i], false).map_err(|_| bad())?,
-            class: class[i].clone(),
-            statistic: statistic[i].clone(),
-            at: at[i],
-            value: value[i].ok_or_else(bad)?,
-            low: low[i],
-            high: high[i],
-        })
-    };
-    (0..table.rows()).map(row).collect()
+    let rows: Vec<StatRow> = Table::read(path)?.rows()?;
+    match rows.iter().all(|r| r.value.is_finite()) {
+        true => Ok(rows),
+        false => Err(Error::file(path, "is no table of `kvfuse stats`")),
+    }
 }

@@ -1,9 +1,10 @@
 //! Names for the series of a table: the chain's methods and those options in which its rows differ.
 
-use crate::codec::registry::method;
+use crate::codec::registry::{is_control, method};
 use crate::codec::spec::{names, parse};
 use crate::error::Result;
-use crate::tables::Columns;
+use crate::tables::Table;
+use serde::Serialize;
 use std::collections::{BTreeMap, BTreeSet};
 
 /// A row as labels see it.
@@ -50,7 +51,7 @@ impl Labelled {
 }
 
 /// The rows of a sweep.csv as labels see them.
-pub fn labelled(table: &Columns) -> Result<Vec<Labelled>> {
+fn labelled(table: &Table) -> Result<Vec<Labelled>> {
     let method = table.strings("method")?;
     let options = table.names().into_iter().filter(|n| n.contains('.'));
     let packing = PACKING.iter().map(|(name, _)| (*name).to_owned());
@@ -65,6 +66,27 @@ pub fn labelled(table: &Columns) -> Result<Vec<Labelled>> {
             .collect(),
     };
     Ok(method.iter().enumerate().map(row).collect())
+}
+
+/// A table of a sweep with what its rows are called, as columns: `series`, its own name in it (`point`), the dial that the series turns and
+/// where it stands, if it has one that is a number (`dial`, `dial_at`), and whether it is a `control`.
+pub fn named(table: &Table) -> Result<Table> {
+    #[derive(Serialize)]
+    struct Names {
+        series: String,
+        point: String,
+        dial: Option<String>,
+        dial_at: Option<f64>,
+        control: bool,
+    }
+    let rows = labelled(table)?;
+    let names = |(row, series): (&Labelled, String)| {
+        let turned =
+            row.dials().into_iter().find_map(|(_, dial, at)| Some((dial.to_owned(), at.parse().ok()?)));
+        let (dial, dial_at) = turned.unzip();
+        Names { series, point: row.name(), dial, dial_at, control: is_control(&row.method) }
+    };
+    table.beside(&rows.iter().zip(series_labels(&rows)).map(names).collect::<Vec<_>>())
 }
 
 /// Options that a chain in normal form spells out, as `stage.option`.

@@ -20,7 +20,7 @@ pub use arms::{Arm, ArmColumns, Packing};
 pub use evaluate::{Base, FirstToken, Prompt, Reference, answer_text, divergence};
 pub use explain::{ExplainOptions, Explanation, FusedBlock, Partner, explain};
 pub use grid::parse_taus;
-pub use labels::{Labelled, PACKING, boundary, labelled, series_labels};
+pub use labels::{Labelled, PACKING, boundary, named, series_labels};
 pub use lot::{Source, load, targets};
 pub use rows::{LayerRow, LayerScore, RequestRow, RequestScore, Row, Timings};
 pub use run::sweep;

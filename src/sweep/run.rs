@@ -15,7 +15,7 @@ use crate::files;
 use crate::lock::FolderLock;
 use crate::model::kernels::instructions;
 use crate::progress::{Progress, Unit};
-use crate::tables::{LAYERS_CSV, POSITIONS_CSV, REQUESTS_CSV, SWEEP_CSV, TIMINGS_CSV, write_csv};
+use crate::tables::{Format, LAYERS, POSITIONS_CSV, REQUESTS, SWEEP_CSV, TIMINGS_CSV, write_table};
 use serde::Serialize;
 use serde_json::Value;
 use std::collections::{BTreeSet, HashSet};
@@ -46,7 +46,15 @@ pub fn sweep(options: &SweepOptions) -> Result<Vec<Row>> {
     let whole = |r: &RunRecord| r.requests.len() == questions.len();
     let records: Vec<Option<RunRecord>> = ids.iter().map(|id| runs.load(id).filter(whole)).collect();
     let begin = |records: &[Option<RunRecord>]| begin(out, options, &manifest, &questions, &setting, records);
-    let mut work = Work { out, runs, setting: &setting, grid: &grid, ids: &ids, records };
+    let mut work = Work {
+        out,
+        long_tables: options.long_tables,
+        runs,
+        setting: &setting,
+        grid: &grid,
+        ids: &ids,
+        records,
+    };
     let todo: Vec<(Packing, Vec<usize>)> = options
         .packings()
         .into_iter()
@@ -77,6 +85,7 @@ pub fn sweep(options: &SweepOptions) -> Result<Vec<Row>> {
 /// A sweep as far as it has come.
 struct Work<'a> {
     out: &'a Path,
+    long_tables: Format,
     runs: Runs,
     setting: &'a Setting,
     grid: &'a [Arm],
@@ -148,7 +157,7 @@ impl Work<'_> {
         self.runs.store(&record)?;
         self.runs.drop_pieces(&self.ids[i], lots);
         self.records[i] = Some(record);
-        write_tables(self.out, &self.records)
+        write_tables(self.out, self.long_tables, &self.records)
     }
 }
 
@@ -243,8 +252,9 @@ fn begin(
     setting: &Setting,
     records: &[Option<RunRecord>],
 ) -> Result<()> {
-    for table in [SWEEP_CSV, TIMINGS_CSV, REQUESTS_CSV, LAYERS_CSV, POSITIONS_CSV].map(|name| out.join(name))
-    {
+    let short = [SWEEP_CSV, TIMINGS_CSV, POSITIONS_CSV].map(|name| out.join(name));
+    let long = [REQUESTS, LAYERS].map(|name| Format::files(out, name));
+    for table in short.into_iter().chain(long.into_iter().flatten()) {
         if table.exists() {
             std::fs::remove_file(&table).at(&table)?;
         }
@@ -260,7 +270,7 @@ fn begin(
     });
     files::write_json(&out.join("manifest.json"), &value)?;
     if records.iter().any(Option::is_some) {
-        write_tables(out, records)?;
+        write_tables(out, options.long_tables, records)?;
     }
     Ok(())
 }
@@ -270,8 +280,8 @@ pub(super) fn kernels(records: &[Option<RunRecord>]) -> BTreeSet<&str> {
     records.iter().flatten().map(|r| &r.kernels[..]).filter(|k| !k.is_empty()).collect()
 }
 
-/// Rewrites all tables with the rows there are, in grid order.
-pub(super) fn write_tables(out: &Path, records: &[Option<RunRecord>]) -> Result<()> {
+/// Rewrites all tables with the rows there are, in grid order, the long ones in the format `long`.
+pub(super) fn write_tables(out: &Path, long: Format, records: &[Option<RunRecord>]) -> Result<()> {
     #[derive(Serialize)]
     struct TimingRow<'a> {
         run: &'a str,
@@ -283,7 +293,7 @@ pub(super) fn write_tables(out: &Path, records: &[Option<RunRecord>]) -> Result<
     }
     let done: Vec<&RunRecord> = records.iter().flatten().collect();
     let rows: Vec<&Row> = done.iter().map(|r| &r.row).collect();
-    write_csv(&out.join(SWEEP_CSV), &rows)?;
+    write_table(&out.join(SWEEP_CSV), &rows)?;
     let timings: Vec<TimingRow> = done
         .iter()
         .map(|r| TimingRow {
@@ -293,18 +303,18 @@ pub(super) fn write_tables(out: &Path, records: &[Option<RunRecord>]) -> Result<
             tokens_per_second: r.timings.generated_tokens as f64 / r.timings.decode_seconds,
         })
         .collect();
-    write_csv(&out.join(TIMINGS_CSV), &timings)?;
+    write_table(&out.join(TIMINGS_CSV), &timings)?;
     let layers: Vec<LayerRow> = done
         .iter()
         .flat_map(|r| r.layers.iter().enumerate().map(|(layer, score)| (*r, layer, score)))
         .map(|(r, layer, score)| LayerRow { run: &r.row.run, arm: &r.row.arm, layer, score })
         .collect();
-    write_csv(&out.join(LAYERS_CSV), &layers)?;
+    write_table(&long.file(out, LAYERS), &layers)?;
     let positions: Vec<PositionRow> = done
         .iter()
         .flat_map(|r| r.positions.iter().map(|score| PositionRow { run: &r.row.run, arm: &r.row.arm, score }))
         .collect();
-    write_csv(&out.join(POSITIONS_CSV), &positions)?;
+    write_table(&out.join(POSITIONS_CSV), &positions)?;
     let baseline = |r: &RunRecord| {
         let same = |b: &&&RunRecord| {
             let (a, b) = (&r.row.arm, &b.row.arm);
@@ -321,5 +331,5 @@ pub(super) fn write_tables(out: &Path, records: &[Option<RunRecord>]) -> Result<
     if requests.is_empty() {
         return Ok(());
     }
-    write_csv(&out.join(REQUESTS_CSV), &requests)
+    write_table(&long.file(out, REQUESTS), &requests)
 }

@@ -11,6 +11,7 @@ use crate::dump::{Half, Manifest, open_model};
 use crate::error::{Error, Result};
 use crate::interrupt;
 use crate::progress::{Progress, Unit};
+use crate::tables::Format;
 use serde::Serialize;
 use std::path::PathBuf;
 
@@ -87,6 +88,7 @@ pub fn search(options: &SearchOptions) -> Result<Vec<Tried>> {
         resamples: 0,
         seed: 0,
         memory: None,
+        long_tables: Format::default(),
         given: Settings::default(),
         command: Vec::new(),
     };

@@ -9,6 +9,7 @@ use crate::dump::{Half, Manifest};
 use crate::error::{Error, Result};
 use crate::files;
 use crate::memory::Bytes;
+use crate::tables::Format;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use std::collections::HashSet;
@@ -56,6 +57,9 @@ pub struct Settings {
     /// number [default: no limit]
     #[arg(long, value_name = "BYTES")]
     pub memory: Option<Bytes>,
+    /// File format of the long tables, requests and layers [default: csv]
+    #[arg(long, value_enum)]
+    pub long_tables: Option<Format>,
     /// Model to decode with, if it lies elsewhere than when dumped
     #[arg(long)]
     pub model: Option<String>,
@@ -80,6 +84,7 @@ pub struct SweepOptions {
     pub resamples: usize,
     pub seed: u64,
     pub memory: Option<Bytes>,
+    pub long_tables: Format,
     /// The settings as they were given, for the manifest.
     pub given: Settings,
     /// Arguments to record in the manifest.
@@ -130,6 +135,7 @@ impl Settings {
             resamples: self.resamples.unwrap_or(2000),
             seed: self.seed.unwrap_or(0),
             memory: self.memory,
+            long_tables: self.long_tables.unwrap_or_default(),
             dump,
             given,
             command,

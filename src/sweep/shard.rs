@@ -5,6 +5,7 @@ use super::runs::{RunRecord, Runs};
 use crate::error::{Error, IoAt, Result};
 use crate::files;
 use crate::lock::FolderLock;
+use crate::tables::Format;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use std::collections::BTreeMap;
@@ -131,10 +132,11 @@ pub fn merge(folders: &[PathBuf], out: &Path) -> Result<usize> {
     let into = Runs::open(out)?;
     let records: Vec<Option<RunRecord>> = ids.iter().map(|id| records.remove(id)).collect();
     records.iter().flatten().try_for_each(|record| into.store(record))?;
-    if let Some((folder, _)) = shards.values().next() {
-        manifest(folder, out, &records)?;
-    }
-    write_tables(out, &records)?;
+    let long_tables = match shards.values().next() {
+        Some((folder, _)) => manifest(folder, out, &records)?,
+        None => Format::default(),
+    };
+    write_tables(out, long_tables, &records)?;
     Ok(ids.len())
 }
 
@@ -159,8 +161,8 @@ fn shard_folders(folder: &Path) -> Result<Vec<PathBuf>> {
     Ok(found)
 }
 
-/// The sweep's manifest, with the command that one process would have been given.
-fn manifest(shard: &Path, out: &Path, records: &[Option<RunRecord>]) -> Result<()> {
+/// The sweep's manifest, with the command that one process would have been given. Returns the format that it asks for long tables in.
+fn manifest(shard: &Path, out: &Path, records: &[Option<RunRecord>]) -> Result<Format> {
     let path = shard.join("manifest.json");
     let text = files::read_text(&path)?;
     let mut manifest: Value = serde_json::from_str(&text).map_err(|e| Error::file(&path, e.to_string()))?;
@@ -174,7 +176,8 @@ fn manifest(shard: &Path, out: &Path, records: &[Option<RunRecord>]) -> Result<(
         });
     }
     manifest["kernels"] = serde_json::json!(kernels(records));
-    files::write_json(&out.join("manifest.json"), &manifest)
+    files::write_json(&out.join("manifest.json"), &manifest)?;
+    Ok(serde_json::from_value(manifest["options"]["long_tables"].take()).unwrap_or_default())
 }
 
 #[cfg(test)]

@@ -1,12 +1,12 @@
 //! Whether two folders of result tables say the same: what was committed, and what was made again.
 
-use super::{Columns, LAYERS_CSV, REQUESTS_CSV, TIMINGS_CSV};
+use super::{TIMINGS_CSV, Table};
 use crate::error::{Error, IoAt, Result};
 use std::fs;
 use std::path::{Path, PathBuf};
 
 /// Tables that are not compared: times differ, the others are not committed.
-const LEFT_OUT: [&str; 3] = [TIMINGS_CSV, REQUESTS_CSV, LAYERS_CSV];
+const LEFT_OUT: [&str; 3] = [TIMINGS_CSV, "requests.csv", "layers.csv"];
 /// Columns that name things by checksum, and how the names of others end that do: a trained file's bytes say how it was made, too.
 const NAMES: [&str; 2] = ["run", "thresholds"];
 const CHECKSUM: &str = "-sha256";
@@ -40,7 +40,7 @@ pub struct Difference {
     pub worst: Option<String>,
     /// What the two were computed with, where their manifests say so and it is not the same.
     pub kernels: Option<(String, String)>,
-    /// Columns with more cells outside than may be, or that there are too many in all; empty if the tables agree.
+    /// Table with more cells outside than may be, or that there are too many in all; empty if the tables agree.
     pub bad: Vec<String>,
 }
 
@@ -71,8 +71,8 @@ fn tables(root: &Path, below: &Path, found: &mut Vec<PathBuf>) -> Result<()> {
 }
 
 fn compare(expected: &Path, made: &Path, file: &Path, tolerance: &Tolerance) -> Result<Difference> {
-    let (a, b) = (Columns::read(expected)?, Columns::read(made)?);
-    if a.names() != b.names() || a.rows() != b.rows() {
+    let (a, b) = (Table::read(expected)?, Table::read(made)?);
+    if a.names() != b.names() || a.height() != b.height() {
         let problem = format!(
             "has other columns or rows than {}; was it made by the same command?",
             expected.display()

@@ -5,11 +5,12 @@ use crate::codec::fusion::{Choices, Pairing, RopeMode, Rule};
 use crate::error::{Error, Result};
 use crate::files;
 use crate::stats::{Interval, STATS_MANIFEST, StatRow, bootstrap_mean, rounded};
-use crate::tables::{Columns, LAYERS_CSV};
+use crate::tables::{LAYERS, Table, find_long_table};
 use crate::theory::{
     Comparison, Extent, LayerLaw, Model, Verdict, layer_cr, predict, representative, verdict,
 };
-use serde::Serialize;
+use polars::prelude::{col, lit};
+use serde::{Deserialize, Serialize};
 use std::collections::{HashMap, HashSet};
 use std::path::Path;
 
@@ -108,14 +109,12 @@ pub(super) fn measured_layers(
     laws: &[LayerLaw],
     of: &StatRow,
 ) -> Result<Measured> {
-    let path = sweep.with_file_name(LAYERS_CSV);
-    if !path.exists() {
-        let problem = format!("has no {LAYERS_CSV} beside it; run the same sweep again");
+    let Some(path) = find_long_table(sweep.parent().unwrap_or(Path::new("")), LAYERS) else {
+        let problem = format!("has no {LAYERS}.csv or {LAYERS}.parquet beside it; run the same sweep again");
         return Err(Error::file(sweep, problem));
-    }
-    let whole = Columns::read(sweep)?;
-    if whole.floats("requests")?.iter().zip(whole.floats("batch")?).any(|(requests, batch)| *requests > batch)
-    {
+    };
+    let whole = Table::read(sweep)?;
+    if whole.query(|arms| arms.filter(col("requests").gt(col("batch"))))?.height() > 0 {
         let problem =
             "fused its requests in several batches, the statistics are of one; sweep with a larger --batch";
         return Err(Error::file(sweep, problem));
@@ -132,24 +131,28 @@ pub(super) fn measured_layers(
         }
         _ => false,
     };
-    let table = Columns::read(&path)?;
-    let numbers = |name: &str| table.floats(name);
-    let texts = |name: &str| table.strings(name);
-    let methods = texts("method")?;
-    let block_sizes = numbers("block_size")?;
+    #[derive(Deserialize)]
+    struct Row {
+        method: String,
+        layer: usize,
+        full_blocks: f64,
+        physical_blocks: f64,
+        cr_audited: f64,
+        key_error: f64,
+        value_error: f64,
+    }
+    let of_size = col("block_size").eq(lit(laws[0].block_size as u64));
+    let rows: Vec<Row> = Table::read(&path)?.query(|layers| layers.filter(of_size))?.rows()?;
     // The chains the model speaks of, by the row's method.
     let mut chains: HashMap<&str, Option<(Choices, f64)>> = HashMap::new();
-    for method in &methods {
-        chains.entry(method).or_insert_with(|| spoken_of(method, of.rope));
+    for row in &rows {
+        chains.entry(&row.method).or_insert_with(|| spoken_of(&row.method, of.rope));
     }
-    let layer = numbers("layer")?;
-    let (full, physical) = (numbers("full_blocks")?, numbers("physical_blocks")?);
-    let (cr, key, value) = (numbers("cr_audited")?, numbers("key_error")?, numbers("value_error")?);
     let layers = laws.iter().map(|l| l.layer + 1).max().unwrap_or(0);
     let mut found: Vec<MeasuredLayer> = Vec::new();
-    for i in (0..table.rows()).filter(|&i| block_sizes[i] as usize == laws[0].block_size) {
-        let Some((choices, tau)) = chains[&methods[i][..]] else { continue };
-        let (pairing, layer) = (choices.pairing, layer[i] as usize);
+    for row in &rows {
+        let Some((choices, tau)) = chains[&row.method[..]] else { continue };
+        let (pairing, layer) = (choices.pairing, row.layer);
         if !choices.touched(layers).contains(&layer) {
             continue;
         }
@@ -159,11 +162,11 @@ pub(super) fn measured_layers(
         }
         if let Some(law) = laws.iter().find(|l| l.layer == layer)
             && !held_out
-            && law.blocks != full[i]
+            && law.blocks != row.full_blocks
         {
             let problem = format!(
                 "lists {} full blocks in layer {layer}, the statistics {}: they are of different caches",
-                full[i], law.blocks
+                row.full_blocks, law.blocks
             );
             return Err(Error::file(&path, problem));
         }
@@ -171,11 +174,11 @@ pub(super) fn measured_layers(
             pairing,
             tau,
             layer,
-            full_blocks: full[i],
-            physical_blocks: physical[i],
-            cr_audited: cr[i],
-            key_error: key[i],
-            value_error: value[i],
+            full_blocks: row.full_blocks,
+            physical_blocks: row.physical_blocks,
+            cr_audited: row.cr_audited,
+            key_error: row.key_error,
+            value_error: row.value_error,
         });
     }
     if found.is_empty() {

@@ -14,7 +14,7 @@ use crate::model::Ropes;
 use crate::model::kernels::instructions;
 use crate::progress::{Progress, Unit};
 use crate::stats::rounded;
-use crate::tables::{BOUND_CSV, BOUND_LAYERS_CSV, BOUND_MATCHES_CSV, write_csv};
+use crate::tables::{BOUND_CSV, BOUND_LAYERS_CSV, BOUND_MATCHES_CSV, write_table};
 use serde::Serialize;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -131,9 +131,9 @@ pub fn bound(options: &BoundOptions) -> Result<Vec<BoundRow>> {
         progress.increment();
     }
     progress.finish();
-    write_csv(&options.out.join(BOUND_MATCHES_CSV), &matches)?;
-    write_csv(&options.out.join(BOUND_CSV), &rows)?;
-    write_csv(&options.out.join(BOUND_LAYERS_CSV), &layers)?;
+    write_table(&options.out.join(BOUND_MATCHES_CSV), &matches)?;
+    write_table(&options.out.join(BOUND_CSV), &rows)?;
+    write_table(&options.out.join(BOUND_LAYERS_CSV), &layers)?;
     let value = serde_json::json!({
         "kvfuse_version": env!("CARGO_PKG_VERSION"),
         "kernels": [instructions()],

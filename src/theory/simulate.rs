@@ -6,7 +6,7 @@ use crate::error::{Error, Result};
 use crate::files;
 use crate::lock::FolderLock;
 use crate::stats::{read_stats, rounded};
-use crate::tables::write_csv;
+use crate::tables::write_table;
 use crate::theory::{
     Draws, Extent, LayerLaw, Model, MonteCarloRow, Prediction, Verdict, layer_cr, monte_carlo,
     percolation_requests, predict,
@@ -117,7 +117,7 @@ pub fn simulate(options: &SimulateOptions) -> Result<Simulation> {
     }
 
     let closed = closed_forms(&laws, &taus, options);
-    write_csv(&options.out.join(CLOSED_FORMS_CSV), &closed)?;
+    write_table(&options.out.join(CLOSED_FORMS_CSV), &closed)?;
     let scale = scale(&laws, &taus, options);
     write_or_remove(&options.out.join(SCALE_CSV), &scale)?;
 
@@ -132,7 +132,7 @@ pub fn simulate(options: &SimulateOptions) -> Result<Simulation> {
     write_or_remove(&options.out.join(SUMMARY_CSV), &summary)?;
     write_or_remove(&options.out.join(VERDICTS_CSV), &verdicts)?;
     let worlds = monte_carlo(law, &taus, &options.draws)?;
-    write_csv(&options.out.join(MONTE_CARLO_CSV), &worlds)?;
+    write_table(&options.out.join(MONTE_CARLO_CSV), &worlds)?;
     let value = serde_json::json!({
         "kvfuse_version": env!("CARGO_PKG_VERSION"),
         "command": options.command,
@@ -147,7 +147,7 @@ pub fn simulate(options: &SimulateOptions) -> Result<Simulation> {
 fn write_or_remove<T: Serialize>(path: &Path, rows: &[T]) -> Result<()> {
     use crate::error::IoAt;
     if !rows.is_empty() {
-        return write_csv(path, rows);
+        return write_table(path, rows);
     }
     if path.exists() { std::fs::remove_file(path).at(path) } else { Ok(()) }
 }
