@@ -126,7 +126,7 @@ fig-serve:
     {{kvfuse}} plot results/serve-load
     {{kvfuse}} serve-bench --data squad:{{xquad}} --half second --requests 20 --passages 4 --pool 16 --output-len 48 --ignore-eos --method 'none,prefix,prefix+bff:tau=0.9,prefix+kivi:bits=4,prefix+joint:codec=dumps/codecs/serve.safetensors,step=0.006,reference=false' --request-rate 1 --goodput ttft:5000 tpot:500 --repeats 1 -o results/serve-rag
     {{kvfuse}} plot results/serve-rag
-    {{kvfuse}} serve-bench --data squad:{{xquad}} --half second --turns 4 --requests 96 --output-len 16 --ignore-eos --method 'none,prefix,prefix+bff:tau=0.9,prefix+kivi:bits=4,prefix+joint:codec=dumps/codecs/serve.safetensors,step=0.006,reference=false' --budget-requests 4,8 --max-concurrency 4 --repeats 1 -o results/serve-turns
+    {{kvfuse}} serve-bench --data squad:{{xquad}} --half second --turns 4 --requests 96 --output-len 16 --ignore-eos --method 'none,prefix,prefix+bff:tau=0.9,prefix+kivi:bits=4,prefix+joint:codec=dumps/codecs/serve.safetensors,step=0.006,reference=false,prefix+kivi:bits=4+joint:codec=dumps/codecs/serve.safetensors,step=0.006,reference=false' --budget-requests 4,8 --max-concurrency 4 --repeats 1 -o results/serve-turns
     {{kvfuse}} plot results/serve-turns
     {{kvfuse}} dump --data squad:{{xquad}} --half second --requests 8 --shots 3 --dtype f16 -o dumps/migration
     {{kvfuse}} migrate dumps/migration --method 'none,int8,kivi:bits=4|2,joint:codec=dumps/codecs/serve.safetensors,step=0.006' -o results/migration

@@ -18,7 +18,7 @@ fn model() -> &'static Model {
 }
 
 fn policy(text: &str, block_size: usize) -> Policy {
-    let chain = Chain::parse(text).unwrap().swap_remove(0);
+    let chain = Chain::parse_served(text).unwrap().swap_remove(0);
     Policy::of(&chain, model().decoder.block_shape(block_size)).unwrap()
 }
 
@@ -132,6 +132,36 @@ fn what_is_found_coded_keeps_no_request_waiting() {
     assert!(engine.counts().encoded_columns > 0 && engine.counts().prefix_queries == 192);
 }
 
+/// Pages in 8 bits, cold ones coded again: what comes back is put into 8 bits once more, so that it takes what it took before.
+#[test]
+fn columns_that_come_back_are_kept_as_pages_are() {
+    let alone = Chain::parse("prefix+int8+cachegen").err().unwrap().to_string();
+    assert!(alone.contains("a server keeps pages in int8 and cold ones in cachegen"), "{alone}");
+    let job = |id: u64, from: u32| Job {
+        id,
+        tenant: String::new(),
+        prompt: (from..from + 73).collect(),
+        max_tokens: 1,
+        stop: Vec::new(),
+        ignore_end: true,
+        keep_logits: 0,
+    };
+    let mut engine = Engine::new(model(), limits(12, 8, 100, 4), policy("prefix+int8+cachegen:bin=2", 8));
+    // All pages that are left are full ones.
+    let mut bytes_a_page = |job: Job| {
+        engine.submit(job);
+        while !engine.step().unwrap().iter().any(|event| event.finish.is_some()) {}
+        engine.check().unwrap();
+        (engine.page_bytes() as f64 / engine.pages() as f64, engine.counts().decoded_tokens)
+    };
+    let (first, _) = bytes_a_page(job(0, 0));
+    for id in 1..3 {
+        bytes_a_page(job(id, 80 * id as u32));
+    }
+    let (last, decoded) = bytes_a_page(job(3, 0));
+    assert!(decoded > 0 && last == first, "{decoded} {last} {first}");
+}
+
 /// Requests come, are called off and end at random, under every kind of chain; references stay right, and all pages come back.
 #[test]
 fn engines_lose_no_page() {
@@ -142,6 +172,9 @@ fn engines_lose_no_page() {
         "bff:tau=0.2",
         "prefix+kivi:residual=8",
         "prefix+cachegen",
+        "prefix+int8",
+        "prefix+int8+cachegen",
+        "prefix+int8+cachegen:bin=2",
         "prefix+bff:tau=0.2+int8",
     ]
     .iter()
@@ -278,6 +311,9 @@ fn the_command_writes_its_tables_and_refuses_what_is_not_served() {
         ("h2o", "evictions"),
         ("prefix+bff:tau=0.9,rope=strip", "rope=strip"),
         ("kivi+prefix", "cannot follow"),
+        ("prefix+kivi+int8", "kept by one codec"),
+        ("prefix+cachegen+int8", "comes before what keeps cold ones"),
+        ("prefix+kivi+cachegen+cachegen", "cannot follow"),
         ("cff:tau=0.9", "bff is served"),
     ] {
         let mut bad = arguments(method);

@@ -293,6 +293,11 @@ impl BlockPool {
         self.bytes
     }
 
+    /// Bytes of one block, as they are counted in [`BlockPool::bytes`].
+    pub fn bytes_of(&self, id: BlockId) -> usize {
+        self.page(id).bytes()
+    }
+
     /// KV numbers (keys and values) held by all live blocks.
     pub fn elements(&self) -> u64 {
         self.slots.iter().map(|s| 2 * s.data.len() as u64).sum()

@@ -42,7 +42,7 @@ pub struct Args {
 }
 
 pub fn run(args: Args) -> Result<()> {
-    let mut chains = Chain::parse(&args.method)?;
+    let mut chains = Chain::parse_served(&args.method)?;
     if chains.len() != 1 {
         return Err(anyhow!("--method {}: a server follows one chain", args.method));
     }

@@ -87,7 +87,7 @@ pub struct Args {
 
 impl Args {
     fn options(self, typed: Vec<String>) -> Result<BenchOptions> {
-        let chains = Chain::parse(&self.method)?;
+        let chains = Chain::parse_served(&self.method)?;
         if let Some(rate) = self.request_rate.iter().find(|r| r.is_nan() || **r <= 0.0) {
             return Err(anyhow!("--request-rate {rate}: rates are above 0, or inf"));
         }

@@ -66,6 +66,15 @@ impl Stage {
     }
 }
 
+/// What chains are written for.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Use {
+    /// Caches that are encoded, once.
+    Caches,
+    /// A server, whose pages are coded while they are read, and again, otherwise, when nobody reads them.
+    Server,
+}
+
 /// Stages in the order in which they encode.
 #[derive(Clone)]
 pub struct Chain {
@@ -78,9 +87,21 @@ impl Chain {
     /// # Errors
     /// Unknown methods, options and values, with a caret under the place; stages in an order that means nothing.
     pub fn parse(text: &str) -> Result<Vec<Chain>> {
+        Chain::parse_for(text, Use::Caches)
+    }
+
+    /// The chains that a text means to a server, which may keep pages by one codec and cold ones by another.
+    ///
+    /// # Errors
+    /// As for [`Chain::parse`].
+    pub fn parse_served(text: &str) -> Result<Vec<Chain>> {
+        Chain::parse_for(text, Use::Server)
+    }
+
+    fn parse_for(text: &str, of: Use) -> Result<Vec<Chain>> {
         let mut chains: Vec<Chain> = Vec::new();
         for written in parse(text)? {
-            for chain in expand(text, written)? {
+            for chain in expand(text, written, of)? {
                 if chains.iter().all(|c| c.name() != chain.name()) {
                     chains.push(chain);
                 }
@@ -98,7 +119,7 @@ impl Chain {
                 files |= stage.options.iter().any(|o| names.contains(&o.name));
             }
             if !files {
-                expand(text, written)?;
+                expand(text, written, Use::Caches)?;
             }
         }
         Ok(())
@@ -180,7 +201,7 @@ impl Chain {
         self.stages[1..].iter().try_for_each(|s| s.codec.encode(batch, &Memo::default()))
     }
 
-    fn check(self, text: &str, written: &ChainText) -> Result<Self> {
+    fn check(self, text: &str, written: &ChainText, of: Use) -> Result<Self> {
         let roles: Vec<Role> = self.stages.iter().map(|s| s.role).collect();
         for i in 1..roles.len() {
             let (name, before) = (self.stages[i].name, self.stages[i - 1].name);
@@ -189,6 +210,16 @@ impl Chain {
                 (_, Role::Nothing | Role::Whole) => format!("{name} stands alone"),
                 (_, _) if self.stages[i].codec.chunks().is_some() => {
                     format!("{name} prefills anew and must be the first stage")
+                }
+                (Role::Code, Role::Code)
+                    if of == Use::Server && roles[..i - 1].last() != Some(&Role::Code) =>
+                {
+                    continue;
+                }
+                (Role::Code, Role::Code) if of == Use::Caches => {
+                    format!(
+                        "{name} cannot follow {before}: caches are coded once; a server keeps pages in {before} and cold ones in {name}"
+                    )
                 }
                 (a, b) if b <= a => {
                     format!(
@@ -214,7 +245,7 @@ impl Chain {
 }
 
 /// Every combination of a chain's alternatives, options in the order written, the first stage's turning slowest.
-fn expand(text: &str, written: ChainText) -> Result<Vec<Chain>> {
+fn expand(text: &str, written: ChainText, of: Use) -> Result<Vec<Chain>> {
     let mut all: Vec<Vec<Stage>> = vec![Vec::new()];
     for stage in &written {
         let entry = known(text, stage)?;
@@ -259,7 +290,7 @@ fn expand(text: &str, written: ChainText) -> Result<Vec<Chain>> {
             })
             .collect();
     }
-    all.into_iter().map(|stages| Chain { stages }.check(text, &written)).collect()
+    all.into_iter().map(|stages| Chain { stages }.check(text, &written, of)).collect()
 }
 
 /// One chain with a dial that can be turned from fine to coarse: that of its last stage that has one.

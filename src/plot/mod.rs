@@ -195,10 +195,16 @@ pub fn plot_simulation(out: &Path) -> Result<Vec<PathBuf>> {
 
 /// What statistics are of, for a figure's corner; empty if their manifest is not there.
 fn measured(manifest: &Path) -> String {
-    let dump = &json(manifest)["dump"];
+    let manifest = json(manifest);
+    let dump = &manifest["dump"];
     match (dump["model"]["name"].as_str(), dump["data"]["name"].as_str()) {
         (Some(model), Some(data)) => {
-            format!("{model}, {}, {} requests", series::short(data), dump["requests"])
+            let all = &dump["requests"];
+            let requests = match manifest["requests"].as_u64() {
+                Some(own) if *all != own => format!("{own} of {all}"),
+                _ => all.to_string(),
+            };
+            format!("{model}, {}, {requests} requests", series::short(data))
         }
         _ => String::new(),
     }

@@ -7,6 +7,7 @@ use plotters::prelude::*;
 use plotters::style::text_anchor::{HPos, Pos, VPos};
 use polars::prelude::{col, lit};
 use serde::Deserialize;
+use std::collections::HashSet;
 
 /// One quantity of all arms.
 struct Quantity {
@@ -41,7 +42,7 @@ impl Arms {
                 }
                 (_, mb) => format!("Serving all requests at once under {mb:.0} MB of keys and values"),
             },
-            names: rows.strings("method")?.iter().map(|m| short(m)).collect(),
+            names: chains(&rows)?,
             quantities: vec![
                 quantity(
                     "tokens/s out (least, median, most)",
@@ -64,19 +65,36 @@ pub fn first_of(rows: &Table, columns: &[&str]) -> Result<Table> {
 
 /// Rows chain by chain, by its short name, in the order in which chains first come.
 pub fn by_chain(rows: &Table) -> Result<Vec<(String, Table)>> {
-    let names: Vec<String> = rows.strings("method")?.iter().map(|m| short(m)).collect();
-    rows.with("chain", names)?.groups("chain")
+    rows.with("chain", chains(rows)?)?.groups("chain")
 }
 
-/// A chain without the paths of its files.
-pub fn short(method: &str) -> String {
-    let part = |option: &str| match option.split_once('=') {
-        Some((before, value)) if value.contains('/') => {
-            format!("{before}={}", value.rsplit('/').next().unwrap_or(value).trim_end_matches(".safetensors"))
-        }
-        _ => option.to_owned(),
+/// The rows' chains without their files; with the files' names where these alone tell two chains apart.
+fn chains(rows: &Table) -> Result<Vec<String>> {
+    let methods = rows.strings("method")?;
+    let named = |file: fn(&str) -> Option<String>| -> Vec<String> {
+        methods.iter().map(|m| short(m, file)).collect()
     };
-    method.split(',').map(part).collect::<Vec<_>>().join(",")
+    let without = named(|_| None);
+    let kinds = |names: &[String]| names.iter().collect::<HashSet<_>>().len();
+    match kinds(&without) == kinds(&methods) {
+        true => Ok(without),
+        false => Ok(named(|option| {
+            let (before, path) = option.split_once('=')?;
+            let name = path.rsplit('/').next().unwrap_or(path).trim_end_matches(".safetensors");
+            Some(format!("{before}={name}"))
+        })),
+    }
+}
+
+/// A chain whose options that are paths read as `file` says, or are left out.
+fn short(chain: &str, file: impl Fn(&str) -> Option<String>) -> String {
+    let stage = |stage: &str| {
+        let (name, options) = stage.split_once(':').unwrap_or((stage, ""));
+        let shown = |option: &str| if option.contains('/') { file(option) } else { Some(option.to_owned()) };
+        let options: Vec<String> = options.split(',').filter(|o| !o.is_empty()).filter_map(shown).collect();
+        if options.is_empty() { name.to_owned() } else { format!("{name}:{}", options.join(",")) }
+    };
+    chain.split('+').map(stage).collect::<Vec<_>>().join("+")
 }
 
 impl Figure for Arms {

@@ -51,8 +51,13 @@ impl Policy {
                 Role::Code if stage.codec.needs() != Needs::default() => {
                     return refuse("it needs attention weights; leave that option out");
                 }
-                Role::Code if stage.codec.reads_in_place(shape) => {
-                    policy.code = Some(Arc::clone(&stage.codec))
+                Role::Code if stage.codec.reads_in_place(shape) && policy.tier.is_none() => {
+                    if policy.code.replace(Arc::clone(&stage.codec)).is_some() {
+                        return refuse("pages are kept by one codec");
+                    }
+                }
+                Role::Code if policy.tier.is_some() => {
+                    return refuse("what pages are kept by comes before what keeps cold ones");
                 }
                 Role::Code if !stage.codec.blocks_stand_alone() => {
                     return refuse(

@@ -196,7 +196,7 @@ pub fn project(options: &ProjectOptions) -> Result<(Vec<Checked>, Vec<Projected>
         ));
     };
     let block_size = manifest["block_size"].as_u64().unwrap_or(16) as usize;
-    let policies = Chain::parse(methods)?
+    let policies = Chain::parse_served(methods)?
         .iter()
         .map(|chain| Policy::of(chain, model.decoder.block_shape(block_size)))
         .collect::<Result<Vec<_>>>()?;

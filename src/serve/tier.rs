@@ -9,7 +9,7 @@ use crate::codec::{CacheBatch, Codec, Memo};
 use crate::error::{Error, Result};
 use crate::model::Model;
 
-/// Codes a run of columns that follow each other. Their pages stay.
+/// Codes a run of columns that follow each other, as far as that takes less than their pages. These stay.
 pub fn encode(
     codec: &dyn Codec,
     model: &Model,
@@ -30,7 +30,12 @@ pub fn encode(
     for (block, id) in run.iter().enumerate() {
         let page = |t: &BlockTable| batch.pool.payload(t.entries[block].block).cloned();
         let payloads: Option<Vec<Payload>> = batch.caches[0].layers.iter().map(page).collect();
-        prefix.set_coded(*id, payloads.ok_or_else(|| Error::argument("a codec left a page as it was"))?);
+        let payloads = payloads.ok_or_else(|| Error::argument("a codec left a page as it was"))?;
+        let pages = prefix.node(*id).and_then(|n| n.pages.as_deref()).unwrap_or_default();
+        let held: usize = pages.iter().map(|e| pool.bytes_of(e.block)).sum();
+        if payloads.iter().map(|p| p.bytes.len()).sum::<usize>() < held {
+            prefix.set_coded(*id, payloads);
+        }
     }
     Ok(())
 }

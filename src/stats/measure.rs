@@ -36,6 +36,7 @@ pub fn measure(options: &StatsOptions) -> Result<Vec<StatRow>> {
         "kernels": [instructions()],
         "command": options.command,
         "options": options.similarity,
+        "requests": requests.len(),
         "contexts": manifest.contexts(&requests),
         "dump": manifest.origin()?,
     });

@@ -121,7 +121,12 @@ impl<'m> Engine<'m> {
 
     /// Bytes of pages and of encoded columns.
     pub fn bytes(&self) -> usize {
-        self.pool.bytes() + self.prefix.coded_bytes()
+        self.page_bytes() + self.prefix.coded_bytes()
+    }
+
+    /// Bytes of pages alone.
+    pub fn page_bytes(&self) -> usize {
+        self.pool.bytes()
     }
 
     /// Pages alive.

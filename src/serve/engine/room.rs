@@ -112,6 +112,11 @@ impl Engine<'_> {
         if !run.is_empty() {
             tier::decode(&**tier, self.model, &mut self.pool, &mut self.prefix, &run)?;
             self.counts.decode_seconds += started.elapsed().as_secs_f64();
+            if let Some(code) = self.policy.code.clone() {
+                let started = Instant::now();
+                self.code_columns(&*code, &run)?;
+                self.counts.code_seconds += started.elapsed().as_secs_f64();
+            }
         }
         Ok(run.len())
     }

@@ -77,15 +77,34 @@ impl Engine<'_> {
     /// Puts the full pages of a request into fewer bits, as far as its codec codes them.
     fn code(&mut self, codec: &dyn Codec, i: usize) -> Result<()> {
         let sequence = &mut self.running[i];
-        let mut batch = lend(self.model, &mut self.pool);
-        let cache = std::mem::replace(&mut sequence.cache, RequestCache::new(0));
+        let mut cache = std::mem::replace(&mut sequence.cache, RequestCache::new(0));
         let tokens = sequence.tokens[..cache.tokens].to_vec();
-        batch.push(cache, tokens, "");
-        let coded = codec.encode(&mut batch, &Memo::default());
-        self.pool = batch.pool;
-        if let Some(cache) = batch.caches.pop() {
-            sequence.cache = cache;
+        // A page that is written to holds 16 bits a number again, for which no room was made.
+        let open: Vec<Vec<Entry>> =
+            cache.layers.iter_mut().map(|t| t.entries.split_off(sequence.settled)).collect();
+        let (mut cache, coded) = encode(codec, self.model, &mut self.pool, (cache, tokens, 0));
+        for (table, open) in cache.layers.iter_mut().zip(open) {
+            table.entries.extend(open);
         }
+        self.running[i].cache = cache;
+        coded
+    }
+
+    /// Puts the pages of columns that follow each other into the bits that pages are kept in.
+    pub(super) fn code_columns(&mut self, codec: &dyn Codec, run: &[NodeId]) -> Result<()> {
+        let mut cache = self.model.decoder.new_cache();
+        let mut tokens = Vec::new();
+        let first_block = run.first().and_then(|id| self.prefix.node(*id)).map_or(0, |n| n.block);
+        for node in run.iter().filter_map(|id| self.prefix.node(*id)) {
+            tokens.extend_from_slice(&node.tokens);
+            for (table, entry) in cache.layers.iter_mut().zip(node.pages.iter().flatten()) {
+                self.pool.retain(entry.block);
+                table.entries.push(*entry);
+            }
+        }
+        cache.tokens = tokens.len();
+        let (cache, coded) = encode(codec, self.model, &mut self.pool, (cache, tokens, first_block));
+        cache.release(&mut self.pool);
         coded
     }
 }
@@ -93,6 +112,21 @@ impl Engine<'_> {
 /// A block of all layers.
 fn column(cache: &RequestCache, block: usize) -> Vec<Entry> {
     cache.layers.iter().map(|t| t.entries[block]).collect()
+}
+
+/// Encodes a cache of the pool, whose tokens begin at a block; gives it back, and how that went.
+fn encode(
+    codec: &dyn Codec,
+    model: &Model,
+    pool: &mut BlockPool,
+    (cache, tokens, first_block): (RequestCache, Vec<u32>, usize),
+) -> (RequestCache, Result<()>) {
+    let mut batch = lend(model, pool);
+    batch.first_block = first_block;
+    batch.push(cache, tokens, "");
+    let coded = codec.encode(&mut batch, &Memo::default());
+    *pool = batch.pool;
+    (batch.caches.pop().unwrap_or_else(|| model.decoder.new_cache()), coded)
 }
 
 /// The pool in a batch without requests, for a codec.
