@@ -197,7 +197,7 @@ pub struct OptionHelp {
 
 impl Entry {
     /// Options that name files.
-    pub(super) fn files(&self) -> Vec<String> {
+    pub fn files(&self) -> Vec<String> {
         let command = (self.command)();
         let named = command.get_arguments().filter(|a| a.get_value_hint() == ValueHint::FilePath);
         named.filter_map(|a| a.get_long().map(str::to_owned)).collect()

@@ -1,6 +1,7 @@
 //! What serving took and did: a row an arm, and the pool over time.
 
 use super::canvas::{Area, Drawn, FONT, Figure, axes, fitting, legend, said, series_color};
+use crate::codec::registry::method;
 use crate::error::Result;
 use crate::tables::Table;
 use plotters::prelude::*;
@@ -68,30 +69,21 @@ pub fn by_chain(rows: &Table) -> Result<Vec<(String, Table)>> {
     rows.with("chain", chains(rows)?)?.groups("chain")
 }
 
-/// The rows' chains without their files; with the files' names where these alone tell two chains apart.
+/// The rows' chains without the files that they name, unless these alone tell two chains apart.
 fn chains(rows: &Table) -> Result<Vec<String>> {
     let methods = rows.strings("method")?;
-    let named = |file: fn(&str) -> Option<String>| -> Vec<String> {
-        methods.iter().map(|m| short(m, file)).collect()
-    };
-    let without = named(|_| None);
+    let without: Vec<String> = methods.iter().map(|m| without_files(m)).collect();
     let kinds = |names: &[String]| names.iter().collect::<HashSet<_>>().len();
-    match kinds(&without) == kinds(&methods) {
-        true => Ok(without),
-        false => Ok(named(|option| {
-            let (before, path) = option.split_once('=')?;
-            let name = path.rsplit('/').next().unwrap_or(path).trim_end_matches(".safetensors");
-            Some(format!("{before}={name}"))
-        })),
-    }
+    Ok(if kinds(&without) == kinds(&methods) { without } else { methods })
 }
 
-/// A chain whose options that are paths read as `file` says, or are left out.
-fn short(chain: &str, file: impl Fn(&str) -> Option<String>) -> String {
+/// A chain without the options that name files.
+fn without_files(chain: &str) -> String {
     let stage = |stage: &str| {
         let (name, options) = stage.split_once(':').unwrap_or((stage, ""));
-        let shown = |option: &str| if option.contains('/') { file(option) } else { Some(option.to_owned()) };
-        let options: Vec<String> = options.split(',').filter(|o| !o.is_empty()).filter_map(shown).collect();
+        let files = method(name).map_or(Vec::new(), |m| m.files());
+        let named = |option: &&str| option.split_once('=').is_some_and(|(o, _)| files.iter().any(|f| f == o));
+        let options: Vec<&str> = options.split(',').filter(|o| !o.is_empty() && !named(o)).collect();
         if options.is_empty() { name.to_owned() } else { format!("{name}:{}", options.join(",")) }
     };
     chain.split('+').map(stage).collect::<Vec<_>>().join("+")
@@ -149,6 +141,7 @@ impl Figure for Arms {
                     x if x >= 100.0 => format!("{x:.0}"),
                     x if x >= 1.0 => format!("{x:.1}"),
                     x if x < 5e-5 => "0".to_owned(),
+                    x if x >= 0.1 => format!("{x:.2}"),
                     x => format!("{x:.4}"),
                 };
                 let style = (FONT, 13).into_font().color(&BLACK).pos(Pos::new(HPos::Left, VPos::Center));
