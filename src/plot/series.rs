@@ -99,9 +99,8 @@ pub struct SweepTable {
     prefixes: Vec<Point>,
     /// Fusing methods, one series a label, in the order of the table.
     pub fusion: Vec<Vec<Point>>,
-    /// What each series is, and whether a point of it is beaten by none of another: in ratio and KL at once.
+    /// What each series is.
     pub families: Vec<Family>,
-    pub on_front: Vec<bool>,
     /// Where each series would lie at the Gaussian bound of its predictors: ratio and KL; empty where that is not known.
     pub bound: Vec<Vec<(f64, f64)>>,
 }
@@ -143,13 +142,17 @@ impl SweepTable {
             prefixes,
             bound: vec![Vec::new(); fusion.len()],
             families: fusion.iter().map(|s| Family::of(&s[0].method)).collect(),
-            on_front: fusion.iter().map(|s| s.iter().any(|p| p.on_front)).collect(),
             fusion,
         })
     }
 }
 
 impl SweepTable {
+    /// Whether some point of a series is beaten by none of the table: in ratio and KL at once.
+    pub fn on_front(&self, series: usize) -> bool {
+        self.fusion[series].iter().any(|p| p.on_front)
+    }
+
     /// Takes the bounds of the chains in a bound.csv.
     pub fn bound_by(&mut self, table: &Table) -> Result<()> {
         let (method, cr) = (table.strings("method")?, table.floats("cr_bound")?);

@@ -8,7 +8,7 @@ use plotters::prelude::*;
 use plotters::style::text_anchor::{HPos, Pos, VPos};
 use polars::prelude::{col, lit};
 use serde::Deserialize;
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 
 /// One quantity of all arms.
 struct Quantity {
@@ -72,9 +72,13 @@ pub fn by_chain(rows: &Table) -> Result<Vec<(String, Table)>> {
 /// The rows' chains without the files that they name, unless these alone tell two chains apart.
 fn chains(rows: &Table) -> Result<Vec<String>> {
     let methods = rows.strings("method")?;
-    let without: Vec<String> = methods.iter().map(|m| without_files(m)).collect();
-    let kinds = |names: &[String]| names.iter().collect::<HashSet<_>>().len();
-    Ok(if kinds(&without) == kinds(&methods) { without } else { methods })
+    // A timeline has thousands of rows of a few chains.
+    let mut short: HashMap<&str, String> = HashMap::new();
+    for method in &methods {
+        short.entry(method).or_insert_with(|| without_files(method));
+    }
+    let told_apart = short.values().collect::<HashSet<_>>().len() == short.len();
+    Ok(if told_apart { methods.iter().map(|m| short[&m[..]].clone()).collect() } else { methods })
 }
 
 /// A chain without the options that name files.

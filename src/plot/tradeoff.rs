@@ -97,7 +97,7 @@ impl Tradeoff<'_> {
     fn order(&self) -> Vec<usize> {
         let mut order: Vec<usize> = (0..self.table.fusion.len()).collect();
         if self.many() {
-            order.sort_by_key(|&n| self.table.on_front[n]);
+            order.sort_by_key(|&n| self.table.on_front(n));
         }
         order
     }
@@ -108,7 +108,7 @@ impl Tradeoff<'_> {
 
     /// Of a curve.
     fn color(&self, n: usize) -> RGBAColor {
-        let pale = self.many() && !self.table.on_front[n];
+        let pale = self.many() && !self.table.on_front(n);
         self.hue(n).mix(if pale { 0.35 } else { 1.0 })
     }
 
@@ -159,7 +159,7 @@ impl Tradeoff<'_> {
         for n in self.order() {
             let (series, color) = (&t.fusion[n], self.color(n));
             chart.draw_series(LineSeries::new(series.iter().map(at), color.stroke_width(2))).map_err(said)?;
-            let barred = !self.many() || t.on_front[n];
+            let barred = !self.many() || t.on_front(n);
             let bars = series.iter().filter(|p| barred && quality(p).mid.is_finite()).map(|p| {
                 let q = quality(p);
                 let (low, mid, high) = (clip(q.low), clip(q.mid), clip(q.high));

@@ -280,7 +280,8 @@ pub struct NewColumn<'a> {
     pub entries: Vec<Entry>,
 }
 
-fn bytes_of(payloads: &[Payload]) -> usize {
+/// What a column is coded as takes.
+pub fn bytes_of(payloads: &[Payload]) -> usize {
     payloads.iter().map(|p| p.bytes.len()).sum()
 }
 

@@ -3,7 +3,7 @@
 //! Every column can be decoded by itself (the codec refers to no other block), so a request's common part with another is
 //! stored once and any part of a prompt can come back alone.
 
-use super::prefix::{NodeId, PrefixCache};
+use super::prefix::{NodeId, PrefixCache, bytes_of};
 use crate::block::{BlockPool, BlockTable, Entry, Part, Payload, RequestCache, Storage};
 use crate::codec::{CacheBatch, Codec, Memo};
 use crate::error::{Error, Result};
@@ -33,7 +33,7 @@ pub fn encode(
         let payloads = payloads.ok_or_else(|| Error::argument("a codec left a page as it was"))?;
         let pages = prefix.node(*id).and_then(|n| n.pages.as_deref()).unwrap_or_default();
         let held: usize = pages.iter().map(|e| pool.bytes_of(e.block)).sum();
-        if payloads.iter().map(|p| p.bytes.len()).sum::<usize>() < held {
+        if bytes_of(&payloads) < held {
             prefix.set_coded(*id, payloads);
         }
     }
@@ -72,13 +72,19 @@ pub fn decode(
 
 /// A batch of one request that is to have the blocks of a run.
 fn empty(model: &Model, pool: &BlockPool, prefix: &PrefixCache, run: &[NodeId]) -> Result<CacheBatch> {
-    let nodes = run.iter().map(|id| prefix.node(*id).ok_or_else(|| Error::argument("a column is gone")));
-    let nodes: Vec<_> = nodes.collect::<Result<_>>()?;
-    let tokens: Vec<u32> = nodes.iter().flat_map(|n| n.tokens.iter().copied()).collect();
+    let (first_block, tokens) = stretch(prefix, run)?;
     let mut batch = CacheBatch::empty(pool.shape(), Storage::F16, model.decoder.ropes());
-    batch.first_block = nodes.first().map_or(0, |n| n.block);
+    batch.first_block = first_block;
     let mut cache = RequestCache::new(model.decoder.config().layers);
     cache.tokens = tokens.len();
     batch.push(cache, tokens, "");
     Ok(batch)
+}
+
+/// The first block and the tokens of a run of columns.
+pub fn stretch(prefix: &PrefixCache, run: &[NodeId]) -> Result<(usize, Vec<u32>)> {
+    let nodes = run.iter().map(|id| prefix.node(*id).ok_or_else(|| Error::argument("a column is gone")));
+    let nodes: Vec<_> = nodes.collect::<Result<_>>()?;
+    let tokens = nodes.iter().flat_map(|n| n.tokens.iter().copied()).collect();
+    Ok((nodes.first().map_or(0, |n| n.block), tokens))
 }

@@ -11,7 +11,6 @@ use std::io::{Cursor, ErrorKind};
 use std::path::{Path, PathBuf};
 
 /// A table whose columns are asked for by name, and of which polars' expressions make others.
-#[derive(Clone)]
 pub struct Table {
     path: PathBuf,
     frame: DataFrame,

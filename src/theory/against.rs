@@ -76,16 +76,23 @@ pub struct SummaryRow {
     pub held_out: bool,
 }
 
-/// One layer of one arm of a sweep.
-pub(super) struct MeasuredLayer {
-    pairing: Pairing,
-    tau: f64,
+/// A row of a sweep's layers: one layer of one arm.
+#[derive(Deserialize)]
+struct LayerRow {
+    method: String,
     layer: usize,
     full_blocks: f64,
     physical_blocks: f64,
     cr_audited: f64,
     key_error: f64,
     value_error: f64,
+}
+
+/// One of an arm that the model speaks of.
+pub(super) struct MeasuredLayer {
+    pairing: Pairing,
+    tau: f64,
+    row: LayerRow,
 }
 
 /// What a sweep measured of the model's arms.
@@ -131,33 +138,21 @@ pub(super) fn measured_layers(
         }
         _ => false,
     };
-    #[derive(Deserialize)]
-    struct Row {
-        method: String,
-        layer: usize,
-        full_blocks: f64,
-        physical_blocks: f64,
-        cr_audited: f64,
-        key_error: f64,
-        value_error: f64,
-    }
     let of_size = col("block_size").eq(lit(laws[0].block_size as u64));
-    let rows: Vec<Row> = Table::read(&path)?.query(|layers| layers.filter(of_size))?.rows()?;
+    let rows: Vec<LayerRow> = Table::read(&path)?.query(|layers| layers.filter(of_size))?.rows()?;
     // The chains the model speaks of, by the row's method.
-    let mut chains: HashMap<&str, Option<(Choices, f64)>> = HashMap::new();
-    for row in &rows {
-        chains.entry(&row.method).or_insert_with(|| spoken_of(&row.method, of.rope));
-    }
+    let mut chains: HashMap<String, Option<(Choices, f64)>> = HashMap::new();
     let layers = laws.iter().map(|l| l.layer + 1).max().unwrap_or(0);
     let mut found: Vec<MeasuredLayer> = Vec::new();
-    for row in &rows {
-        let Some((choices, tau)) = chains[&row.method[..]] else { continue };
+    for row in rows {
+        let spoken = chains.entry(row.method.clone()).or_insert_with_key(|method| spoken_of(method, of.rope));
+        let Some((choices, tau)) = *spoken else { continue };
         let (pairing, layer) = (choices.pairing, row.layer);
         if !choices.touched(layers).contains(&layer) {
             continue;
         }
         // Two settings may differ in layers that both touch alike.
-        if found.iter().any(|f| (f.pairing, f.tau, f.layer) == (pairing, tau, layer)) {
+        if found.iter().any(|f| (f.pairing, f.tau, f.row.layer) == (pairing, tau, layer)) {
             continue;
         }
         if let Some(law) = laws.iter().find(|l| l.layer == layer)
@@ -170,16 +165,7 @@ pub(super) fn measured_layers(
             );
             return Err(Error::file(&path, problem));
         }
-        found.push(MeasuredLayer {
-            pairing,
-            tau,
-            layer,
-            full_blocks: row.full_blocks,
-            physical_blocks: row.physical_blocks,
-            cr_audited: row.cr_audited,
-            key_error: row.key_error,
-            value_error: row.value_error,
-        });
+        found.push(MeasuredLayer { pairing, tau, row });
     }
     if found.is_empty() {
         let problem = format!(
@@ -211,20 +197,20 @@ fn spoken_of(method: &str, rope: RopeMode) -> Option<(Choices, f64)> {
 
 pub(super) fn predictions(laws: &[LayerLaw], measured: &Measured) -> Vec<PredictionRow> {
     let row = |model: Model, m: &MeasuredLayer| {
-        let law = laws.iter().find(|l| l.layer == m.layer)?;
+        let law = laws.iter().find(|l| l.layer == m.row.layer)?;
         let factor = measured.requests / law.requests.max(1.0);
         // The batch measured, or one of as many requests about other texts.
         let extent = if measured.held_out { Extent { factor, own: 1.0 } } else { Extent::MEASURED };
         let p = predict(law, model, m.pairing, m.tau, extent)?;
         let e = law.all_pairs(m.tau);
-        let cr = m.full_blocks / m.physical_blocks;
+        let cr = m.row.full_blocks / m.row.physical_blocks;
         let of = |blocks: f64| law.blocks_of(extent) / blocks;
         let duplicates = law.blocks_of(extent) / law.distinct_of(extent);
         let removed = |cr: f64| rounded(1.0 - 1.0 / cr);
         let error = |blocks: f64| rounded(of(blocks) / cr - 1.0);
         Some(PredictionRow {
             model,
-            layer: m.layer,
+            layer: m.row.layer,
             pairing: m.pairing,
             tau: m.tau,
             q: rounded(p.q),
@@ -244,11 +230,11 @@ pub(super) fn predictions(laws: &[LayerLaw], measured: &Measured) -> Vec<Predict
             removed_duplicates: removed(duplicates),
             held_out: measured.held_out,
             cr_audited_predicted: layer_cr(law, p.blocks).map(rounded),
-            cr_audited_measured: m.cr_audited,
+            cr_audited_measured: m.row.cr_audited,
             key_error_predicted: p.key_error.map(rounded),
-            key_error_measured: m.key_error,
+            key_error_measured: m.row.key_error,
             value_error_predicted: p.value_error.map(rounded),
-            value_error_measured: m.value_error,
+            value_error_measured: m.row.value_error,
         })
     };
     Model::ALL

@@ -7,6 +7,7 @@ use crate::error::Result;
 use crate::model::Model;
 use crate::serve::fuse::{Candidate, candidates, fuse};
 use crate::serve::prefix::{NewColumn, NodeId};
+use crate::serve::tier;
 use std::time::Instant;
 
 impl Engine<'_> {
@@ -92,11 +93,9 @@ impl Engine<'_> {
 
     /// Puts the pages of columns that follow each other into the bits that pages are kept in.
     pub(super) fn code_columns(&mut self, codec: &dyn Codec, run: &[NodeId]) -> Result<()> {
+        let (first_block, tokens) = tier::stretch(&self.prefix, run)?;
         let mut cache = self.model.decoder.new_cache();
-        let mut tokens = Vec::new();
-        let first_block = run.first().and_then(|id| self.prefix.node(*id)).map_or(0, |n| n.block);
         for node in run.iter().filter_map(|id| self.prefix.node(*id)) {
-            tokens.extend_from_slice(&node.tokens);
             for (table, entry) in cache.layers.iter_mut().zip(node.pages.iter().flatten()) {
                 self.pool.retain(entry.block);
                 table.entries.push(*entry);
